@@ -1,0 +1,1 @@
+"""Run language models larger than device memory by streaming their weights."""

@@ -1,0 +1,65 @@
+"""Byte counts as people write them. GB is 10^9 bytes, GiB is 2^30; a number without a unit is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from djinn.errors import ConfigError
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)\s*")
+
+
+def parse_bytes(value: int | str) -> int:
+    """Return the bytes that ``value`` names: a string with a unit ("24 GB", "64 MiB"), or an exact int.
+
+    Raises:
+        ConfigError: a negative or zero size, an unknown or missing unit, or another type.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f"size {value!r} is not a string with a unit, such as '24 GB' or '64 MiB'")
+    if isinstance(value, int):
+        size = value
+    else:
+        match = _SIZE.fullmatch(value)
+        if match is None:
+            units = ", ".join(_UNITS)
+            raise ConfigError(f"size {value!r} is not a positive number with a unit; the units are {units}")
+        size = round(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise ConfigError(f"size {value!r} is not positive")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Return ``size`` in decimal units with three significant digits: ``1.71 GB``."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if abs(size) >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def _written_with_unit(value: object) -> int:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} has no unit; write a size such as '24 GB' or '64 MiB'")
+    try:
+        return parse_bytes(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+Bytes = Annotated[int, BeforeValidator(_written_with_unit)]
+"""A field of a configuration file that holds a size: read from a string with a unit, kept as bytes."""
