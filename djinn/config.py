@@ -93,6 +93,8 @@ class Profile(_Frozen):
     """Host memory the profile needs in all."""
     min_disk: Bytes
     """Free disk the profile needs."""
+    min_device: Bytes | None = None
+    """Device memory the profile needs, as the driver reports it; None where the device is a budget of host memory."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -123,7 +125,7 @@ class Profile(_Frozen):
             ConfigError: an unknown field or an impossible value, named.
         """
         document = self.model_dump(mode="json")
-        for key in ("budget", "ring", "host_memory", "chunk", "min_ram", "min_disk"):
+        for key in ("budget", "ring", "host_memory", "chunk", "min_ram", "min_disk", "min_device"):
             document[key] = None if document[key] is None else f"{document[key]} B"
         for key in ("chunks", "rings"):
             document["sweep"][key] = [f"{size} B" for size in document["sweep"][key]]
