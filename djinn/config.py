@@ -124,13 +124,7 @@ class Profile(_Frozen):
         Raises:
             ConfigError: an unknown field or an impossible value, named.
         """
-        document = self.model_dump(mode="json")
-        for key in ("budget", "ring", "host_memory", "chunk", "min_ram", "min_disk", "min_device"):
-            document[key] = None if document[key] is None else f"{document[key]} B"
-        for key in ("chunks", "rings"):
-            document["sweep"][key] = [f"{size} B" for size in document["sweep"][key]]
-        document.update(changes)
-        return _validated(document, f"profile {self.name}")
+        return _validated(self.model_dump(mode="json") | changes, f"profile {self.name}")
 
 
 def profile_names() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PlainSerializer
 
 from djinn.errors import ConfigError
 
@@ -52,6 +52,11 @@ def format_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def exact_bytes(size: int) -> str:
+    """Return the shortest exact writing of ``size``: ``16 MiB``, ``2 GB``, ``1500 MB``; :func:`parse_bytes` undoes it."""
+    return min((f"{size // unit} {name}" for name, unit in _UNITS.items() if size % unit == 0), key=len)
+
+
 def _written_with_unit(value: object) -> int:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} has no unit; write a size such as '24 GB' or '64 MiB'")
@@ -61,5 +66,9 @@ def _written_with_unit(value: object) -> int:
         raise ValueError(str(error)) from None
 
 
-Bytes = Annotated[int, BeforeValidator(_written_with_unit)]
-"""A field of a configuration file that holds a size: read from a string with a unit, kept as bytes."""
+Bytes = Annotated[
+    int,
+    BeforeValidator(_written_with_unit),
+    PlainSerializer(exact_bytes, return_type=str, when_used="json-unless-none"),
+]
+"""A field of a configuration file that holds a size: read and written as a string with a unit, kept as bytes."""
