@@ -118,15 +118,6 @@ class Profile(_Frozen):
         """Short SHA-256 of every field: two records with the same digest were asked for the same thing."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
-    def document(self) -> dict[str, Any]:
-        """Return what a profile file that says exactly this would hold: plain values, sizes with units."""
-        document = self.model_dump(mode="json")
-        for key in ("budget", "ring", "host_memory", "chunk", "min_ram", "min_disk", "min_device"):
-            document[key] = None if document[key] is None else f"{document[key]} B"
-        for key in ("chunks", "rings"):
-            document["sweep"][key] = [f"{size} B" for size in document["sweep"][key]]
-        return document
-
     def override(self, **changes: Any) -> Profile:
         """Return a validated copy with ``changes`` applied; sizes are strings with units.
 
