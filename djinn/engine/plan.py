@@ -1,0 +1,230 @@
+"""The plan: which units stay on the device, which wait in pinned host memory, which on disk, and how large the ring is.
+
+Pure: sizes and rates in, placement and predicted times out; refused here is whatever could not work, before a byte
+is allocated. Within the budget the ring comes first, as small as still overlaps, because a byte of ring above that
+buys nothing while a resident byte never crosses the link again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from djinn.engine.ring import Slot, schedule
+from djinn.errors import PlanError
+from djinn.sizes import format_bytes
+from djinn.weights.units import PAGE, Unit
+
+OVERLAP_UNITS = 3
+"""Largest units that a ring of default size holds: one computing, one arriving, one queued behind it."""
+
+
+class Tier(StrEnum):
+    """Where a unit lives."""
+
+    RESIDENT = "resident"
+    PINNED = "pinned"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Measured rates of a machine, bytes/s."""
+
+    link: float
+    disk: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Placement of every unit, in execution order. Sizes are bytes."""
+
+    units: tuple[Unit, ...]
+    tiers: tuple[Tier, ...]
+    slots: tuple[Slot, ...]
+    """Ring slots of the streamed units, in their order."""
+    budget: int
+    ring_bytes: int
+    workspace_bytes: int
+    """Device memory kept for KV cache, activations and scratch."""
+    model_bytes: int
+
+    @property
+    def streamed(self) -> tuple[Unit, ...]:
+        """The units that cross the link in every pass, in order."""
+        return tuple(unit for unit, tier in zip(self.units, self.tiers, strict=True) if tier is not Tier.RESIDENT)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory of the residents."""
+        return self._bytes(Tier.RESIDENT)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Size of the arena."""
+        return self._bytes(Tier.PINNED)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes read from disk in every pass."""
+        return self._bytes(Tier.DISK)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory in all."""
+        return self.resident_bytes + self.ring_bytes + self.workspace_bytes
+
+    @property
+    def oversubscription(self) -> float:
+        """Model bytes ÷ budget."""
+        return self.model_bytes / self.budget
+
+    def pass_s(self, rates: Rates) -> float:
+        """Return the predicted seconds of a pass that waits for nothing but its weights.
+
+        Disk reads overlap the link's copies, so the slower of the two decides.
+        """
+        streamed = self.pinned_bytes + self.disk_bytes
+        return max(streamed / rates.link, self.disk_bytes / rates.disk)
+
+    def table(self) -> str:
+        """Return the plan for people: a line per place."""
+        rows = [
+            ("model", self.model_bytes, f"{len(self.units)} units, {self.oversubscription:.2f}x the budget"),
+            ("budget", self.budget, "device memory, of which:"),
+            ("  residents", self.resident_bytes, f"{self._count(Tier.RESIDENT)} units that never cross the link again"),
+            ("  ring", self.ring_bytes, "streamed units on their way"),
+            ("  workspace", self.workspace_bytes, "KV cache, activations, scratch"),
+            ("pinned", self.pinned_bytes, f"{self._count(Tier.PINNED)} units in host memory, streamed each pass"),
+            ("disk", self.disk_bytes, f"{self._count(Tier.DISK)} units read each pass"),
+        ]
+        return "\n".join(f"{name:<12}{format_bytes(size):>9}  {what}" for name, size, what in rows)
+
+    def _bytes(self, tier: Tier) -> int:
+        return sum(unit.image_bytes for unit, at in zip(self.units, self.tiers, strict=True) if at is tier)
+
+    def _count(self, tier: Tier) -> int:
+        return sum(at is tier for at in self.tiers)
+
+
+def make_plan(
+    units: Sequence[Unit],
+    *,
+    budget: int,
+    workspace_bytes: int,
+    host_bytes: int,
+    ring_bytes: int | None = None,
+    has_disk: bool = True,
+) -> Plan:
+    """Place ``units``; see the module's text.
+
+    Args:
+        units: in execution order.
+        budget: device memory in all, bytes.
+        workspace_bytes: what KV cache, activations and scratch need of it.
+        host_bytes: the largest arena.
+        ring_bytes: ring size; by default three of the largest streamed unit.
+        has_disk: whether the weights have files to be read from again.
+
+    Raises:
+        PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
+    """
+    must_stay = [unit for unit in units if unit.held or unit.image_bytes <= PAGE]
+    streamable = [unit for unit in units if unit not in must_stay]
+    fixed = _total(must_stay) + workspace_bytes
+    chosen = set(map(_name, must_stay))
+    for unit in _singular(streamable):
+        ring = ring_bytes or _default_ring(u for u in streamable if u.name not in chosen and u is not unit)
+        if fixed + unit.image_bytes + ring <= budget:
+            chosen.add(unit.name)
+            fixed += unit.image_bytes
+    rest = [unit for unit in units if unit.name not in chosen]
+    ring = ring_bytes or min(_default_ring(rest), max(budget - fixed, 0))
+    _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes)
+    chosen |= _spread(rest, budget - fixed - ring)
+    streamed = [unit for unit in units if unit.name not in chosen]
+    pinned = _spread(streamed, host_bytes)
+    if not has_disk and len(pinned) < len(streamed):
+        raise PlanError(
+            f"host memory: the streamed weights need {format_bytes(_total(streamed))}, but {format_bytes(host_bytes)} "
+            "are allowed, and weights made in memory have no disk tier; raise host_memory or budget"
+        )
+
+    def tier(unit: Unit) -> Tier:
+        if unit.name in chosen:
+            return Tier.RESIDENT
+        return Tier.PINNED if unit.name in pinned else Tier.DISK
+
+    ring = ring // PAGE * PAGE if streamed else 0
+    return Plan(
+        units=tuple(units),
+        tiers=tuple(map(tier, units)),
+        slots=tuple(schedule([unit.image_bytes for unit in streamed], ring)),
+        budget=budget,
+        ring_bytes=ring,
+        workspace_bytes=workspace_bytes,
+        model_bytes=sum(unit.weight_bytes for unit in units),
+    )
+
+
+def _check(
+    streamed: Sequence[Unit], ring: int, asked_ring: int | None, fixed: int, budget: int, workspace: int
+) -> None:
+    """Refuse a ring that its largest unit does not fit, and a budget that ring and fixed needs do not fit."""
+    largest = max(streamed, key=lambda unit: unit.image_bytes, default=None)
+    needed = largest.image_bytes if largest is not None else 0
+    if asked_ring is not None and largest is not None and needed > asked_ring // PAGE * PAGE:
+        raise PlanError(
+            f"ring: unit {largest.name} has {format_bytes(needed)}, more than the ring's {format_bytes(asked_ring)}; "
+            f"a ring of {needed} bytes would do"
+        )
+    smallest = fixed + (asked_ring or needed)
+    if smallest > budget:
+        ring_text = format_bytes(asked_ring or needed) + (f" (unit {largest.name})" if largest and not asked_ring else "")
+        raise PlanError(
+            f"budget: {format_bytes(budget)} is too small: workspace {format_bytes(workspace)}, weights that cannot be "
+            f"streamed {format_bytes(fixed - workspace)} and a ring of {ring_text} need {smallest} bytes"
+        )
+
+
+def _singular(units: Sequence[Unit]) -> list[Unit]:
+    """Return the units to keep first, largest first: read twice in a pass, or of a size outside the repeated blocks.
+
+    These are embeddings and output projections; streaming one would cost a ring three times its size.
+    """
+    occurrences = Counter(unit.image_bytes for unit in units)
+    odd = [unit for unit in units if len(unit.readers) > 1 or occurrences[unit.image_bytes] <= 2]
+    return sorted(odd, key=lambda unit: (len(unit.readers) > 1, unit.image_bytes), reverse=True)
+
+
+def _spread(units: Sequence[Unit], capacity: int) -> set[str]:
+    """Choose units of at most ``capacity`` bytes, spaced evenly, so that the link is never idle for long."""
+    total = _total(units)
+    if total <= capacity:
+        return set(map(_name, units))
+    chosen: set[str] = set()
+    used = 0
+    due = 0.0
+    for unit in units:
+        due += unit.image_bytes * max(capacity, 0) / total
+        if used + unit.image_bytes <= min(due + unit.image_bytes / 2, capacity):
+            chosen.add(unit.name)
+            used += unit.image_bytes
+    for unit in units:
+        if unit.name not in chosen and used + unit.image_bytes <= capacity:
+            chosen.add(unit.name)
+            used += unit.image_bytes
+    return chosen
+
+
+def _default_ring(units: Iterable[Unit]) -> int:
+    return OVERLAP_UNITS * max((unit.image_bytes for unit in units), default=0)
+
+
+def _total(units: Iterable[Unit]) -> int:
+    return sum(unit.image_bytes for unit in units)
+
+
+_name: Callable[[Unit], str] = lambda unit: unit.name  # noqa: E731

@@ -1,0 +1,212 @@
+"""Units: tensors that travel together, in the order in which a forward pass reads them.
+
+The order is recorded once, by running the model on the meta device, where nothing is computed. While it runs, every
+operation that reads a parameter is seen, and the innermost module running at that moment is the parameter's reader:
+so a weight that a parent reads in its child's stead is fetched for the parent. A model that the meta device cannot run
+(its control flow depends on values) falls back to its repeated blocks in the order in which they are registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+from djinn.weights.index import FileSpan, TensorEntry, WeightIndex, owners
+
+PAGE = 4096
+"""Direct reads need file offset, address and length in multiples of this."""
+ALIGNMENT = 256
+"""Bytes to which tensors are aligned in memory, so that kernels choose the same path as for resident weights."""
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor and its byte offset in its unit's image."""
+
+    name: str
+    entry: TensorEntry
+    offset: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that travel together. Their **image** is the same in the arena and in the ring, so one copy moves it.
+
+    ``readers`` are the modules that read it, in order; ``held`` says that a reader runs other units while it needs
+    this one, so that it cannot be streamed and stays on the device.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    tensors: tuple[PlacedTensor, ...]
+    held: bool = False
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of the image, whole pages."""
+        last = self.tensors[-1]
+        return _round_up(last.offset + last.entry.nbytes, PAGE)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors themselves, without padding."""
+        return sum(tensor.entry.nbytes for tensor in self.tensors)
+
+
+def find_units(index: WeightIndex) -> list[Unit]:
+    """Return the model's units in execution order; every tensor of the index is in exactly one."""
+    names = {id(parameter): name for name, parameter in index.model.named_parameters()}
+    try:
+        reads = _trace(index.model, names)
+    except Exception:
+        # Whatever a model's own code raises on meta tensors: its order is then not known beforehand.
+        reads = []
+    members = _group(_read_by_module(reads) if reads else _read_by_block(index.model, names))
+    all_readers = {reader for readers in members for reader in readers}
+    return [
+        Unit(
+            name=readers[0] or "model",
+            readers=readers,
+            tensors=_layout([(name, index.tensors[name]) for name in parameters]),
+            held=any(other != reader and _inside(other, reader) for reader in readers for other in all_readers),
+        )
+        for readers, parameters in members.items()
+    ]
+
+
+def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
+    """Place tensors in an image so that a direct read can put a file's pages straight into it.
+
+    A tensor whose file offset is aligned keeps its offset within the page, on pages of its own; others are packed.
+    """
+    placed = []
+    end = 0
+    for name, entry in tensors:
+        if isinstance(entry.source, FileSpan) and entry.source.offset % ALIGNMENT == 0:
+            offset = _round_up(end, PAGE) + entry.source.offset % PAGE
+        else:
+            offset = _round_up(end, ALIGNMENT)
+        placed.append(PlacedTensor(name, entry, offset))
+        end = offset + entry.nbytes
+        if offset % PAGE:
+            end = _round_up(end, PAGE)
+    return tuple(placed)
+
+
+class _ReadRecorder(TorchFunctionMode):
+    """Reports every parameter that an operation takes."""
+
+    def __init__(self, names: dict[int, str], report: Callable[[str], None]) -> None:
+        super().__init__()
+        self._names = names
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for value in tree_iter((args, kwargs)):
+            name = self._names.get(id(value))
+            # Looking at an attribute of a parameter (its dtype, its device) reads no weights.
+            if name is not None and getattr(func, "__name__", "") != "__get__":
+                self._report(name)
+        return func(*args, **kwargs)
+
+
+def _trace(model: nn.Module, names: dict[int, str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Run the model on the meta device; return every read as (parameter, modules running, outermost first)."""
+    running: list[str] = []
+    reads: list[tuple[str, tuple[str, ...]]] = []
+    handles = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            running.append(name)
+
+        return hook
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    def report(parameter: str) -> None:
+        reads.append((parameter, tuple(running)))
+
+    with _meta_buffers(model):
+        try:
+            for name, module in model.named_modules():
+                handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+            ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+            with torch.no_grad(), _ReadRecorder(names, report):
+                model(input_ids=ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+    missing = set(names.values()) - {parameter for parameter, _ in reads}
+    if missing:
+        raise LookupError(f"parameters that the traced pass never read: {sorted(missing)[:3]}")
+    return reads
+
+
+@contextmanager
+def _meta_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the model's buffers on the meta device for a while: operations cannot mix it with another."""
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer.to("meta")
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+
+
+def _read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[str]]:
+    """Return for each parameter, in order of first read, the modules that read it."""
+    readers: dict[str, list[str]] = {}
+    for parameter, running in reads:
+        known = readers.setdefault(parameter, [])
+        if running[-1] not in known:
+            known.append(running[-1])
+    return readers
+
+
+def _read_by_block(model: nn.Module, names: dict[int, str]) -> dict[str, list[str]]:
+    """Return for each parameter the outermost element of a module list that holds it, else its own module."""
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(_inside(name, block) for block in blocks):
+            blocks.extend(f"{name}.{child}" for child in module._modules)
+    readers: dict[str, list[str]] = {}
+    for full, _, _, parameter in owners(model):
+        reader = next((block for block in blocks if _inside(full, block)), full.rpartition(".")[0])
+        known = readers.setdefault(names[id(parameter)], [])
+        if reader not in known:
+            known.append(reader)
+    return readers
+
+
+def _group(readers: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
+    """Join the parameters that the same modules read."""
+    members: dict[tuple[str, ...], list[str]] = {}
+    for parameter, modules in readers.items():
+        members.setdefault(tuple(modules), []).append(parameter)
+    return members
+
+
+def _inside(name: str, ancestor: str) -> bool:
+    return ancestor == "" or name == ancestor or name.startswith(ancestor + ".")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
