@@ -1,0 +1,131 @@
+"""What djinn.hardware says of this machine, and of machines described by files made for the test."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from djinn import hardware
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_machine_is_described_and_survives_a_round_trip(tmp_path: Path) -> None:
+    machine = hardware.describe(tmp_path)
+    assert machine.ram_bytes == psutil.virtual_memory().total
+    assert 0 < machine.available_bytes <= machine.ram_bytes
+    assert 0 < machine.ram_limit_bytes <= machine.ram_bytes
+    assert machine.threads == os.cpu_count()
+    assert machine.torch == torch.__version__
+    assert machine.disk_free_bytes > 0
+    assert hardware.Machine.model_validate_json(machine.model_dump_json()) == machine
+
+
+def test_the_description_names_neither_host_nor_user() -> None:
+    described = json.dumps(hardware.describe().model_dump(mode="json"))
+    assert socket.gethostname() not in described
+    assert str(Path.home()) not in described
+    assert str(Path.cwd()) not in described
+
+
+def test_gpus_agree_with_torch() -> None:
+    machine = hardware.describe()
+    if torch.cuda.is_available():
+        assert [gpu.name for gpu in machine.gpus] == [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ]
+        assert machine.torch_sees_gpu
+    else:
+        assert not machine.torch_sees_gpu
+    assert hardware.numa_node_of(10_000) is None
+
+
+def test_usable_ram_is_never_more_than_what_is_available() -> None:
+    assert 0 < hardware.usable_ram() <= psutil.virtual_memory().total
+
+
+def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert hardware.free_disk(tmp_path / "not" / "yet") > 0
+    assert hardware.free_disk(Path("not/yet")) > 0
+
+
+def test_cgroup_v2_takes_the_tightest_limit_above_the_process(tmp_path: Path) -> None:
+    _write(tmp_path / "membership", "0::/pod/container\n")
+    root = tmp_path / "cgroup"
+    _write(root / "pod/container/memory.max", "max\n")
+    _write(root / "pod/memory.max", "8000\n")
+    _write(root / "pod/memory.current", "5000\n")
+    _write(root / "pod/memory.stat", "anon 1000\nactive_file 1500\ninactive_file 2500\n")
+    assert hardware._cgroup_memory(tmp_path / "membership", root) == (8000, 7000)
+
+
+def test_cgroup_v2_of_a_container_that_sees_itself_as_the_root(tmp_path: Path) -> None:
+    _write(tmp_path / "membership", "0::/\n")
+    _write(tmp_path / "cgroup/memory.max", "4096\n")
+    _write(tmp_path / "cgroup/memory.current", "96\n")
+    assert hardware._cgroup_memory(tmp_path / "membership", tmp_path / "cgroup") == (4096, 4000)
+
+
+def test_cgroup_v1_counts_descendants_and_ignores_no_limit(tmp_path: Path) -> None:
+    _write(tmp_path / "membership", "5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n")
+    root = tmp_path / "cgroup"
+    _write(root / "memory/memory.limit_in_bytes", "9223372036854771712\n")
+    _write(root / "memory/a/memory.limit_in_bytes", "6000\n")
+    _write(root / "memory/a/memory.usage_in_bytes", "3000\n")
+    _write(root / "memory/a/memory.stat", "inactive_file 1\ntotal_inactive_file 400\ntotal_active_file 600\n")
+    assert hardware._cgroup_memory(tmp_path / "membership", root) == (6000, 4000)
+
+
+def test_no_cgroup_at_all(tmp_path: Path) -> None:
+    assert hardware._cgroup_memory(tmp_path / "membership", tmp_path) == (None, None)
+
+
+def test_numa_nodes_come_in_order_with_their_memory(tmp_path: Path) -> None:
+    for index, cpus in (10, "8-15"), (2, "0-7"):
+        _write(tmp_path / f"node{index}/cpulist", cpus + "\n")
+        _write(tmp_path / f"node{index}/meminfo", f"Node {index} MemTotal:       1024 kB\nNode {index} MemFree: 1 kB\n")
+    assert hardware._numa_nodes(tmp_path) == (
+        hardware.NumaNode(index=2, cpus="0-7", memory_bytes=2**20),
+        hardware.NumaNode(index=10, cpus="8-15", memory_bytes=2**20),
+    )
+
+
+@pytest.mark.parametrize(("said", "node"), [("1\n", 1), ("-1\n", None), (None, None)])
+def test_the_numa_node_of_a_gpu_is_found_by_its_bus_id(tmp_path: Path, said: str | None, node: int | None) -> None:
+    if said is not None:
+        _write(tmp_path / "0000:1b:00.0/numa_node", said)
+    assert hardware._pci_numa_node("00000000:1B:00.0", tmp_path) == node
+
+
+@pytest.mark.parametrize(("capabilities", "exempt"), [("000001fffeffffff", True), ("00000000a80425fb", False)])
+def test_whether_memory_may_be_locked_past_the_limit(tmp_path: Path, capabilities: str, exempt: bool) -> None:
+    _write(tmp_path / "status", f"Name:\tpython\nCapEff:\t{capabilities}\n")
+    assert hardware._may_lock_memory(tmp_path / "status") is exempt
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_driver_there_is_no_nvml() -> None:
+    with hardware.nvml() as library:
+        assert library is None
+
+
+def test_an_unknown_package_has_no_version() -> None:
+    assert hardware.installed("no-such-package-anywhere") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_cuda_device_tells_its_memory_and_link() -> None:
+    gpu = hardware.describe().gpus[0]
+    assert gpu.memory_bytes == torch.cuda.get_device_properties(0).total_memory
+    assert gpu.compute_capability == "{}.{}".format(*torch.cuda.get_device_capability(0))
+    if gpu.pcie_generation is not None:
+        assert gpu.pcie_generation_max is not None
+        assert gpu.pcie_generation <= gpu.pcie_generation_max
