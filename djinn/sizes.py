@@ -53,7 +53,7 @@ def format_bytes(size: float) -> str:
 
 
 def exact_bytes(size: int) -> str:
-    """Return the shortest exact writing of ``size``: ``16 MiB``, ``2 GB``, ``1500 MB``; :func:`parse_bytes` undoes it."""
+    """Return the shortest exact writing of ``size``, such as ``16 MiB`` or ``1500 MB``; `parse_bytes` undoes it."""
     return min((f"{size // unit} {name}" for name, unit in _UNITS.items() if size % unit == 0), key=len)
 
 

@@ -6,6 +6,7 @@ a record too, with a status and a reason; its numbers are absent, never zero and
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -83,14 +84,26 @@ class Record(BaseModel):
         """What makes a record the same measurement: experiment, system, variant, run, configuration."""
         return (self.experiment, self.system, self.variant, self.run, self.config_digest)
 
+    @property
+    def link_gbps(self) -> float | None:
+        """Bytes that crossed the link ÷ wall time, in 10^9 bytes/s."""
+        return None if self.link_bytes is None or self.wall_s is None else self.link_bytes / self.wall_s / 1e9
+
 
 def append_record(path: Path, record: Record) -> None:
-    """Append ``record`` as one line, written and flushed in one call so that an interrupt cannot tear it."""
+    """Append ``record`` as one line, written and flushed in one call so that an interrupt cannot tear it.
+
+    Raises:
+        OSError: the folder is not writable, or the disk is full; the file then ends with the record before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (record.model_dump_json() + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line)
+        end = os.fstat(descriptor).st_size
+        if os.write(descriptor, line) < len(line):
+            os.ftruncate(descriptor, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
