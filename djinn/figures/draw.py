@@ -1,0 +1,73 @@
+"""Every figure of a run directory, written as PDF, PNG and the CSV it was drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from djinn.bench.records import latest, read_records
+from djinn.config import load_profile
+from djinn.errors import DjinnError
+from djinn.figures import frames, plots
+from djinn.figures.style import house_style
+
+PNG_DPI = 220
+
+
+def draw_all(run_dir: Path) -> list[Path]:
+    """Draw what the results of ``run_dir`` allow into ``run_dir/figures``; return the files written.
+
+    A figure whose results are missing is not drawn, and a line says why.
+
+    Raises:
+        ConfigError: a result file that is damaged.
+    """
+    written: list[Path] = []
+    for name, frame, plot in _figures(run_dir):
+        try:
+            figure = plot(frame)
+        except DjinnError as error:
+            print(f"{name}: not drawn: {error}")
+            continue
+        written += save(figure, frame, run_dir / "figures" / name)
+    return written
+
+
+@house_style()
+def save(figure: Figure, frame: pd.DataFrame, stem: Path) -> list[Path]:
+    """Write ``figure`` to ``stem``.pdf and .png, and the frame it shows to ``stem``.csv, each whole or not at all."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    # No date inside, so that the same records give the same bytes.
+    writers: dict[str, Callable[[Path], object]] = {
+        ".pdf": partial(figure.savefig, format="pdf", metadata={"CreationDate": None}),
+        ".png": partial(figure.savefig, format="png", dpi=PNG_DPI),
+        ".csv": partial(frame.to_csv, index=False),
+    }
+    paths = []
+    for suffix, write in writers.items():
+        path = stem.with_name(stem.name + suffix)
+        unfinished = stem.with_name(f".{path.name}.part")
+        write(unfinished)
+        unfinished.replace(path)
+        paths.append(path)
+    return paths
+
+
+def _figures(run_dir: Path) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
+    records = latest(read_records(run_dir / "results" / "baselines.jsonl"))
+    profile = run_dir / "profile.yaml"
+    systems = load_profile(profile).systems if records and profile.is_file() else ()
+    runs = frames.runs(records, systems)
+    yield "bandwidth", runs, plots.bandwidth
+    yield "ttft", runs, plots.ttft
+    yield "time_per_token", frames.tokens(records, systems), plots.time_per_token
+    yield "device_memory", runs, plots.device_memory
+    points = frames.read_sweep(run_dir)
+    yield "chunk_sweep", points[points["axis"] == "chunk"], partial(plots.sweep, axis="chunk")
+    yield "ring_sweep", points[points["axis"] == "ring"], partial(plots.sweep, axis="ring")
+    pcie = frames.read_pcie(run_dir)
+    yield "timeline", frames.read_timeline(run_dir), partial(plots.timeline, pcie=pcie)

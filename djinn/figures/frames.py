@@ -1,0 +1,176 @@
+"""Records as tidy DataFrames: the one place where result files become the rows that figures and the report use.
+
+Every system that the profile lists has rows. Where a measurement is missing its number is NaN and ``words`` says
+why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
+
+``runs``: one row per run.
+    name             system, or system:variant
+    run              number of the run, from 0; -1 where there is none
+    status, reason   as recorded; status "not run" where there is no record
+    words            "" for a finished run, else the few words to draw in its place
+    load_s, ttft_s, wall_s   seconds
+    token_s          mean seconds from one token to the next; NaN for a single token
+    generate_s       ttft_s plus every per-token time: what the passes of the run took
+    link_gbps        bytes that crossed the link / wall_s, 10^9 bytes/s
+    effective_gbps   weight bytes the model consumed / wall_s, 10^9 bytes/s
+    ceiling_gbps     the link's raw rate beside this run, 10^9 bytes/s
+    link_utilisation, model_bytes, budget_bytes, ring_bytes, chunk_bytes, resident_bytes   as recorded
+    peak_device_bytes, peak_host_bytes, peak_anon_bytes   as recorded
+    tokens           the generated ids, as a tuple
+``tokens``: one row per token after the first: name, run, token (from 1), token_s, words.
+``sweep``: as ``runs``, and
+    axis             what was varied: "chunk" or "ring"
+    size_bytes       the point, bytes
+``timeline``: one row per interval of the copy engine: lane, unit, start_s, end_s, nbytes, cause.
+``pcie``: the trace of the GPU's link: time_s, rx_gbps, tx_gbps, source.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from djinn.bench.records import Record, latest, read_records
+from djinn.bench.statistics import system_label
+from djinn.errors import ConfigError
+from djinn.sizes import parse_bytes
+
+NOT_RUN = "not run"
+NOT_MEASURED = "not measured"
+_WORDS = {"oom": "OOM", "timeout": "timed out", "unavailable": "unavailable", "error": "failed"}
+
+_COPIED = [
+    "load_s",
+    "ttft_s",
+    "wall_s",
+    "effective_gbps",
+    "ceiling_gbps",
+    "link_utilisation",
+    "model_bytes",
+    "budget_bytes",
+    "ring_bytes",
+    "chunk_bytes",
+    "resident_bytes",
+    "peak_device_bytes",
+    "peak_host_bytes",
+    "peak_anon_bytes",
+]
+_NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps"]
+RUN_COLUMNS = ["name", "run", "status", "reason", "words", *_NUMBERS, "tokens"]
+TIMELINE_COLUMNS = ["lane", "unit", "start_s", "end_s", "nbytes", "cause"]
+
+
+def read_runs(run_dir: Path, systems: Sequence[str] = ()) -> pd.DataFrame:
+    """Return ``runs`` of a run directory's baselines; ``systems`` without a record get a "not run" row."""
+    return runs(latest(read_records(run_dir / "results" / "baselines.jsonl")), systems)
+
+
+def read_sweep(run_dir: Path) -> pd.DataFrame:
+    """Return ``sweep`` of a run directory."""
+    return sweep(latest(read_records(run_dir / "results" / "sweep.jsonl")))
+
+
+def read_timeline(run_dir: Path) -> pd.DataFrame:
+    """Return ``timeline`` of a run directory; no rows where none was recorded."""
+    path = run_dir / "results" / "timeline.jsonl"
+    if not path.is_file() or not path.stat().st_size:
+        return pd.DataFrame(columns=TIMELINE_COLUMNS)
+    return pd.read_json(path, lines=True).reindex(columns=TIMELINE_COLUMNS)
+
+
+def read_pcie(run_dir: Path) -> pd.DataFrame:
+    """Return ``pcie`` of a run directory; no rows where none was recorded."""
+    path = run_dir / "results" / "pcie.csv"
+    if not path.is_file() or not path.stat().st_size:
+        return pd.DataFrame(columns=["time_s", "rx_gbps", "tx_gbps", "source"])
+    return pd.read_csv(path)
+
+
+def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:
+    """Return one row per record, and one "not run" row for each of ``systems`` that has none."""
+    rows = [_row(record) for record in records]
+    seen = {row["name"] for row in rows}
+    rows += [
+        {"name": name, "run": -1, "status": NOT_RUN, "reason": "", "words": NOT_RUN, "tokens": ()}
+        for name in systems
+        if name not in seen
+    ]
+    return pd.DataFrame(rows, columns=RUN_COLUMNS).astype(dict.fromkeys(_NUMBERS, float))
+
+
+def tokens(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:
+    """Return one row per token after the first; a run without one keeps a row with NaN and words."""
+    samples = {(system_label(record), record.run): record.per_token_s for record in records}
+    rows = []
+    for run in runs(records, systems).itertuples():
+        measured = samples.get((run.name, run.run)) or [np.nan]
+        for number, seconds in enumerate(measured, start=1):
+            rows.append({"name": run.name, "run": run.run, "token": number, "token_s": seconds, "words": run.words})
+    return pd.DataFrame(rows, columns=["name", "run", "token", "token_s", "words"]).astype({"token_s": float})
+
+
+def sweep(records: Sequence[Record]) -> pd.DataFrame:
+    """Return ``runs`` with the varied axis and its size, read from each record's variant ("chunk=64 MiB").
+
+    Raises:
+        ConfigError: a record whose variant names no point.
+    """
+    frame = runs(records)
+    points = [_point(record.variant) for record in records]
+    frame.insert(1, "axis", [axis for axis, _ in points])
+    frame.insert(2, "size_bytes", [size for _, size in points])
+    frame["name"] = [record.system for record in records]
+    return frame
+
+
+def names(frame: pd.DataFrame) -> list[str]:
+    """Return the systems of ``frame`` in order of first appearance."""
+    return list(dict.fromkeys(frame["name"]))
+
+
+def gaps(frame: pd.DataFrame, column: str, by: str = "name") -> dict[object, str]:
+    """Return the words to draw for each group of ``by`` that has no number, or not for every run, in ``column``.
+
+    A group with no number at all has its words alone ("OOM"); one with some has its runs counted ("OOM in 1 of 3").
+    """
+    words: dict[object, str] = {}
+    for group, rows in frame.groupby(by, sort=False):
+        missing = rows[rows[column].isna()]
+        if missing.empty:
+            continue
+        said = missing["words"].replace("", NOT_MEASURED).value_counts().index[0]
+        missed, all_runs = missing["run"].nunique(), rows["run"].nunique()
+        words[group] = said if len(missing) == len(rows) else f"{said} in {missed} of {all_runs}"
+    return words
+
+
+def _row(record: Record) -> dict[str, object]:
+    row: dict[str, object] = {column: getattr(record, column) for column in _COPIED}
+    row |= {"name": system_label(record), "run": record.run, "status": record.status, "reason": record.reason}
+    row |= {"words": _words(record.status, record.reason), "tokens": tuple(record.tokens)}
+    if record.per_token_s:
+        row["token_s"] = sum(record.per_token_s) / len(record.per_token_s)
+    if record.status == "ok" and record.ttft_s is not None:
+        row["generate_s"] = record.ttft_s + sum(record.per_token_s)
+    if record.link_bytes is not None and record.wall_s is not None:
+        row["link_gbps"] = record.link_bytes / record.wall_s / 1e9
+    return row
+
+
+def _words(status: str, reason: str) -> str:
+    if status == "ok":
+        return ""
+    if status == "unavailable" and reason:
+        return "unavailable: " + textwrap.shorten(reason.removeprefix("unavailable: "), 34, placeholder=" …")
+    return _WORDS[status]
+
+
+def _point(variant: str) -> tuple[str, int]:
+    axis, _, size = variant.partition("=")
+    if axis not in ("chunk", "ring") or not size:
+        raise ConfigError(f"sweep record with variant {variant!r}: expected 'chunk=<size>' or 'ring=<size>'")
+    return axis, parse_bytes(size)

@@ -1,0 +1,224 @@
+"""The figures of the artifact: pure functions from a tidy frame (see :mod:`djinn.figures.frames`) to a Figure.
+
+Each takes an optional ``ax`` to draw into and returns the whole Figure. An empty frame is refused with a
+:class:`~djinn.errors.DjinnError` that says what is missing; a missing value is drawn as its words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from djinn.bench.statistics import summarise
+from djinn.errors import DjinnError
+from djinn.figures import frames
+from djinn.figures.style import (
+    LANES,
+    LOOKS,
+    PAGE_IN,
+    SMALLEST_PT,
+    canvas,
+    explain,
+    figure_of,
+    house_style,
+    words_at,
+)
+from djinn.sizes import format_bytes
+
+_MEAN = "Whiskers: 95% interval of the mean (Student t)."
+_CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band: range)."
+
+
+@house_style()
+def bandwidth(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
+    """Link bandwidth (filled) and effective bandwidth (outline) of each system against the link's ceiling."""
+    _require(runs, "no baseline records")
+    ax = canvas(ax, _bar_height(runs))
+    _ceiling(runs, ax.axvline, ax.axvspan)
+    for row, name in enumerate(frames.names(runs)):
+        effective = runs.loc[runs["name"] == name, "effective_gbps"].dropna()
+        if len(effective):
+            ax.barh(row, effective.mean(), height=0.84, fill=False, edgecolor=LOOKS[name].colour, linewidth=0.8)
+    _bars(ax, runs, "link_gbps")
+    ax.set_xlabel("GB/s")
+    filled = "Filled: bytes that crossed the link, mean of the runs (dots). Outline: weight bytes the model consumed."
+    explain(ax, "Bandwidth", f"{filled} {_MEAN} {_CEILING}")
+    return figure_of(ax)
+
+
+@house_style()
+def ttft(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
+    """Time to first token of each system, ring cold."""
+    _require(runs, "no baseline records")
+    ax = canvas(ax, _bar_height(runs))
+    _bars(ax, runs, "ttft_s")
+    ax.set_xlabel("seconds")
+    explain(ax, "Time to first token", f"Mean of the runs (dots). {_MEAN}")
+    return figure_of(ax)
+
+
+@house_style()
+def time_per_token(tokens: pd.DataFrame, ax: Axes | None = None) -> Figure:
+    """Time from each token to the next: every sample, with mean and interval."""
+    _require(tokens, "no baseline records")
+    ax = canvas(ax, _bar_height(tokens))
+    _bars(ax, tokens, "token_s")
+    ax.set_xlabel("seconds per token")
+    explain(ax, "Time per output token", f"Mean over all tokens of all runs (dots). {_MEAN}")
+    return figure_of(ax)
+
+
+@house_style()
+def device_memory(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
+    """Peak device memory of each system against the size of the model and the budget."""
+    _require(runs, "no baseline records")
+    ax = canvas(ax, _bar_height(runs))
+    unit, scale = _unit(runs[["model_bytes", "budget_bytes", "peak_device_bytes"]].max().max())
+    legend = []
+    for column, line, words in (("budget_bytes", "--", "budget"), ("model_bytes", "-", "model")):
+        for size in runs[column].dropna().unique():
+            ax.axvline(size / scale, color="black", linestyle=line)
+            legend.append(f"{words} {format_bytes(size)} ({'dashed' if line == '--' else 'solid'} line)")
+    _bars(ax, runs.assign(peak=runs["peak_device_bytes"] / scale), "peak", spread=False)
+    ax.set_xlabel(f"peak device memory, {unit}")
+    explain(ax, "Device memory against model size", f"Largest peak of the runs (dots); {', '.join(legend)}.")
+    return figure_of(ax)
+
+
+@house_style()
+def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
+    """Link bandwidth over chunk sizes or ring sizes (``axis``: "chunk" or "ring") under the link's ceiling."""
+    points = points[points["axis"] == axis].sort_values("size_bytes")
+    _require(points, f"no sweep records over {axis} sizes")
+    ax = canvas(ax, 2.2)
+    look = LOOKS["djinn"]
+    sizes = points["size_bytes"].unique().tolist()
+    samples = [points.loc[points["size_bytes"] == size, "link_gbps"].dropna().tolist() for size in sizes]
+    means, below, above = zip(*map(_interval, samples), strict=True)
+    _ceiling(points, ax.axhline, ax.axhspan)
+    for place, each in enumerate(samples):
+        ax.plot([place] * len(each), each, ".", color="black", markersize=3, zorder=4)
+    ax.errorbar(
+        range(len(sizes)), means, yerr=[below, above], color=look.colour, marker=look.marker, markersize=5, capsize=2
+    )
+    for size, words in frames.gaps(points, "link_gbps", by="size_bytes").items():
+        words_at(ax, words, sizes.index(size), 0, up=True)
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(-0.5, len(sizes) - 0.5)
+    ax.set_xticks(range(len(sizes)), [_exact(int(size)) for size in sizes])
+    ax.set_xlabel(f"{axis} size")
+    ax.set_ylabel("link, GB/s")
+    explain(ax, f"Bandwidth by {axis} size", f"Mean of the runs (dots). {_MEAN} {_CEILING}")
+    return figure_of(ax)
+
+
+@house_style()
+def timeline(intervals: pd.DataFrame, pcie: pd.DataFrame | None = None, ax: Axes | None = None) -> Figure:
+    """What the copy engine did when: copies, compute and stalls; below it the link's counters where there is a trace.
+
+    ``ax`` takes the lanes alone; the trace has a clock of its own and so an axes of its own.
+    """
+    _require(intervals, "no timeline")
+    traced = ax is None and pcie is not None and not pcie.empty
+    ax = canvas(ax, 2.9 if traced else 1.7, PAGE_IN)
+    figure = figure_of(ax)
+    if traced and pcie is not None:
+        figure.clear()
+        ax, below = figure.subplots(2, height_ratios=[3, 2])
+        for column, words, line in (("rx_gbps", "to the device", "-"), ("tx_gbps", "from the device", ":")):
+            below.plot(pcie["time_s"], pcie[column], line, color="black", label=words)
+        below.set_ylabel("PCIe, GB/s")
+        below.set_xlabel("seconds since the trace began")
+        below.legend(loc="upper right", ncols=2)
+    start, end = intervals["start_s"].min(), intervals["end_s"].max()
+    for row, (lane, colour) in enumerate(LANES.items()):
+        spans = intervals[intervals["lane"] == lane]
+        bars = [(begin - start, until - begin) for begin, until in zip(spans["start_s"], spans["end_s"], strict=True)]
+        ax.broken_barh(bars, (row - 0.38, 0.76), facecolor=colour, edgecolor="white", linewidth=0.2)
+        busy = (spans["end_s"] - spans["start_s"]).sum() / (end - start) if end > start else 0.0
+        ax.annotate(
+            f"{busy:.0%}", (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
+            va="center", fontsize=SMALLEST_PT,
+        )  # fmt: skip
+    ax.set_yticks(range(len(LANES)), list(LANES))
+    ax.set_ylim(len(LANES) - 0.5, -0.5)
+    ax.set_xlim(0, end - start)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("seconds")
+    explain(
+        ax, "Copies against compute", "Every interval of the engine's timeline. Right: share of the time in each lane."
+    )
+    return figure
+
+
+def _require(frame: pd.DataFrame, what: str) -> None:
+    if frame.empty:
+        raise DjinnError(what)
+
+
+def _bar_height(frame: pd.DataFrame) -> float:
+    return 1.2 + 0.24 * len(frames.names(frame))
+
+
+def _interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean, and how far below and above it the interval reaches; NaN for what the samples cannot say."""
+    if not samples:
+        return np.nan, np.nan, np.nan
+    summary = summarise(samples)
+    if summary.low is None or summary.high is None:
+        return summary.mean, np.nan, np.nan
+    return summary.mean, summary.mean - summary.low, summary.high - summary.mean
+
+
+def _bars(ax: Axes, frame: pd.DataFrame, column: str, spread: bool = True) -> None:
+    """Draw one bar per system: mean and interval (or, without ``spread``, the largest), every sample, and the gaps."""
+    order = frames.names(frame)
+    sns.stripplot(frame, x=column, y="name", order=order, ax=ax, color="black", size=2.2, jitter=0.2, zorder=4)
+    for row, name in enumerate(order):
+        samples = frame.loc[frame["name"] == name, column].dropna().tolist()
+        if not samples:
+            continue
+        look = LOOKS[name]
+        value, below, above = _interval(samples) if spread else (max(samples), np.nan, np.nan)
+        # A hatch takes the edge's colour: white shows on the fill and in grey print.
+        ax.barh(row, value, height=0.64, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+        if np.isfinite(below):
+            ax.errorbar(
+                value, row, xerr=[[min(below, value)], [above]], color="black", capsize=2, linewidth=0.8, zorder=5
+            )
+        end = np.nanmax([value + above, *samples])
+        words_at(ax, f"{value:.3g}", end, row, colour="black")
+    for name, words in frames.gaps(frame, column).items():
+        words_at(ax, words, 0, order.index(str(name)))
+    ax.set_yticks(range(len(order)), [LOOKS[name].label for name in order])
+    ax.set_ylim(len(order) - 0.5, -0.5)
+    ax.margins(x=0.14)
+    ax.set_xlim(left=0)
+    ax.set_ylabel("")
+    ax.grid(False, axis="y")
+
+
+def _ceiling(frame: pd.DataFrame, line: Callable[..., object], band: Callable[..., object]) -> None:
+    ceilings = frame["ceiling_gbps"].dropna()
+    if len(ceilings):
+        band(ceilings.min(), ceilings.max(), color="black", alpha=0.12, linewidth=0)
+        line(ceilings.median(), color="black", linestyle="--")
+
+
+def _unit(largest: float) -> tuple[str, float]:
+    return next(
+        ((name, scale) for name, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)) if largest >= scale), ("B", 1.0)
+    )
+
+
+def _exact(size: int) -> str:
+    """Return a size as it was asked for: in binary units where it is a whole number of them."""
+    for name, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size % scale == 0:
+            return f"{size // scale} {name}"
+    return format_bytes(size)
