@@ -30,6 +30,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,12 +105,14 @@ def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame
 
 def tokens(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:
     """Return one row per token after the first; a run without one keeps a row with NaN and words."""
-    samples = {(system_label(record), record.run): record.per_token_s for record in records}
-    rows = []
-    for run in runs(records, systems).itertuples():
-        measured = samples.get((run.name, run.run)) or [np.nan]
-        for number, seconds in enumerate(measured, start=1):
-            rows.append({"name": run.name, "run": run.run, "token": number, "token_s": seconds, "words": run.words})
+    samples = [record.per_token_s or [np.nan] for record in records]
+    frame = runs(records, systems)
+    samples += [[np.nan]] * (len(frame) - len(records))
+    rows = [
+        {"name": run.name, "run": run.run, "token": number, "token_s": seconds, "words": run.words}
+        for run, measured in zip(frame.itertuples(), samples, strict=True)
+        for number, seconds in enumerate(measured, start=1)
+    ]
     return pd.DataFrame(rows, columns=["name", "run", "token", "token_s", "words"]).astype({"token_s": float})
 
 
@@ -132,12 +135,12 @@ def names(frame: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(frame["name"]))
 
 
-def gaps(frame: pd.DataFrame, column: str, by: str = "name") -> dict[object, str]:
+def gaps(frame: pd.DataFrame, column: str, by: str = "name") -> dict[Any, str]:
     """Return the words to draw for each group of ``by`` that has no number, or not for every run, in ``column``.
 
     A group with no number at all has its words alone ("OOM"); one with some has its runs counted ("OOM in 1 of 3").
     """
-    words: dict[object, str] = {}
+    words: dict[Any, str] = {}
     for group, rows in frame.groupby(by, sort=False):
         missing = rows[rows[column].isna()]
         if missing.empty:

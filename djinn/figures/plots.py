@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -80,10 +79,10 @@ def device_memory(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
     ax = canvas(ax, _bar_height(runs))
     unit, scale = _unit(runs[["model_bytes", "budget_bytes", "peak_device_bytes"]].max().max())
     legend = []
-    for column, line, words in (("budget_bytes", "--", "budget"), ("model_bytes", "-", "model")):
+    for column, line, words in (("budget_bytes", "dashed", "budget"), ("model_bytes", "solid", "model")):
         for size in runs[column].dropna().unique():
             ax.axvline(size / scale, color="black", linestyle=line)
-            legend.append(f"{words} {format_bytes(size)} ({'dashed' if line == '--' else 'solid'} line)")
+            legend.append(f"{words} {format_bytes(size)} ({line})")
     _bars(ax, runs.assign(peak=runs["peak_device_bytes"] / scale), "peak", spread=False)
     ax.set_xlabel(f"peak device memory, {unit}")
     explain(ax, "Device memory against model size", f"Largest peak of the runs (dots); {', '.join(legend)}.")
@@ -178,11 +177,13 @@ def _interval(samples: Sequence[float]) -> tuple[float, float, float]:
 def _bars(ax: Axes, frame: pd.DataFrame, column: str, spread: bool = True) -> None:
     """Draw one bar per system: mean and interval (or, without ``spread``, the largest), every sample, and the gaps."""
     order = frames.names(frame)
-    sns.stripplot(frame, x=column, y="name", order=order, ax=ax, color="black", size=2.2, jitter=0.2, zorder=4)
     for row, name in enumerate(order):
         samples = frame.loc[frame["name"] == name, column].dropna().tolist()
         if not samples:
             continue
+        # Spread the dots evenly over the bar: the same samples give the same picture.
+        spots = row + np.linspace(-0.25, 0.25, len(samples) + 2)[1:-1]
+        ax.plot(samples, spots, ".", color="black", markersize=3, zorder=4)
         look = LOOKS[name]
         value, below, above = _interval(samples) if spread else (max(samples), np.nan, np.nan)
         # A hatch takes the edge's colour: white shows on the fill and in grey print.
@@ -193,8 +194,8 @@ def _bars(ax: Axes, frame: pd.DataFrame, column: str, spread: bool = True) -> No
             )
         end = np.nanmax([value + above, *samples])
         words_at(ax, f"{value:.3g}", end, row, colour="black")
-    for name, words in frames.gaps(frame, column).items():
-        words_at(ax, words, 0, order.index(str(name)))
+    for gap, words in frames.gaps(frame, column).items():
+        words_at(ax, words, 0, order.index(gap))
     ax.set_yticks(range(len(order)), [LOOKS[name].label for name in order])
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.margins(x=0.14)

@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import matplotlib as mpl
 import seaborn as sns
@@ -49,7 +51,7 @@ LOOKS = {
 LANES = {"copy": "#0072B2", "compute": "#009E73", "stall": "#D55E00"}
 """The lanes of the timeline, top to bottom."""
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
     "font.size": 8,
@@ -93,9 +95,9 @@ def explain(ax: Axes, title: str, definition: str) -> None:
     """Write the title, and under it what is drawn and what the error bars mean, from the figure's left edge."""
     figure = figure_of(ax)
     lines = textwrap.wrap(definition, width=int(figure.get_size_inches()[0] * 21))
-    where = {"xycoords": ("figure fraction", "axes fraction"), "textcoords": "offset points"}
-    ax.annotate("\n".join(lines), (0.01, 1), xytext=(0, 4), fontsize=SMALLEST_PT, color=GREY, **where)
-    ax.annotate(title, (0.01, 1), xytext=(0, 6 + 8.5 * len(lines)), fontweight="bold", **where)
+    write = partial(ax.annotate, xycoords=("figure fraction", "axes fraction"), textcoords="offset points")
+    write("\n".join(lines), (0.01, 1), xytext=(0, 4), fontsize=SMALLEST_PT, color=GREY)
+    write(title, (0.01, 1), xytext=(0, 6 + 8.5 * len(lines)), fontweight="bold")
 
 
 def words_at(ax: Axes, words: str, x: float, y: float, *, up: bool = False, colour: str = GREY) -> None:
