@@ -18,8 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from djinn.errors import UnavailableError
-from djinn.sizes import format_bytes
+from djinn.engine.arena import PinnedMemory
 
 Kind = Literal["pinned to device", "pageable to device", "device to pinned", "memcpy"]
 
@@ -64,26 +63,27 @@ def pinned_h2d_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
     beside a model that has taken its budget.
 
     Raises:
-        UnavailableError: the driver refuses to page-lock the memory.
+        PlanError: the driver refuses to page-lock the memory.
     """
-    with _page_locked(_host_memory(chunk_bytes, nbytes)) as host:
+    with _page_locked(_whole(chunk_bytes, nbytes)) as host:
         device = torch.empty(chunk_bytes, dtype=torch.uint8, device="cuda")
         return _cuda_rate([(device, chunk) for chunk in host.split(chunk_bytes)])
 
 
 def pageable_h2d_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
     """Return the rate of copies from ordinary host memory to the current CUDA device, in bytes/s."""
+    host = torch.ones(_whole(chunk_bytes, nbytes), dtype=torch.uint8)
     device = torch.empty(chunk_bytes, dtype=torch.uint8, device="cuda")
-    return _cuda_rate([(device, chunk) for chunk in _host_memory(chunk_bytes, nbytes).split(chunk_bytes)])
+    return _cuda_rate([(device, chunk) for chunk in host.split(chunk_bytes)])
 
 
 def d2h_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
     """Return the rate of copies from the current CUDA device to page-locked host memory, in bytes/s.
 
     Raises:
-        UnavailableError: the driver refuses to page-lock the memory.
+        PlanError: the driver refuses to page-lock the memory.
     """
-    with _page_locked(_host_memory(chunk_bytes, nbytes)) as host:
+    with _page_locked(_whole(chunk_bytes, nbytes)) as host:
         device = torch.ones(chunk_bytes, dtype=torch.uint8, device="cuda")
         return _cuda_rate([(chunk, device) for chunk in host.split(chunk_bytes)])
 
@@ -91,7 +91,7 @@ def d2h_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
 def memcpy_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
     """Return the rate of copies from host memory into a ring of one chunk in host memory, in bytes/s."""
     ring = torch.ones(chunk_bytes, dtype=torch.uint8)
-    chunks = _host_memory(chunk_bytes, nbytes).split(chunk_bytes)
+    chunks = torch.ones(_whole(chunk_bytes, nbytes), dtype=torch.uint8).split(chunk_bytes)
     seconds = []
     for _ in range(_REPEATS):
         begun = time.perf_counter()
@@ -101,24 +101,21 @@ def memcpy_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
     return len(chunks) * chunk_bytes / statistics.median(seconds)
 
 
-def _host_memory(chunk_bytes: int, nbytes: int) -> Tensor:
-    """Return uint8 [whole chunks, nbytes or one chunk at least]; written to, so that every page is there."""
-    return torch.ones(max(1, nbytes // chunk_bytes) * chunk_bytes, dtype=torch.uint8)
+def _whole(chunk_bytes: int, nbytes: int) -> int:
+    return max(1, nbytes // chunk_bytes) * chunk_bytes
 
 
 @contextmanager
-def _page_locked(memory: Tensor) -> Iterator[Tensor]:
-    """Page-lock exactly this memory for as long as the block runs; torch's own pinning keeps what it has pinned."""
-    runtime = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0:
-        raise UnavailableError(
-            f"cannot page-lock {format_bytes(memory.nbytes)} of host memory; raise the limit with 'ulimit -l unlimited'"
-        )
+def _page_locked(nbytes: int) -> Iterator[Tensor]:
+    """Yield exactly ``nbytes`` of page-locked host memory, uint8, written to; given back when the block ends."""
+    memory = PinnedMemory(nbytes)
+    memory.buffer[:] = 1
     try:
-        yield memory
+        memory.pin()
+        yield torch.from_numpy(memory.buffer)
     finally:
         torch.cuda.synchronize()
-        runtime.cudaHostUnregister(memory.data_ptr())
+        memory.close()
 
 
 def _cuda_rate(copies: Sequence[tuple[Tensor, Tensor]]) -> float:

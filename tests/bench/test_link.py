@@ -30,8 +30,7 @@ def test_pinned_copies_beat_pageable_ones() -> None:
 @pytest.mark.gpu
 @needs_cuda
 def test_pinning_holds_for_the_measurement_alone() -> None:
-    memory = torch.ones(2**20, dtype=torch.uint8)
-    with link._page_locked(memory):
+    with link._page_locked(2**20) as memory:
         assert memory.is_pinned()
     assert not memory.is_pinned()
 
