@@ -1,28 +1,18 @@
-"""The command line: parse, call, print. What the commands do is in the library.
-
-Exit codes: 0 done; 1 a check, a claim or a run did not succeed; 2 bad input; 130 interrupted. Results go to
-standard output, everything else to standard error. Imports wait inside the commands, so that help is instant.
-"""
+"""The commands of ``djinn``."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
+from djinn.cli.show import exit_unless, print_json, print_paths, print_records, print_table
 from djinn.errors import DjinnError
 
 if TYPE_CHECKING:
-    from djinn.bench.records import Record
     from djinn.config import Profile
 
 
@@ -53,6 +43,8 @@ Budget = Annotated[str, typer.Option(help="The most device memory to use: '4 GB'
 Ring = Annotated[str | None, typer.Option(help="Device ring; the plan chooses by default.")]
 HostMemory = Annotated[str | None, typer.Option(help="The most page-locked host memory for weights.")]
 Chunk = Annotated[str, typer.Option(help="Size of one copy command.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Length of the prompt to keep device memory for.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
 OutputDir = Annotated[Path | None, typer.Option(help="Run directory.  [default: artifact/runs/<profile>]")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]
 Runs = Annotated[int | None, typer.Option(min=1, help="Runs of each point.  [default: the profile's]")]
@@ -67,9 +59,9 @@ def profiles(as_json: Json = False) -> None:
 
     found = [load_profile(name) for name in profile_names()]
     if as_json:
-        _print_json([profile.model_dump(mode="json") for profile in found])
+        print_json([profile.model_dump(mode="json") for profile in found])
         return
-    _print_table(
+    print_table(
         ["profile", "what", "device", "budget", "RAM", "disk", "minutes"],
         [
             [p.name, p.title, p.device, *map(format_bytes, (p.budget, p.min_ram, p.min_disk)), f"{p.minutes:g}"]
@@ -89,11 +81,11 @@ def certify(profile: ProfileName = "smoke_tiny", output_dir: OutputDir = None, a
     if as_json:
         typer.echo(certification.model_dump_json(indent=2))
     else:
-        _print_table(
+        print_table(
             ["check", "measured", "needed", "verdict", "remedy"],
             [[c.name, c.measured, c.needed, c.verdict, c.remedy] for c in certification.checks],
         )
-    _exit_unless(all(check.verdict != "fail" for check in certification.checks))
+    exit_unless(all(check.verdict != "fail" for check in certification.checks))
 
 
 @main.command()
@@ -102,17 +94,30 @@ def plan(
     budget: Budget,
     ring: Ring = None,
     host_memory: HostMemory = None,
-    chunk: Chunk = "64 MiB",
+    prompt_tokens: PromptTokens = 512,
+    new_tokens: NewTokens = 32,
     as_json: Json = False,
 ) -> None:
-    """Say what would be resident, pinned and on disk, and how fast a pass would be, without loading anything."""
+    """Say which weights would be resident, pinned and on disk, without loading anything."""
     import djinn
 
-    chosen = djinn.plan(model, budget=budget, ring=ring, host_memory=host_memory, chunk=chunk)
-    if as_json:
-        _print_json(dataclasses.asdict(chosen))
-    else:
+    chosen = djinn.plan(
+        model,
+        budget=budget,
+        ring=ring,
+        host_memory=host_memory,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+    )
+    if not as_json:
         typer.echo(chosen.table())
+        return
+    sizes = ("budget", "model_bytes", "resident_bytes", "ring_bytes", "workspace_bytes", "pinned_bytes", "disk_bytes")
+    tiers = zip(chosen.units, chosen.tiers, strict=True)
+    print_json(
+        {name: getattr(chosen, name) for name in sizes}
+        | {"units": [{"name": unit.name, "bytes": unit.weight_bytes, "tier": tier} for unit, tier in tiers]}
+    )
 
 
 @main.command()
@@ -136,7 +141,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     budget: Budget,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    new_tokens: NewTokens = 32,
     ring: Ring = None,
     host_memory: HostMemory = None,
     chunk: Chunk = "64 MiB",
@@ -162,22 +167,22 @@ def generate(
         new_tokens=new_tokens,
     )
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True)
-    before, start = djinn.stats(streaming), time.perf_counter()
+    start = time.perf_counter()
     ids = streaming.generate(
         **inputs.to(streaming.device), max_new_tokens=new_tokens, do_sample=False, streamer=streamer
     )[0, prompt_tokens:]
-    wall_s, after = time.perf_counter() - start, djinn.stats(streaming)
+    wall_s, stats = time.perf_counter() - start, djinn.stats(streaming)
     result = {
         "text": tokenizer.decode(ids, skip_special_tokens=True),
         "new_tokens": len(ids),
         "wall_s": wall_s,
         "tokens_per_s": len(ids) / wall_s,
-        "link_gbps": (after.link_bytes - before.link_bytes) / wall_s / 1e9,
-        "effective_gbps": (after.passes - before.passes) * after.model_bytes / wall_s / 1e9,
-        "stall_s": after.stall_s - before.stall_s,
+        "link_gbps": stats.link_bytes / wall_s / 1e9,
+        "effective_gbps": stats.passes * stats.model_bytes / wall_s / 1e9,
+        "stall_s": stats.stall_s,
     }
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     typer.echo(
         f"{len(ids)} tokens in {wall_s:.3g} s: {result['tokens_per_s']:.3g} tokens/s, effective bandwidth "
@@ -207,7 +212,7 @@ def baseline(
     from djinn.bench.harness import run_baselines
 
     records = run_baselines(chosen, _run_dir(output_dir, chosen))
-    _print_records(records, as_json, hide=[] if ttft else ["TTFT s"])
+    print_records(records, as_json, hide=[] if ttft else ["TTFT s"])
 
 
 @main.command()
@@ -222,7 +227,7 @@ def sweep(
 
     from djinn.bench.sweep import run_sweep
 
-    _print_records(run_sweep(chosen, _run_dir(output_dir, chosen)), as_json)
+    print_records(run_sweep(chosen, _run_dir(output_dir, chosen)), as_json)
 
 
 @main.command()
@@ -230,7 +235,7 @@ def figures(run_dir: RunDir) -> None:
     """Draw every figure that the results of a run allow."""
     from djinn.figures import draw_all
 
-    _print_paths(draw_all(run_dir))
+    print_paths(draw_all(run_dir))
 
 
 @main.command()
@@ -238,7 +243,7 @@ def report(run_dir: RunDir) -> None:
     """Write the report of a run: systems side by side, claims, machine."""
     from djinn.artifact.report import write_report
 
-    _print_paths([write_report(run_dir)])
+    print_paths([write_report(run_dir)])
 
 
 @main.command()
@@ -249,7 +254,7 @@ def reproduce(
     """Run the four notebooks in order and write figures and report."""
     from djinn.artifact.runner import reproduce as run
 
-    _print_paths([run(profile, run_dir)])
+    print_paths([run(profile, run_dir)])
 
 
 def _profile(name: str, **changes: Any) -> Profile:
@@ -270,58 +275,3 @@ def _variants(system: str, profile: Profile) -> list[str]:
         if found := [name for name in names if system in (name, name.split(":")[0])]:
             return found
     return [system]
-
-
-def _exit_unless(fine: bool) -> None:
-    if not fine:
-        raise typer.Exit(1)
-
-
-def _print_records(records: Sequence[Record], as_json: bool, hide: Sequence[str] = ()) -> None:
-    """Print the records, as JSON or summarised, and exit with 1 unless every one is ok."""
-    if as_json:
-        _print_json([record.model_dump(mode="json") for record in records])
-    else:
-        from djinn.bench.statistics import summary_frame
-
-        columns = {
-            "system": "label",
-            "status": "status",
-            "runs": "runs",
-            "load s": "load_s_median",
-            "TTFT s": "ttft_s_median",
-            "s/token": "token_s_median",
-            "effective GB/s": "effective_gbps_median",
-            "of ceiling": "link_utilisation_median",
-            "reason": "reason",
-        }
-        shown = [name for name in columns if name not in hide]
-        frame = summary_frame(records)
-        _print_table(shown, frame[[columns[name] for name in shown]].to_numpy().tolist())
-    _exit_unless(all(record.status == "ok" for record in records))
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.3g}"
-    return "" if value is None else str(value)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _print_paths(paths: Iterable[Path]) -> None:
-    for path in paths:
-        typer.echo(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,71 @@
+"""How the commands print: tables for people, JSON for scripts, an exit code for both."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from djinn.bench.records import Record
+
+
+def exit_unless(fine: bool) -> None:
+    """End the command with code 1 unless ``fine``."""
+    if not fine:
+        raise typer.Exit(1)
+
+
+def print_records(records: Sequence[Record], as_json: bool, hide: Sequence[str] = ()) -> None:
+    """Print the records, as JSON or summarised, and exit with 1 unless every one is ok."""
+    if as_json:
+        print_json([record.model_dump(mode="json") for record in records])
+    else:
+        from djinn.bench.statistics import summary_frame
+
+        columns = {
+            "system": "label",
+            "status": "status",
+            "runs": "runs",
+            "load s": "load_s_median",
+            "TTFT s": "ttft_s_median",
+            "s/token": "token_s_median",
+            "effective GB/s": "effective_gbps_median",
+            "of ceiling": "link_utilisation_median",
+            "reason": "reason",
+        }
+        shown = [name for name in columns if name not in hide]
+        frame = summary_frame(records)
+        print_table(shown, frame[[columns[name] for name in shown]].to_numpy().tolist())
+    exit_unless(all(record.status == "ok" for record in records))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table for people; a missing number is an empty cell."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` for a script."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_paths(paths: Iterable[Path]) -> None:
+    """Print one path a line."""
+    for path in paths:
+        typer.echo(path)
