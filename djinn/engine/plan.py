@@ -8,7 +8,7 @@ buys nothing while a resident byte never crosses the link again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,6 +19,9 @@ from djinn.weights.units import PAGE, Unit
 
 OVERLAP_UNITS = 3
 """Largest units that a ring of default size holds: one computing, one arriving, one queued behind it."""
+
+TINY_SHARE = 0.01
+"""Units below this share of the largest one (norms, lone biases) stay: a copy of their own costs more than it moves."""
 
 
 class Tier(StrEnum):
@@ -131,15 +134,24 @@ def make_plan(
     Raises:
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
     """
-    must_stay = [unit for unit in units if unit.held or unit.image_bytes <= PAGE]
-    streamable = [unit for unit in units if unit not in must_stay]
+    tiny = TINY_SHARE * max((unit.weight_bytes for unit in units), default=0)
+    must_stay = [unit for unit in units if unit.held or unit.weight_bytes < tiny]
+    streamable = [unit for unit in units if not (unit.held or unit.weight_bytes < tiny)]
     fixed = _total(must_stay) + workspace_bytes
-    chosen = set(map(_name, must_stay))
-    for unit in _singular(streamable):
-        ring = ring_bytes or _default_ring(u for u in streamable if u.name not in chosen and u is not unit)
-        if fixed + unit.image_bytes + ring <= budget:
-            chosen.add(unit.name)
-            fixed += unit.image_bytes
+    chosen = _names(must_stay)
+
+    def ring_without(unit: Unit) -> int:
+        others = (other for other in streamable if other.name not in chosen and other is not unit)
+        return ring_bytes or _default_ring(others)
+
+    waiting = _singular(streamable)
+    while waiting:
+        fits = [unit for unit in waiting if fixed + unit.image_bytes + ring_without(unit) <= budget]
+        if not fits:
+            break
+        chosen.add(fits[0].name)
+        fixed += fits[0].image_bytes
+        waiting.remove(fits[0])
     rest = [unit for unit in units if unit.name not in chosen]
     ring = ring_bytes or min(_default_ring(rest), max(budget - fixed, 0))
     _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes)
@@ -182,7 +194,9 @@ def _check(
         )
     smallest = fixed + (asked_ring or needed)
     if smallest > budget:
-        ring_text = format_bytes(asked_ring or needed) + (f" (unit {largest.name})" if largest and not asked_ring else "")
+        ring_text = format_bytes(asked_ring or needed)
+        if largest is not None and asked_ring is None:
+            ring_text += f" (unit {largest.name})"
         raise PlanError(
             f"budget: {format_bytes(budget)} is too small: workspace {format_bytes(workspace)}, weights that cannot be "
             f"streamed {format_bytes(fixed - workspace)} and a ring of {ring_text} need {smallest} bytes"
@@ -203,7 +217,7 @@ def _spread(units: Sequence[Unit], capacity: int) -> set[str]:
     """Choose units of at most ``capacity`` bytes, spaced evenly, so that the link is never idle for long."""
     total = _total(units)
     if total <= capacity:
-        return set(map(_name, units))
+        return _names(units)
     chosen: set[str] = set()
     used = 0
     due = 0.0
@@ -227,4 +241,5 @@ def _total(units: Iterable[Unit]) -> int:
     return sum(unit.image_bytes for unit in units)
 
 
-_name: Callable[[Unit], str] = lambda unit: unit.name  # noqa: E731
+def _names(units: Iterable[Unit]) -> set[str]:
+    return {unit.name for unit in units}

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -170,7 +171,7 @@ def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
     """
     files = read_checkpoint(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
             device_map={"": "disk"},
@@ -180,6 +181,8 @@ def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    model: PreTrainedModel
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:5])

@@ -72,7 +72,7 @@ def find_units(index: WeightIndex) -> list[Unit]:
     all_readers = {reader for readers in members for reader in readers}
     return [
         Unit(
-            name=readers[0] or "model",
+            name="+".join(readers) or "model",
             readers=readers,
             tensors=_layout([(name, index.tensors[name]) for name in parameters]),
             held=any(other != reader and _inside(other, reader) for reader in readers for other in all_readers),
@@ -91,12 +91,11 @@ def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
     for name, entry in tensors:
         if isinstance(entry.source, FileSpan) and entry.source.offset % ALIGNMENT == 0:
             offset = _round_up(end, PAGE) + entry.source.offset % PAGE
+            end = _round_up(offset + entry.nbytes, PAGE)
         else:
             offset = _round_up(end, ALIGNMENT)
+            end = offset + entry.nbytes
         placed.append(PlacedTensor(name, entry, offset))
-        end = offset + entry.nbytes
-        if offset % PAGE:
-            end = _round_up(end, PAGE)
     return tuple(placed)
 
 

@@ -1,0 +1,157 @@
+"""The copy engine: moves units into their slots and says when they are there. One interface, two implementations.
+
+A **visit** is one reading of a streamed unit, numbered through all passes. ``submit`` is called once the release that
+the slot waits for is known, ``wait`` before the unit is read, ``release`` after.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from djinn.engine.reader import Buffer, Piece, Reader, pieces
+from djinn.engine.ring import Slot
+from djinn.engine.stats import Interval, Stats
+from djinn.weights.units import Unit
+
+
+class Copier(Protocol):
+    """What the streamer needs of a copy engine. Units are known by their index in the order of visits."""
+
+    ring: torch.Tensor
+    """The ring: uint8, one dimension, on the device."""
+
+    def submit(self, unit: int, after: int | None) -> None:
+        """Start the copy of ``unit`` into its slot, after the last release of unit ``after``."""
+        ...
+
+    def wait(self, unit: int) -> None:
+        """Make the compute that follows wait until ``unit`` is in its slot.
+
+        Raises:
+            CheckpointError: its bytes cannot be read.
+        """
+        ...
+
+    def release(self, unit: int) -> None:
+        """Note that all compute which reads ``unit`` has been issued."""
+        ...
+
+    def settle(self) -> None:
+        """Let every copy under way end, well or badly, and no later one begin before compute issued so far has ended."""
+        ...
+
+    def close(self) -> None:
+        """Wait for copies under way and free the ring."""
+        ...
+
+
+class Source:
+    """Where a streamed unit's image comes from: host memory, or its files."""
+
+    def __init__(self, unit: Unit, image: Buffer | None) -> None:
+        self.unit = unit
+        self.image = image
+
+
+class Fill:
+    """The copy of one unit under way, on threads: ends when its last piece has ended."""
+
+    def __init__(self, parts: int) -> None:
+        self._left = parts
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self.error: BaseException | None = None
+        self.start_s = time.perf_counter()
+        self.end_s = self.start_s
+
+    def finish_one(self, future: Future[int]) -> None:
+        """Count a piece that has ended, well or badly."""
+        error = None if future.cancelled() else future.exception()
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            if self._left == 0:
+                self.end_s = time.perf_counter()
+                self._done.set()
+
+    @property
+    def done(self) -> bool:
+        """Whether every piece has ended."""
+        return self._done.is_set()
+
+    def settle(self) -> None:
+        """Block until every piece has ended, well or badly."""
+        self._done.wait()
+
+    def wait(self) -> None:
+        """Block until every piece has ended; raise the first error."""
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class CpuCopier:
+    """Copies on threads; the ring is host memory, and compute is done when its call returns.
+
+    A unit on disk is read straight into its slot, several units at a time, so that the disk always has a full queue.
+    """
+
+    def __init__(
+        self, sources: list[Source], slots: tuple[Slot, ...], ring: Buffer, reader: Reader, stats: Stats
+    ) -> None:
+        self._sources = sources
+        self._slots = slots
+        self._reader = reader
+        self._stats = stats
+        self._fills: dict[int, Fill] = {}
+        self._read_from: dict[int, float] = {}
+        self._ring = ring
+        self.ring = torch.from_numpy(ring)
+
+    def submit(self, unit: int, after: int | None) -> None:
+        source, slot = self._sources[unit], self._slots[unit]
+        target = self._ring[slot.offset : slot.offset + slot.nbytes]
+        parts = pieces(source.unit, self._reader.chunk_bytes)
+        fill = self._fills[unit] = Fill(len(parts))
+        for piece in parts:
+            self._reader.pool.submit(self._move, piece, source.image, target).add_done_callback(fill.finish_one)
+
+    def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> int:
+        if image is None:
+            return self._reader.read(piece, target)
+        np.copyto(target[piece.offset : piece.offset + piece.nbytes], image[piece.offset : piece.offset + piece.nbytes])
+        return piece.nbytes
+
+    def wait(self, unit: int) -> None:
+        fill, source = self._fills[unit], self._sources[unit]
+        begin = time.perf_counter()
+        late = not fill.done
+        fill.wait()
+        now = time.perf_counter()
+        nbytes = source.unit.weight_bytes
+        self._stats.add(Interval("copy", source.unit.name, fill.start_s, fill.end_s, nbytes))
+        if late:
+            cause = "disk" if source.image is None else "link"
+            self._stats.stall_s += now - begin
+            self._stats.add(Interval("stall", source.unit.name, begin, now, nbytes, cause))
+        self._read_from[unit] = now
+
+    def release(self, unit: int) -> None:
+        begin = self._read_from.pop(unit, None)
+        if begin is not None:
+            source = self._sources[unit]
+            self._stats.add(Interval("compute", source.unit.name, begin, time.perf_counter(), source.unit.weight_bytes))
+
+    def settle(self) -> None:
+        for fill in self._fills.values():
+            fill.settle()
+
+    def close(self) -> None:
+        self.settle()
+        self._fills.clear()

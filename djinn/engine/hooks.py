@@ -1,0 +1,169 @@
+"""Prefetch-only forward hooks: they wait for a unit, release it, and start the copies that the release allows.
+
+Nothing is decided here: where a unit lands and which release its copy waits for was computed before. Visits are
+numbered through all passes; in the recorded order the next visit's copy has long been submitted, and prefetching goes
+on over the end of a pass, so the next token's first units move while the host still samples this one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from djinn.engine.copier import Copier
+from djinn.engine.ring import Slot
+from djinn.engine.stats import Stats
+from djinn.errors import PlanError
+from djinn.weights.units import Unit
+
+
+class Streamer:
+    """Runs the ring: one instance per streaming model.
+
+    Three counters say everything. Visits before ``released`` have been released, the pass will next read ``cursor``,
+    and copies have been submitted for all visits before ``submitted``: released <= cursor <= submitted.
+    """
+
+    def __init__(self, units: tuple[Unit, ...], slots: tuple[Slot, ...], copier: Copier, stats: Stats) -> None:
+        self._units = units
+        self._slots = slots
+        self._copier = copier
+        self._stats = stats
+        self._released = 0
+        self._cursor = 0
+        self._submitted = 0
+        self._reading: dict[int, _Reading] = {}
+        self._handles: list[Any] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook every reader of every streamed unit."""
+        modules = dict(model.named_modules())
+        self._handles.append(model.register_forward_pre_hook(self._begin_pass, prepend=True))
+        for index, unit in enumerate(self._units):
+            for reader in unit.readers:
+                # First before the module's forward and, called always, last after it: its other hooks see its weights.
+                self._handles.append(modules[reader].register_forward_pre_hook(self._acquire_hook(index), prepend=True))
+                self._handles.append(modules[reader].register_forward_hook(self._release_hook(index), always_call=True))
+
+    def detach(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def cool(self) -> None:
+        """Forget all that was prefetched, so that the next pass begins with a cold ring."""
+        self._copier.settle()
+        self._reading.clear()
+        self._restart(0)
+
+    def _begin_pass(self, *_: object) -> None:
+        self._stats.passes += 1
+        self._advance()
+
+    def _acquire_hook(self, unit: int) -> Callable[..., None]:
+        def acquire(*_: object) -> None:
+            self.acquire(unit)
+
+        return acquire
+
+    def _release_hook(self, unit: int) -> Callable[..., None]:
+        def release(*_: object) -> None:
+            self.release(unit)
+
+        return release
+
+    def acquire(self, unit: int) -> None:
+        """Make the compute that follows see ``unit`` in its slot.
+
+        Raises:
+            CheckpointError: its bytes cannot be read.
+            PlanError: its slot overlaps a unit that is still being read around it.
+        """
+        begin, stalled = time.perf_counter(), self._stats.stall_s
+        reading = self._reading.get(unit)
+        if reading is not None:
+            reading.depth += 1
+            return
+        if self._cursor % len(self._units) != unit:
+            self._leave_order(unit)
+        if self._cursor == self._submitted:
+            self._advance()
+            if self._cursor == self._submitted:
+                self._refuse_nesting(unit)
+        self._copier.wait(unit)
+        self._reading[unit] = _Reading(self._cursor)
+        self._cursor += 1
+        self._stats.visits += 1
+        self._stats.hook_s += time.perf_counter() - begin - (self._stats.stall_s - stalled)
+
+    def release(self, unit: int) -> None:
+        """Note that ``unit`` has been read, and start the copies that waited for that."""
+        begin = time.perf_counter()
+        reading = self._reading.get(unit)
+        if reading is None:
+            return  # acquiring it failed; that error is on its way to the caller
+        reading.depth -= 1
+        if reading.depth == 0:
+            del self._reading[unit]
+            self._release_until(min((other.visit for other in self._reading.values()), default=self._cursor))
+            self._advance()
+        self._stats.hook_s += time.perf_counter() - begin
+
+    def _release_until(self, visit: int) -> None:
+        """Release visits in their order, so that waiting for one means waiting for all before it."""
+        for released in range(self._released, visit):
+            self._copier.release(released % len(self._units))
+        self._released = visit
+
+    def _advance(self) -> None:
+        """Submit every copy whose slot has been released."""
+        count = len(self._units)
+        while self._submitted - self._slots[self._submitted % count].lag < self._released:
+            unit = self._submitted % count
+            before = self._submitted - self._slots[unit].lag
+            self._copier.submit(unit, before % count if before >= 0 else None)
+            self._stats.link_bytes += self._units[unit].weight_bytes
+            self._submitted += 1
+
+    def _leave_order(self, unit: int) -> None:
+        """Get to ``unit`` although another was due: skip what was prefetched in between, or start anew from it."""
+        if self._reading:
+            self._refuse_nesting(unit)
+        count = len(self._units)
+        target = self._cursor + (unit - self._cursor) % count
+        if target < self._submitted:
+            for visit in range(self._cursor, target):
+                self._copier.wait(visit % count)
+            self._stats.skips += target - self._cursor
+            self._cursor = target
+            self._release_until(target)
+            self._advance()
+        else:
+            self._copier.settle()
+            self._restart(unit)
+            self._stats.reloads += 1
+
+    def _restart(self, unit: int) -> None:
+        """Make ``unit`` the next visit, with an empty ring."""
+        self._cursor = self._submitted + (unit - self._submitted) % len(self._units)
+        self._released = self._submitted = self._cursor
+
+    def _refuse_nesting(self, unit: int) -> None:
+        around = ", ".join(self._units[index].name for index in self._reading)
+        raise PlanError(
+            f"unit {self._units[unit].name} is read inside {around}, which the recorded pass did not do, and both "
+            "cannot be in the ring at once; a larger budget keeps them on the device"
+        )
+
+
+@dataclass
+class _Reading:
+    """A unit that is being read: its visit, and how many of its readers are running."""
+
+    visit: int
+    depth: int = 1

@@ -1,0 +1,295 @@
+"""``load``: an ordinary Hugging Face model whose weights stream; ``plan``: what that would be, without loading."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from djinn.engine.arena import Arena
+from djinn.engine.copier import Copier, CpuCopier, Source
+from djinn.engine.hooks import Streamer
+from djinn.engine.plan import Plan, Tier, make_plan
+from djinn.engine.reader import Reader, allocate, settle
+from djinn.engine.stats import Stats
+from djinn.engine.workspace import Workload, workspace_bytes
+from djinn.errors import ConfigError, PlanError, UnavailableError
+from djinn.hardware import usable_ram
+from djinn.sizes import format_bytes, parse_bytes
+from djinn.weights import checkpoint
+from djinn.weights.architectures import load_architecture
+from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, owners, synthetic_index
+from djinn.weights.units import Unit, find_units
+
+HOST_SHARE = 0.8
+"""Share of the host memory that is free now which streamed weights may take, if no other limit is given."""
+
+
+@dataclass
+class Engine:
+    """What streams one model's weights. Holds no reference to the model, so that dropping the model frees it all."""
+
+    plan: Plan
+    reader: Reader
+    arena: Arena
+    copier: Copier
+    streamer: Streamer
+    stats: Stats
+    spill: Path
+
+    def close(self) -> None:
+        """End copies, free device and host memory, delete converted weights."""
+        self.streamer.detach()
+        self.copier.close()
+        self.reader.close()
+        self.arena.close()
+        shutil.rmtree(self.spill, ignore_errors=True)
+
+
+_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+def load(
+    model: str | Path,
+    *,
+    budget: int | str,
+    device: str | None = None,
+    ring: int | str | None = None,
+    host_memory: int | str | None = None,
+    chunk: int | str = "64 MiB",
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """Return a Hugging Face model that runs within ``budget`` bytes of device memory, streaming what does not fit.
+
+    Args:
+        model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``, whose seeded
+            random weights are made straight in host memory.
+        budget: device memory for residents, ring, KV cache and activations; a size such as ``"24 GB"``.
+        device: ``"cuda"`` or ``"cpu"``; by default a GPU where there is one. On a CPU the device is a budget of host
+            memory, and weights are streamed from disk.
+        ring: size of the device ring; by default the smallest that still overlaps copies and compute.
+        host_memory: most page-locked host memory for streamed weights; what does not fit is read from disk each pass.
+        chunk: size of one copy command, and of one disk read.
+        prompt_tokens, new_tokens, batch: the longest generation to keep device memory for.
+        dtype: of synthetic weights; a checkpoint keeps its own.
+        seed: of synthetic weights.
+        progress: show a bar while host memory is filled.
+
+    Raises:
+        ConfigError: an argument that means nothing.
+        CheckpointError: a checkpoint that is missing or damaged.
+        PlanError: a ring, budget or host memory that cannot work; says what would.
+        UnavailableError: no such device.
+    """
+    where = _device(device)
+    spill = Path(tempfile.mkdtemp(prefix="djinn-"))
+    try:
+        index = _index(model, spill, dtype, seed)
+        work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
+        planned = _plan(index, where, work, budget, ring, host_memory)
+        engine = _start(index, planned, where, parse_bytes(chunk), spill, progress)
+    except BaseException:
+        shutil.rmtree(spill, ignore_errors=True)
+        raise
+    _engines[index.model] = engine
+    weakref.finalize(index.model, engine.close)
+    return index.model
+
+
+def plan(
+    model: str | Path,
+    *,
+    budget: int | str,
+    device: str | None = None,
+    ring: int | str | None = None,
+    host_memory: int | str | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """Return the plan that :func:`load` would follow with the same arguments; reads no weights.
+
+    Raises:
+        ConfigError, CheckpointError, PlanError: as :func:`load`.
+    """
+    with tempfile.TemporaryDirectory(prefix="djinn-") as spill:
+        index = _index(model, Path(spill), dtype, 0)
+        work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
+        return _plan(index, torch.device(device or "cpu"), work, budget, ring, host_memory)
+
+
+def stats(model: nn.Module) -> Stats:
+    """Return the running totals of a streaming model.
+
+    Raises:
+        ConfigError: not a model from :func:`load`.
+    """
+    return _engine(model).stats
+
+
+def cool(model: nn.Module) -> None:
+    """Drop everything prefetched, so that the next pass begins with a cold ring.
+
+    Raises:
+        ConfigError: not a model from :func:`load`.
+    """
+    _engine(model).streamer.cool()
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo :func:`load`: return the same model with all weights in ordinary host memory, hooks and ring gone.
+
+    Raises:
+        ConfigError: not a model from :func:`load`.
+        PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
+    """
+    engine = _engine(model)
+    if engine.plan.model_bytes > usable_ram():
+        raise PlanError(
+            f"host memory: the whole model needs {format_bytes(engine.plan.model_bytes)}, "
+            f"{format_bytes(usable_ram())} are free; it goes on streaming"
+        )
+    named = _owners_by_name(model)
+    for unit in engine.plan.units:
+        image = allocate(unit.image_bytes)
+        settle(engine.reader.fill(unit, image))
+        _bind(named, unit, torch.from_numpy(image))
+    nn.Module.to(model, "cpu")
+    del _engines[model]
+    engine.close()
+    return model
+
+
+def _engine(model: nn.Module) -> Engine:
+    try:
+        return _engines[model]
+    except KeyError:
+        raise ConfigError(f"this {type(model).__name__} does not stream; djinn.load returns models that do") from None
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r}: the devices are cpu and cuda")
+    return device
+
+
+def _index(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> WeightIndex:
+    name = str(model)
+    if name.startswith("synthetic:"):
+        return synthetic_index(empty_model(load_architecture(name.removeprefix("synthetic:")), dtype), seed)
+    return checkpoint_index(checkpoint.resolve(name), spill)
+
+
+def _plan(
+    index: WeightIndex,
+    device: torch.device,
+    work: Workload,
+    budget: int | str,
+    ring: int | str | None,
+    host_memory: int | str | None,
+) -> Plan:
+    budget_bytes = parse_bytes(budget)
+    free = usable_ram()
+    on_device = budget_bytes if device.type == "cpu" else 0
+    host_bytes = round(HOST_SHARE * free) - on_device if host_memory is None else parse_bytes(host_memory)
+    planned = make_plan(
+        find_units(index),
+        budget=budget_bytes,
+        workspace_bytes=workspace_bytes(index.model.config, index.model.dtype, device, work),
+        host_bytes=max(host_bytes, 0),
+        ring_bytes=None if ring is None else parse_bytes(ring),
+        has_disk=not index.synthetic,
+    )
+    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
+    if needed > free:
+        raise PlanError(
+            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "
+            "lower host_memory or budget"
+        )
+    return planned
+
+
+def _start(
+    index: WeightIndex, planned: Plan, device: torch.device, chunk_bytes: int, spill: Path, progress: bool
+) -> Engine:
+    """Allocate, fill, bind and hook."""
+    model = index.model
+    reader = Reader(chunk_bytes)
+    pinned = [unit for unit, tier in zip(planned.units, planned.tiers, strict=True) if tier is Tier.PINNED]
+    stats = Stats(
+        model_bytes=planned.model_bytes,
+        resident_bytes=planned.resident_bytes,
+        ring_bytes=planned.ring_bytes,
+        host_bytes=planned.pinned_bytes,
+        disk_bytes=planned.disk_bytes,
+    )
+    try:
+        named = _owners_by_name(model)
+        _load_residents(planned, reader, device, named)
+        arena = Arena(pinned, reader, pin=device.type == "cuda", progress=progress)
+    except BaseException:
+        reader.close()
+        raise
+    sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
+    copier: Copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
+    for unit, slot in zip(planned.streamed, planned.slots, strict=True):
+        _bind(named, unit, copier.ring[slot.offset : slot.offset + slot.nbytes])
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    streamer = Streamer(planned.streamed, planned.slots, copier, stats)
+    streamer.attach(model)
+    return Engine(planned, reader, arena, copier, streamer, stats, spill)
+
+
+def _load_residents(
+    planned: Plan, reader: Reader, device: torch.device, named: dict[str, list[tuple[nn.Module, str]]]
+) -> None:
+    """Put the residents into one block of device memory, read in parallel, and bind them."""
+    residents = [unit for unit, tier in zip(planned.units, planned.tiers, strict=True) if tier is Tier.RESIDENT]
+    if device.type == "cpu":
+        block = allocate(planned.resident_bytes)
+        starts = itertools.accumulate((unit.image_bytes for unit in residents), initial=0)
+        futures = []
+        for unit, start in zip(residents, starts, strict=False):
+            image = block[start : start + unit.image_bytes]
+            futures += reader.fill(unit, image)
+            _bind(named, unit, torch.from_numpy(image))
+        settle(futures)
+        return
+    raise NotImplementedError
+
+
+def _owners_by_name(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Return for each parameter, under its first name, every (module, name there) that holds it."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    for _, module, local, parameter in owners(model):
+        places.setdefault(first[id(parameter)], []).append((module, local))
+    return places
+
+
+def _bind(named: dict[str, list[tuple[nn.Module, str]]], unit: Unit, image: torch.Tensor) -> None:
+    """Make the unit's parameters views of ``image`` (uint8, ``unit.image_bytes``), tied ones still one object."""
+    for tensor in unit.tensors:
+        raw = image[tensor.offset : tensor.offset + tensor.entry.nbytes]
+        parameter = nn.Parameter(raw.view(tensor.entry.dtype).view(tensor.entry.shape), requires_grad=False)
+        for module, local in named[tensor.name]:
+            module._parameters[local] = parameter

@@ -1,0 +1,202 @@
+"""Parallel direct reads: a file's bytes go from the disk into their place in memory, past the page cache.
+
+A direct read (O_DIRECT) wants file offset, memory address and length in whole pages. Where a tensor lies on its pages
+in memory as it does in the file (see :func:`djinn.weights.units.find_units`), the disk writes it there itself; any
+other tensor goes through an aligned buffer and one more copy. File systems without direct I/O are read buffered.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from djinn.errors import CheckpointError
+from djinn.weights import synthetic
+from djinn.weights.index import FileSpan, TensorEntry
+from djinn.weights.units import PAGE, Unit
+
+Buffer = NDArray[np.uint8]
+
+THREADS = 8
+"""Reads in flight: one leaves half of an NVMe disk's rate unused, and more than eight gained nothing."""
+
+
+def allocate(nbytes: int) -> Buffer:
+    """Return exactly ``nbytes`` of zeroed anonymous memory, page-aligned, in huge pages where the kernel has them."""
+    memory = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one tensor: ``nbytes`` from its byte ``start``, which go to ``offset`` of the unit's image."""
+
+    name: str
+    entry: TensorEntry
+    start: int
+    nbytes: int
+    offset: int
+
+
+def pieces(unit: Unit, chunk_bytes: int) -> list[Piece]:
+    """Cut a unit into pieces of at most ``chunk_bytes`` that no two reads share a page of."""
+    cut = []
+    for tensor in unit.tensors:
+        start = 0
+        while start < tensor.entry.nbytes:
+            # After the first piece, every cut is at the end of a page of the image.
+            end = (tensor.offset + start + chunk_bytes) // PAGE * PAGE - tensor.offset
+            end = min(max(end, start + 1), tensor.entry.nbytes)
+            cut.append(Piece(tensor.name, tensor.entry, start, end - start, tensor.offset + start))
+            start = end
+    return cut
+
+
+class Reader:
+    """A pool of threads that fill images from files or seeds, and the files they keep open."""
+
+    def __init__(self, chunk_bytes: int, threads: int = THREADS) -> None:
+        self.chunk_bytes = max(chunk_bytes // PAGE * PAGE, PAGE)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="djinn-reader")
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._bounce = threading.local()
+
+    def fill(self, unit: Unit, image: Buffer) -> list[Future[int]]:
+        """Start filling ``image`` (uint8, ``unit.image_bytes``, page-aligned); return a future per piece."""
+        return [self.pool.submit(self.read, piece, image) for piece in pieces(unit, self.chunk_bytes)]
+
+    def read(self, piece: Piece, image: Buffer) -> int:
+        """Put one piece into its place in ``image``; return its bytes.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter than it was.
+        """
+        source = piece.entry.source
+        if isinstance(source, FileSpan):
+            self._read_file(source.path, source.offset + piece.start, piece.nbytes, image, piece.offset)
+        else:
+            synthetic.fill(
+                image[piece.offset : piece.offset + piece.nbytes],
+                name=source.name,
+                shape=piece.entry.shape,
+                dtype=piece.entry.dtype,
+                seed=source.seed,
+                start=piece.start,
+            )
+        return piece.nbytes
+
+    def _read_file(self, path: Path, offset: int, nbytes: int, image: Buffer, at: int) -> None:
+        """Read ``nbytes`` at ``offset`` of ``path`` to ``image[at:]``; directly where both lie alike on their pages."""
+        low = offset // PAGE * PAGE
+        span = -(-(offset + nbytes - low) // PAGE) * PAGE
+        begin = at - (offset - low)
+        if begin % PAGE == 0 and begin >= 0 and begin + span <= image.nbytes:
+            self._read_pages(path, low, image[begin : begin + span], offset + nbytes - low)
+        else:
+            bounce = self._bounce_buffer(span)
+            self._read_pages(path, low, bounce, offset + nbytes - low)
+            np.copyto(image[at : at + nbytes], bounce[offset - low : offset - low + nbytes])
+
+    def _read_pages(self, path: Path, offset: int, target: Buffer, needed: int) -> None:
+        """Read whole pages into ``target`` until the ``needed`` bytes are there (a file's last page may be short)."""
+        done = 0
+        try:
+            file = self._open(path)
+            while done < needed:
+                count = os.preadv(file, [memoryview(target[done:])], offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{path}: ends at byte {offset + done}; it was longer when it was indexed")
+                # A short direct read can only go on from a page.
+                done = needed if done + count >= needed else (done + count) // PAGE * PAGE
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read at byte {offset + done}: {error.strerror}") from error
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                try:
+                    self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+                except OSError:
+                    self._files[path] = os.open(path, os.O_RDONLY)
+            return self._files[path]
+
+    def _bounce_buffer(self, nbytes: int) -> Buffer:
+        buffer: Buffer | None = getattr(self._bounce, "buffer", None)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = allocate(max(nbytes, self.chunk_bytes + 2 * PAGE))
+            self._bounce.buffer = buffer
+        return buffer[:nbytes]
+
+    def close(self) -> None:
+        """Let the threads end and close the files."""
+        self.pool.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def read_rate(paths: Sequence[Path], nbytes: int, chunk_bytes: int, threads: int = THREADS) -> float:
+    """Return the raw direct-read rate of these files in bytes/s: the ceiling of streaming from them.
+
+    Reads up to ``nbytes`` in blocks of ``chunk_bytes``, ``threads`` at a time, into buffers that are used again, from
+    places spread over the files, so that the sample is like a pass over all of them.
+    """
+    reader = Reader(chunk_bytes, threads)
+    chunk = reader.chunk_bytes
+    buffers: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
+    for _ in range(threads):
+        buffer = allocate(chunk)
+        buffer[::PAGE] = 1  # touched before timing: the first touch of a page is slow
+        buffers.put(buffer)
+
+    def read(path: Path, offset: int, needed: int) -> int:
+        buffer = buffers.get()
+        try:
+            reader._read_pages(path, offset, buffer, needed)
+        finally:
+            buffers.put(buffer)
+        return needed
+
+    try:
+        blocks = list(_sample(paths, nbytes, chunk))
+        start = time.perf_counter()
+        total = sum(reader.pool.map(lambda block: read(*block), blocks))
+        return total / (time.perf_counter() - start)
+    finally:
+        reader.close()
+
+
+def _sample(paths: Sequence[Path], nbytes: int, chunk: int) -> Iterator[tuple[Path, int, int]]:
+    """Yield (path, offset, bytes) of blocks that cover ``nbytes``, evenly spread over the files."""
+    blocks = [
+        (path, offset, min(chunk, path.stat().st_size - offset))
+        for path in paths
+        for offset in range(0, path.stat().st_size, chunk)
+    ]
+    wanted = max(1, min(len(blocks), nbytes // chunk))
+    for number in range(wanted):
+        yield blocks[number * len(blocks) // wanted]
+
+
+def settle(futures: Sequence[Future[int]], progress: Callable[[int], object] = lambda _: None) -> None:
+    """Wait for every piece, reporting its bytes; on the first failure cancel what has not begun and raise it."""
+    try:
+        for future in futures:
+            progress(future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise

@@ -1,0 +1,56 @@
+"""What streaming did: bytes moved, stalls and their cause, and the timeline of copies against compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Lane = Literal["copy", "compute", "stall"]
+TIMELINE_LIMIT = 100_000
+"""Intervals kept; about 15 MB. What comes after is counted in the totals alone."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Something that took time: a unit's copy, the compute that read it, or the wait in between.
+
+    Times are seconds of one clock whose zero is arbitrary; ``cause`` says what a stall waited for.
+    """
+
+    lane: Lane
+    unit: str
+    start_s: float
+    end_s: float
+    nbytes: int = 0
+    cause: str = ""
+
+
+@dataclass
+class Stats:
+    """Totals since loading. Sizes are bytes, times seconds."""
+
+    model_bytes: int
+    resident_bytes: int
+    ring_bytes: int
+    host_bytes: int
+    """Bytes of weights streamed from host memory in every pass."""
+    disk_bytes: int
+    """Bytes of weights streamed from disk in every pass."""
+    link_bytes: int = 0
+    """Weight bytes whose copy into the ring was started."""
+    passes: int = 0
+    visits: int = 0
+    skips: int = 0
+    """Units that were prefetched but that the pass did not read."""
+    reloads: int = 0
+    """Visits outside the recorded order, for which the pipeline had to start anew."""
+    stall_s: float = 0.0
+    """Time that compute waited for a unit (on CUDA: known for traced passes only)."""
+    hook_s: float = 0.0
+    """Host time spent in hooks, stalls excluded."""
+    timeline: list[Interval] = field(default_factory=list)
+
+    def add(self, interval: Interval) -> None:
+        """Append to the timeline, up to its limit."""
+        if len(self.timeline) < TIMELINE_LIMIT:
+            self.timeline.append(interval)
