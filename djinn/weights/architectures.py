@@ -1,4 +1,4 @@
-"""Architectures that synthetic weights can be made for: the published ``config.json`` of each, in ``data/architectures``."""
+"""Architectures that synthetic weights can be made for: each a published ``config.json`` in ``data/architectures``."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -55,9 +56,8 @@ class Shard:
         head = np.frombuffer(self.header[start:end], np.uint8)
         out[: len(head)] = head
         first = max(bisect_right(self.starts, start) - 1, 0)
-        for (name, shape), begin, stop in zip(
-            list(self.tensors.items())[first:], self.starts[first:], self.starts[first + 1 :], strict=True
-        ):
+        extents = zip(self.tensors.items(), pairwise(self.starts), strict=True)
+        for (name, shape), (begin, stop) in islice(extents, first, None):
             if begin >= end:
                 break
             low, high = max(begin, start), min(stop, end)
@@ -124,8 +124,8 @@ def write_shard(shard: Shard, path: Path, seed: int, on_written: Callable[[int],
             padded = buffer[: -(-len(out) // PAGE_BYTES) * PAGE_BYTES]
             done = 0
             while done < len(padded):
-                done += os.pwrite(file, padded[done:], start + done)
-            return zlib.crc32(out), len(out)
+                done += os.pwrite(file, padded.data[done:], start + done)
+            return zlib.crc32(out.data), len(out)
         finally:
             buffers.put(buffer)
 

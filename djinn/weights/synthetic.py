@@ -2,14 +2,15 @@
 
 Drawing 13 billion normal numbers takes minutes, copying takes seconds. So one block of N(0, 0.02) numbers is drawn
 per seed and dtype, and every tensor is a stretch of that block which begins at an element chosen by the CRC-32 of the
-tensor's name and has seven mantissa bits flipped in a pattern chosen by it too. Tensors that were swapped, shifted or
-truncated therefore differ, and no value becomes infinite, because signs and exponents stay.
+tensor's name and has its upper seven mantissa bits flipped in a pattern chosen by it too. Tensors that were swapped,
+shifted or truncated therefore differ. Signs and exponents stay, so no value becomes infinite; the standard deviation of
+a tensor lies between 0.02 and 0.025, depending on its pattern.
 
 The block has a prime number of elements: no row length divides it, so a matrix larger than the block does not repeat
 whole rows (equal rows would make equal logits).
 
 As in a freshly initialised model, biases are zero and norms are one. The name and the number of dimensions decide: a
-tensor of two or more dimensions is random; of the others, one whose name ends in ``bias`` is zero, and the rest are one.
+tensor of two or more dimensions is random; of the others, one whose name ends in ``bias`` is zero, the rest are one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""Checkpoints: from what the user calls a model to a folder on this disk that holds its config and its weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from djinn.errors import CheckpointError, UnavailableError
+from djinn.weights.synth import read_manifest, synthesise, verify
+
+CHECKPOINT_DIR = Path(__file__).resolve().parent.parent.parent / "artifact" / "checkpoints"
+SYNTHETIC = "synthetic:"
+
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WANTED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+_UNWANTED_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
+    """Return a folder with the ``config.json`` and safetensors files of ``model``, making or fetching it if need be.
+
+    Args:
+        model: a local checkpoint folder; ``synthetic:<architecture>``, written to
+            ``artifact/checkpoints/<architecture>-<dtype>-seed<seed>`` unless it is complete there; or a Hugging Face
+            hub id with the commit that pins it, ``org/name@revision``, fetched into the hub's own cache.
+        seed: of a synthetic model.
+        dtype: of a synthetic model.
+
+    Raises:
+        CheckpointError: no such folder, a folder without config or safetensors files, an unfinished synthetic
+            checkpoint, or a hub id or revision that does not exist or is gated.
+        UnavailableError: the hub cannot be reached, or there is no room on the disk.
+        ConfigError: an unknown synthetic architecture.
+    """
+    if model.startswith(SYNTHETIC):
+        name = model.removeprefix(SYNTHETIC)
+        return synthesise(name, CHECKPOINT_DIR / f"{name}-{dtype}-seed{seed}", seed=seed, dtype=dtype)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if is_synthetic(folder):
+            verify(folder)
+        return _checked(folder)
+    if match := _HUB_ID.fullmatch(model):
+        return _checked(_fetched(match["repo"], match["revision"]))
+    raise CheckpointError(
+        f"no folder {model!r}, and not a hub id either; a model is a checkpoint folder, org/name@revision, "
+        f"or {SYNTHETIC}<architecture>"
+    )
+
+
+def is_synthetic(folder: Path) -> bool:
+    """Return whether the weights in ``folder`` are seeded random numbers, as its manifest says.
+
+    Raises:
+        CheckpointError: a manifest that cannot be read.
+    """
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.synthetic
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json; this is not a checkpoint folder")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: no *.safetensors files; djinn reads no other weights, so convert them first")
+    return folder
+
+
+def _fetched(repo: str, revision: str | None) -> Path:
+    if revision is None or not _COMMIT.fullmatch(revision):
+        warnings.warn(
+            f"{repo} is not pinned to a commit, so its weights may change; write {repo}@<40-digit commit>", stacklevel=3
+        )
+    asked = repo if revision is None else f"{repo}@{revision}"
+    try:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES)
+        )
+    except GatedRepoError:  # first, being a RepositoryNotFoundError as well
+        raise CheckpointError(
+            f"{asked}: gated; accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{asked}: the hub has {repo} but no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{asked}: no such folder here and no such repository on the hub, or a private one; "
+            "check the name, or log in with `hf auth login`"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UnavailableError(
+            f"{asked}: no such folder here, not in the hub's cache, and the hub cannot be reached ({error}); "
+            f"connect, or use a local folder or {SYNTHETIC}<architecture>"
+        ) from error
