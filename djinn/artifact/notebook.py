@@ -1,0 +1,195 @@
+"""What the notebooks share: parameters checked before anything runs, one run directory, a sentinel at the end.
+
+Papermill warns about a misspelt parameter and goes on with the default, and a kernel that is killed in its last
+cell leaves a notebook that looks finished. So ``begin`` refuses what it does not know, and ``finish`` writes
+``results/<notebook>.done.json``: without that file, a notebook did not end well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from djinn import hardware
+from djinn.artifact.provenance import REPOSITORY, git_state, write_text
+from djinn.config import Profile, load_profile
+from djinn.errors import ConfigError
+from djinn.sizes import format_bytes
+
+RUNS_DIR = REPOSITORY / "artifact" / "runs"
+
+PARAMETERS: dict[str, tuple[tuple[type, ...], str]] = {
+    "profile": ((str,), "a profile's name, or a .yaml file"),
+    "run_dir": ((str,), "a folder for the results; None: artifact/runs/<profile>"),
+    "model": ((str,), "a checkpoint folder, org/name@revision or synthetic:<name>"),
+    "budget": ((str,), "a size with its unit, such as '24 GB'"),
+    "ring": ((str,), "a size with its unit"),
+    "host_memory": ((str,), "a size with its unit"),
+    "chunk": ((str,), "a size with its unit, such as '64 MiB'"),
+    "prompt_tokens": ((int,), "a whole number"),
+    "new_tokens": ((int,), "a whole number"),
+    "batch": ((int,), "a whole number"),
+    "runs": ((int,), "a whole number"),
+    "systems": ((str, list, tuple), "names separated by commas, or a list of names"),
+}
+"""Every parameter of every notebook: the types it may have besides None, in Python and in words.
+
+None means the profile's value, for all but ``profile`` itself.
+"""
+
+# What a parameter injected by papermill can be. Anything else in the namespace was put there by a cell.
+_LITERALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, type(None))
+_IPYTHON = {"In", "Out"}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One execution of one notebook: what it was asked for and where its results go."""
+
+    name: str
+    profile: Profile
+    run_dir: Path
+    parameters: Mapping[str, Any]
+    began: float = field(default_factory=time.monotonic)
+    began_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def configuration(self) -> pd.DataFrame:
+        """Return the profile as used: one row per setting."""
+        settings = self.profile.model_dump(mode="json") | {"digest": self.profile.digest}
+        return pd.DataFrame({"value": [_plain(value) for value in settings.values()]}, index=list(settings))
+
+    def machine(self) -> pd.DataFrame:
+        """Return what this machine is: one row per fact that is known."""
+        return machine_frame(hardware.describe(self.run_dir).model_dump(mode="json"))
+
+
+def begin(name: str, namespace: Mapping[str, Any]) -> Session:
+    """Check the parameters in ``namespace`` (the notebook's ``globals()``) and open its run directory.
+
+    Args:
+        name: the notebook's file name without ending, such as ``01_certify``.
+        namespace: where the parameters cell and papermill put their names.
+
+    Raises:
+        ConfigError: a misspelt or mistyped parameter, an impossible value, a run directory that cannot be written
+            or that holds the results of another configuration.
+    """
+    parameters = _checked(namespace)
+    profile = _profile(parameters)
+    run_dir = _opened(parameters["run_dir"], profile)
+    _sentinel(run_dir, name).unlink(missing_ok=True)
+    print(f"{name}: {profile.title}. All four notebooks: about {profile.minutes:g} minutes. Results: {run_dir}")
+    return Session(name, profile, run_dir, parameters)
+
+
+def finish(session: Session) -> None:
+    """Write the sentinel that says the notebook reached its end; the last call of the last code cell."""
+    wall_s = time.monotonic() - session.began
+    document = {
+        "notebook": session.name,
+        "parameters": dict(session.parameters),
+        "config_digest": session.profile.digest,
+        "began_at": session.began_at,
+        "wall_s": round(wall_s, 3),
+        **git_state(),
+    }
+    write_text(_sentinel(session.run_dir, session.name), json.dumps(document, indent=2) + "\n")
+    print(f"{session.name}: finished in {wall_s:.0f} s")
+
+
+def read_sentinel(run_dir: Path, name: str) -> dict[str, Any] | None:
+    """Return what ``finish`` wrote for the notebook ``name``, or None where it did not."""
+    path = _sentinel(run_dir, name)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def machine_frame(machine: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a machine's known facts, in words: one row each."""
+    known = {fact: value for fact, value in machine.items() if value not in (None, [], ())}
+    return pd.DataFrame({"value": [_fact(fact, value) for fact, value in known.items()]}, index=list(known))
+
+
+def _checked(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = "the parameters are " + ", ".join(PARAMETERS)
+    for name, value in namespace.items():
+        if name.startswith("_") or name in PARAMETERS or name in _IPYTHON or not isinstance(value, _LITERALS):
+            continue
+        near = difflib.get_close_matches(name, PARAMETERS, n=1)
+        raise ConfigError(f"no parameter {name!r}{f'; did you mean {near[0]}?' if near else ''}; {allowed}")
+    parameters = {}
+    for name, (types, words) in PARAMETERS.items():
+        if name not in namespace:
+            raise ConfigError(f"the parameters cell does not set {name!r}; {allowed}")
+        value = parameters[name] = namespace[name]
+        if value is None and name != "profile":
+            continue
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise ConfigError(f"parameter {name} = {value!r} is {type(value).__name__}; expected {words}")
+    return parameters
+
+
+def _profile(parameters: Mapping[str, Any]) -> Profile:
+    name = parameters["profile"]
+    # Jupyter runs in the notebook's folder, papermill in the shell's: relative paths mean the repository's.
+    profile = load_profile(REPOSITORY / name if name.endswith(".yaml") else name)
+    changes = {
+        key: value for key, value in parameters.items() if key not in ("profile", "run_dir") and value is not None
+    }
+    if isinstance(changes.get("systems"), str):
+        changes["systems"] = [system.strip() for system in changes["systems"].split(",")]
+    return profile.override(**changes)
+
+
+def _opened(given: str | None, profile: Profile) -> Path:
+    """Make the run directory, check that it can be written, and bind it to this configuration."""
+    run_dir = REPOSITORY / Path(given).expanduser() if given else RUNS_DIR / profile.name
+    try:
+        (run_dir / "results").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir / "results"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {run_dir} cannot be written: {error.strerror}; choose another with the parameter run_dir"
+        ) from None
+    path = run_dir / "profile.yaml"
+    if path.is_file():
+        before, now = load_profile(path).model_dump(mode="json"), profile.model_dump(mode="json")
+        changed = [f"{key}: {before[key]} there, {now[key]} asked for" for key in now if before[key] != now[key]]
+        if changed:
+            raise ConfigError(
+                f"run_dir {run_dir} holds another configuration ({'; '.join(changed)}); "
+                "give the same parameters as before, or another run_dir"
+            )
+    else:
+        write_text(path, yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False))
+    return run_dir
+
+
+def _sentinel(run_dir: Path, name: str) -> Path:
+    return run_dir / "results" / f"{name}.done.json"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_plain(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return "the plan chooses" if value is None else str(value)
+
+
+def _fact(fact: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_fact(key, each)}" for key, each in value.items() if each is not None)
+    if isinstance(value, list):
+        return "; ".join(_fact(fact, each) for each in value)
+    return format_bytes(value) if fact.endswith("_bytes") else str(value)

@@ -1,0 +1,75 @@
+"""Where a run's results come from: revision, lock file, packages, machine, configuration and model, times."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from djinn import hardware
+from djinn.config import Profile
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def write_provenance(run_dir: Path, profile: Profile) -> Path:
+    """Write ``provenance.json`` of a run and return its path; what is unknown is null.
+
+    Holds the git revision and whether the tree had changes, the lock file's SHA-256, every installed package, the
+    machine, the profile as used, the model (synthetic with its seed, or as named), and what each finished notebook
+    said of itself: parameters, revision, start, wall seconds.
+    """
+    lock = REPOSITORY / "requirements.lock"
+    sentinels = sorted((run_dir / "results").glob("*.done.json"))
+    document: dict[str, Any] = {
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **git_state(),
+        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
+        "model": {
+            "name": profile.model,
+            "synthetic": profile.synthetic,
+            "seed": profile.seed if profile.synthetic else None,
+        },
+        "config_digest": profile.digest,
+        "profile": profile.model_dump(mode="json"),
+        "notebooks": {path.name.removesuffix(".done.json"): json.loads(path.read_text()) for path in sentinels},
+        "machine": hardware.describe(run_dir).model_dump(mode="json"),
+        "packages": {each.name: each.version for each in sorted(importlib.metadata.distributions(), key=_by_name)},
+    }
+    path = run_dir / "provenance.json"
+    write_text(path, json.dumps(document, indent=2) + "\n")
+    return path
+
+
+def git_state() -> dict[str, Any]:
+    """Return ``revision`` and ``dirty`` (changes to tracked files) of this repository; None outside of git."""
+    revision, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return {"revision": revision, "dirty": None if changes is None else bool(changes)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _git(*arguments: str) -> str | None:
+    # The ceiling keeps git from answering for another repository that this one was unpacked in.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(REPOSITORY.parent)}
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _by_name(distribution: importlib.metadata.Distribution) -> str:
+    return distribution.name.lower()
