@@ -260,9 +260,10 @@ def _finished(folder: Path) -> str:
 
 def _digest(path: Path) -> Digest:
     crcs = []
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            crcs.append(f"{zlib.crc32(block):08x}")
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            crcs.append(f"{zlib.crc32(block[:count]):08x}")
     return Digest(size=path.stat().st_size, crc32="".join(crcs))
 
 

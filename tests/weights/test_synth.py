@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,16 @@ def test_a_complete_checkpoint_is_left_alone(checkpoint: Path) -> None:
     before = snapshot(checkpoint)
     make(checkpoint)
     assert snapshot(checkpoint) == before
+
+
+def test_two_at_once_write_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    write = synth.write_shard
+    monkeypatch.setattr(synth, "write_shard", lambda shard, *rest: written.append(shard.file) or write(shard, *rest))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(make, [tmp_path / "c"] * 2))
+    verify(tmp_path / "c", full=True)
+    assert len(written) == 3
 
 
 @pytest.mark.parametrize("file", ["model-00002-of-00003.safetensors", "config.json"])
