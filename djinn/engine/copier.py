@@ -43,7 +43,11 @@ class Copier(Protocol):
         ...
 
     def settle(self) -> None:
-        """Let every copy under way end, well or badly, and no later one begin before compute issued so far has ended."""
+        """Let copies under way end, well or badly, and no later one begin before compute issued so far has ended."""
+        ...
+
+    def resolve_timeline(self) -> None:
+        """Bring ``stats.timeline`` up to date."""
         ...
 
     def close(self) -> None:
@@ -152,6 +156,10 @@ class CpuCopier:
         for fill in self._fills.values():
             fill.settle()
 
+    def resolve_timeline(self) -> None:
+        """Nothing to do: intervals are added as they end."""
+
     def close(self) -> None:
         self.settle()
         self._fills.clear()
+        self.ring = torch.empty(0, dtype=torch.uint8)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from djinn.engine.arena import Arena
 from djinn.engine.copier import Copier, CpuCopier, Source
+from djinn.engine.cuda import CudaCopier
 from djinn.engine.hooks import Streamer
 from djinn.engine.plan import Plan, Tier, make_plan
 from djinn.engine.reader import Reader, allocate, settle
+from djinn.engine.residents import load_residents
 from djinn.engine.stats import Stats
 from djinn.engine.workspace import Workload, workspace_bytes
 from djinn.errors import ConfigError, PlanError, UnavailableError
@@ -38,19 +40,11 @@ class Engine:
 
     plan: Plan
     reader: Reader
-    arena: Arena
     copier: Copier
     streamer: Streamer
     stats: Stats
-    spill: Path
-
-    def close(self) -> None:
-        """End copies, free device and host memory, delete converted weights."""
-        self.streamer.detach()
-        self.copier.close()
-        self.reader.close()
-        self.arena.close()
-        shutil.rmtree(self.spill, ignore_errors=True)
+    resources: ExitStack
+    """Undoes everything, last things first: hooks, copies, host memory, files, converted weights."""
 
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
@@ -69,6 +63,7 @@ def load(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    trace: bool = False,
     progress: bool = False,
 ) -> PreTrainedModel:
     """Return a Hugging Face model that runs within ``budget`` bytes of device memory, streaming what does not fit.
@@ -85,6 +80,7 @@ def load(
         prompt_tokens, new_tokens, batch: the longest generation to keep device memory for.
         dtype: of synthetic weights; a checkpoint keeps its own.
         seed: of synthetic weights.
+        trace: keep a timeline of copies, compute and stalls in :func:`stats`.
         progress: show a bar while host memory is filled.
 
     Raises:
@@ -94,17 +90,18 @@ def load(
         UnavailableError: no such device.
     """
     where = _device(device)
+    chunk_bytes = parse_bytes(chunk)
     spill = Path(tempfile.mkdtemp(prefix="djinn-"))
     try:
         index = _index(model, spill, dtype, seed)
         work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
         planned = _plan(index, where, work, budget, ring, host_memory)
-        engine = _start(index, planned, where, parse_bytes(chunk), spill, progress)
+        engine = _start(index, planned, where, chunk_bytes, spill, trace=trace, progress=progress)
     except BaseException:
         shutil.rmtree(spill, ignore_errors=True)
         raise
     _engines[index.model] = engine
-    weakref.finalize(index.model, engine.close)
+    weakref.finalize(index.model, engine.resources.close)
     return index.model
 
 
@@ -137,7 +134,9 @@ def stats(model: nn.Module) -> Stats:
     Raises:
         ConfigError: not a model from :func:`load`.
     """
-    return _engine(model).stats
+    engine = _engine(model)
+    engine.copier.resolve_timeline()
+    return engine.stats
 
 
 def cool(model: nn.Module) -> None:
@@ -169,7 +168,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         _bind(named, unit, torch.from_numpy(image))
     nn.Module.to(model, "cpu")
     del _engines[model]
-    engine.close()
+    engine.resources.close()
     return model
 
 
@@ -226,55 +225,53 @@ def _plan(
 
 
 def _start(
-    index: WeightIndex, planned: Plan, device: torch.device, chunk_bytes: int, spill: Path, progress: bool
+    index: WeightIndex,
+    planned: Plan,
+    device: torch.device,
+    chunk_bytes: int,
+    spill: Path,
+    *,
+    trace: bool,
+    progress: bool,
 ) -> Engine:
-    """Allocate, fill, bind and hook."""
+    """Allocate, fill, bind and hook; leave nothing allocated if any of it fails."""
     model = index.model
-    reader = Reader(chunk_bytes)
-    pinned = [unit for unit, tier in zip(planned.units, planned.tiers, strict=True) if tier is Tier.PINNED]
     stats = Stats(
         model_bytes=planned.model_bytes,
         resident_bytes=planned.resident_bytes,
         ring_bytes=planned.ring_bytes,
         host_bytes=planned.pinned_bytes,
         disk_bytes=planned.disk_bytes,
+        traced=trace,
     )
-    try:
-        named = _owners_by_name(model)
-        _load_residents(planned, reader, device, named)
-        arena = Arena(pinned, reader, pin=device.type == "cuda", progress=progress)
-    except BaseException:
-        reader.close()
-        raise
-    sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
-    copier: Copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
-    for unit, slot in zip(planned.streamed, planned.slots, strict=True):
-        _bind(named, unit, copier.ring[slot.offset : slot.offset + slot.nbytes])
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-    streamer = Streamer(planned.streamed, planned.slots, copier, stats)
-    streamer.attach(model)
-    return Engine(planned, reader, arena, copier, streamer, stats, spill)
-
-
-def _load_residents(
-    planned: Plan, reader: Reader, device: torch.device, named: dict[str, list[tuple[nn.Module, str]]]
-) -> None:
-    """Put the residents into one block of device memory, read in parallel, and bind them."""
-    residents = [unit for unit, tier in zip(planned.units, planned.tiers, strict=True) if tier is Tier.RESIDENT]
-    if device.type == "cpu":
-        block = allocate(planned.resident_bytes)
-        starts = itertools.accumulate((unit.image_bytes for unit in residents), initial=0)
-        futures = []
-        for unit, start in zip(residents, starts, strict=False):
-            image = block[start : start + unit.image_bytes]
-            futures += reader.fill(unit, image)
-            _bind(named, unit, torch.from_numpy(image))
-        settle(futures)
-        return
-    raise NotImplementedError
+    named = _owners_by_name(model)
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, spill, ignore_errors=True)
+        reader = Reader(chunk_bytes)
+        undo.callback(reader.close)
+        residents = load_residents(planned.at(Tier.RESIDENT), reader, device)
+        arena = Arena(planned.at(Tier.PINNED), reader, pin=device.type == "cuda", progress=progress)
+        undo.callback(arena.close)
+        sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
+        copier: Copier
+        if device.type == "cuda":
+            ring = torch.empty(planned.ring_bytes, dtype=torch.uint8, device=device)
+            copier = CudaCopier(sources, planned.slots, ring, reader, stats, chunk_bytes)
+        else:
+            copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
+        undo.callback(copier.close)
+        for unit in planned.at(Tier.RESIDENT):
+            _bind(named, unit, residents[unit.name])
+        for unit, slot in zip(planned.streamed, planned.slots, strict=True):
+            _bind(named, unit, copier.ring[slot.offset : slot.offset + slot.nbytes])
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        streamer = Streamer(planned.streamed, planned.slots, copier, stats)
+        undo.callback(streamer.detach)
+        streamer.attach(model)
+        return Engine(planned, reader, copier, streamer, stats, undo.pop_all())
 
 
 def _owners_by_name(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

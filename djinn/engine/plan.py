@@ -59,6 +59,10 @@ class Plan:
         """The units that cross the link in every pass, in order."""
         return tuple(unit for unit, tier in zip(self.units, self.tiers, strict=True) if tier is not Tier.RESIDENT)
 
+    def at(self, tier: Tier) -> tuple[Unit, ...]:
+        """The units of one tier, in order."""
+        return tuple(unit for unit, place in zip(self.units, self.tiers, strict=True) if place is tier)
+
     @property
     def resident_bytes(self) -> int:
         """Device memory of the residents."""
@@ -97,19 +101,20 @@ class Plan:
         rows = [
             ("model", self.model_bytes, f"{len(self.units)} units, {self.oversubscription:.2f}x the budget"),
             ("budget", self.budget, "device memory, of which:"),
-            ("  residents", self.resident_bytes, f"{self._count(Tier.RESIDENT)} units that never cross the link again"),
+            (
+                "  residents",
+                self.resident_bytes,
+                f"{len(self.at(Tier.RESIDENT))} units that never cross the link again",
+            ),
             ("  ring", self.ring_bytes, "streamed units on their way"),
             ("  workspace", self.workspace_bytes, "KV cache, activations, scratch"),
-            ("pinned", self.pinned_bytes, f"{self._count(Tier.PINNED)} units in host memory, streamed each pass"),
-            ("disk", self.disk_bytes, f"{self._count(Tier.DISK)} units read each pass"),
+            ("pinned", self.pinned_bytes, f"{len(self.at(Tier.PINNED))} units in host memory, streamed each pass"),
+            ("disk", self.disk_bytes, f"{len(self.at(Tier.DISK))} units read each pass"),
         ]
         return "\n".join(f"{name:<12}{format_bytes(size):>9}  {what}" for name, size, what in rows)
 
     def _bytes(self, tier: Tier) -> int:
-        return sum(unit.image_bytes for unit, at in zip(self.units, self.tiers, strict=True) if at is tier)
-
-    def _count(self, tier: Tier) -> int:
-        return sum(at is tier for at in self.tiers)
+        return sum(unit.image_bytes for unit in self.at(tier))
 
 
 def make_plan(

@@ -116,7 +116,7 @@ class Reader:
         try:
             file = self._open(path)
             while done < needed:
-                count = os.preadv(file, [memoryview(target[done:])], offset + done)
+                count = os.preadv(file, [target[done:].data], offset + done)
                 if count == 0:
                     raise CheckpointError(f"{path}: ends at byte {offset + done}; it was longer when it was indexed")
                 # A short direct read can only go on from a page.

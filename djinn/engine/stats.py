@@ -36,6 +36,8 @@ class Stats:
     """Bytes of weights streamed from host memory in every pass."""
     disk_bytes: int
     """Bytes of weights streamed from disk in every pass."""
+    traced: bool = False
+    """Whether copies and compute are put on the timeline."""
     link_bytes: int = 0
     """Weight bytes whose copy into the ring was started."""
     passes: int = 0
@@ -51,6 +53,6 @@ class Stats:
     timeline: list[Interval] = field(default_factory=list)
 
     def add(self, interval: Interval) -> None:
-        """Append to the timeline, up to its limit."""
-        if len(self.timeline) < TIMELINE_LIMIT:
+        """Append to the timeline if it is kept, up to its limit."""
+        if self.traced and len(self.timeline) < TIMELINE_LIMIT:
             self.timeline.append(interval)

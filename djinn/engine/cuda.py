@@ -1,0 +1,244 @@
+"""The CUDA copy engine: one copy stream, an event per unit for its arrival and one for its release.
+
+All waits are the device's: a copy waits for the release event of the unit that lay there, compute waits for the ready
+event of the unit it reads, and the host only issues. Units on disk arrive by a second copy stream, fed by the threads
+that read them into page-locked buffers; there the host waits, if a unit's bytes have not come from the disk yet.
+
+Shared with ROCm builds of torch, whose streams and events have the same names.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from djinn.engine.arena import PinnedMemory
+from djinn.engine.copier import Fill, Source
+from djinn.engine.reader import THREADS, Buffer, Piece, Reader, pieces
+from djinn.engine.ring import Slot
+from djinn.engine.stats import Interval, Stats
+from djinn.weights.units import PAGE
+
+STAGING_BUFFERS = 2 * THREADS
+"""Page-locked buffers between disk and link: one being read and one being copied for every reading thread."""
+
+
+class CudaCopier:
+    """Copies units from the arena, and from disk, to a ring on a CUDA device.
+
+    Args:
+        sources: what each streamed unit is copied from, in order of visits.
+        slots: where each goes.
+        ring: uint8 tensor on the device.
+        chunk_bytes: size of one copy command.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        slots: tuple[Slot, ...],
+        ring: torch.Tensor,
+        reader: Reader,
+        stats: Stats,
+        chunk_bytes: int,
+    ) -> None:
+        self.ring = ring
+        self._sources = sources
+        self._slots = slots
+        self._stats = stats
+        self._stream = torch.cuda.Stream(ring.device)
+        self._ready = [torch.cuda.Event() for _ in sources]
+        self._free = [torch.cuda.Event() for _ in sources]
+        self._copies = [
+            _chunks(ring[slot.offset : slot.offset + slot.nbytes], source.image, chunk_bytes)
+            for source, slot in zip(sources, slots, strict=True)
+        ]
+        self._disk: _DiskStream | None = None
+        if any(source.image is None for source in sources):
+            self._disk = _DiskStream(self, reader)
+        self._trace = _Trace(stats) if stats.traced else None
+
+    def submit(self, unit: int, after: int | None) -> None:
+        if self._disk is not None and self._sources[unit].image is None:
+            self._disk.submit(unit, after)
+            return
+        stream = self._stream
+        if after is not None:
+            stream.wait_event(self._free[after])
+        if self._trace is not None:
+            self._trace.mark(unit, "copy_start", stream)
+        with torch.cuda.stream(stream):
+            for target, source in self._copies[unit]:
+                target.copy_(source, non_blocking=True)
+        if self._trace is not None:
+            self._trace.mark(unit, "copy_end", stream)
+        self._ready[unit].record(stream)
+
+    def wait(self, unit: int) -> None:
+        if self._disk is not None:
+            self._disk.wait(unit)
+        # The compute stream is asked for here, never inside the copy stream's context: there it would be that one.
+        compute = torch.cuda.current_stream(self.ring.device)
+        if self._trace is not None:
+            self._trace.mark(unit, "arrive", compute)
+        compute.wait_event(self._ready[unit])
+        if self._trace is not None:
+            self._trace.mark(unit, "compute_start", compute)
+
+    def release(self, unit: int) -> None:
+        compute = torch.cuda.current_stream(self.ring.device)
+        if self._trace is not None:
+            self._trace.mark(unit, "compute_end", compute)
+            self._trace.close_visit(unit, self._sources[unit])
+        self._free[unit].record(compute)
+
+    def settle(self) -> None:
+        if self._disk is not None:
+            self._disk.settle()
+        compute = torch.cuda.current_stream(self.ring.device)
+        self._stream.wait_stream(compute)
+        if self._disk is not None:
+            self._disk.stream.wait_stream(compute)
+
+    def resolve_timeline(self) -> None:
+        """Turn the events recorded so far into intervals; waits for the device.
+
+        Event pairs cost host time, so they are kept only while ``stats.traced``.
+        """
+        if self._trace is not None:
+            torch.cuda.synchronize(self.ring.device)
+            self._trace.resolve()
+
+    def close(self) -> None:
+        if self._disk is not None:
+            self._disk.settle()
+        torch.cuda.synchronize(self.ring.device)
+        if self._disk is not None:
+            self._disk.close()
+        self._copies.clear()
+        self.ring = torch.empty(0, dtype=torch.uint8)
+
+
+def _chunks(target: torch.Tensor, image: Buffer | None, chunk_bytes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (device, host) views of the unit, cut into copy commands; made once, so that hooks allocate nothing."""
+    if image is None:
+        return []
+    return list(zip(target.split(chunk_bytes), torch.from_numpy(image).split(chunk_bytes), strict=True))
+
+
+@dataclass
+class _Staging:
+    """A page-locked buffer, and the event after which it may be written again."""
+
+    buffer: Buffer
+    copied: torch.cuda.Event
+
+
+class _DiskStream:
+    """Reads units from disk into page-locked buffers on threads, and copies each piece on as soon as it is there."""
+
+    def __init__(self, copier: CudaCopier, reader: Reader) -> None:
+        self._copier = copier
+        self._reader = reader
+        self.stream = torch.cuda.Stream(copier.ring.device)
+        self._fills: dict[int, Fill] = {}
+        self._lock = threading.Lock()
+        size = reader.chunk_bytes + 2 * PAGE
+        self._memory = PinnedMemory(STAGING_BUFFERS * size)
+        self._memory.buffer[::PAGE] = 0
+        self._memory.pin()
+        self._free: queue.SimpleQueue[_Staging] = queue.SimpleQueue()
+        for number in range(STAGING_BUFFERS):
+            self._free.put(_Staging(self._memory.buffer[number * size : (number + 1) * size], torch.cuda.Event()))
+
+    def submit(self, unit: int, after: int | None) -> None:
+        parts = pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes)
+        fill = self._fills[unit] = Fill(len(parts))
+        slot = self._copier._slots[unit]
+        target = self._copier.ring[slot.offset : slot.offset + slot.nbytes]
+        release = None if after is None else self._copier._free[after]
+        for piece in parts:
+            future = self._reader.pool.submit(self._move, piece, target, release)
+
+            def finish(ended: Future[int], fill: Fill = fill, unit: int = unit) -> None:
+                # All pieces go through one stream, so an event behind the last one issued is behind them all.
+                with self._lock:
+                    self._copier._ready[unit].record(self.stream)
+                fill.finish_one(ended)
+
+            future.add_done_callback(finish)
+
+    def _move(self, piece: Piece, target: torch.Tensor, release: torch.cuda.Event | None) -> int:
+        with self._staging() as staging:
+            staging.copied.synchronize()
+            shift = piece.offset // PAGE * PAGE
+            start = piece.offset - shift
+            self._reader.read(replace(piece, offset=start), staging.buffer)
+            source = torch.from_numpy(staging.buffer[start : start + piece.nbytes])
+            with self._lock, torch.cuda.stream(self.stream):
+                if release is not None:
+                    self.stream.wait_event(release)
+                target[piece.offset : piece.offset + piece.nbytes].copy_(source, non_blocking=True)
+                staging.copied.record(self.stream)
+        return piece.nbytes
+
+    @contextmanager
+    def _staging(self) -> Iterator[_Staging]:
+        staging = self._free.get()
+        try:
+            yield staging
+        finally:
+            self._free.put(staging)
+
+    def wait(self, unit: int) -> None:
+        fill = self._fills.get(unit)
+        if fill is not None:
+            fill.wait()
+
+    def settle(self) -> None:
+        for fill in self._fills.values():
+            fill.settle()
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class _Trace:
+    """Timing events of the visits, turned into intervals once the device is idle."""
+
+    def __init__(self, stats: Stats) -> None:
+        self._stats = stats
+        self._zero = torch.cuda.Event(enable_timing=True)
+        self._zero.record()
+        self._open: dict[int, dict[str, torch.cuda.Event]] = {}
+        self._closed: list[tuple[Source, dict[str, torch.cuda.Event]]] = []
+
+    def mark(self, unit: int, what: str, stream: torch.cuda.Stream) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        if what == "copy_start":
+            self._open[unit] = {}
+        self._open.setdefault(unit, {})[what] = event
+
+    def close_visit(self, unit: int, source: Source) -> None:
+        self._closed.append((source, self._open.pop(unit, {})))
+
+    def resolve(self) -> None:
+        for source, events in self._closed:
+            at = {what: self._zero.elapsed_time(event) / 1e3 for what, event in events.items()}
+            name, nbytes = source.unit.name, source.unit.weight_bytes
+            if "copy_start" in at:
+                self._stats.add(Interval("copy", name, at["copy_start"], at["copy_end"], nbytes))
+            if "compute_end" in at and "compute_start" in at:
+                self._stats.add(Interval("compute", name, at["compute_start"], at["compute_end"], nbytes))
+                stall = at["compute_start"] - at["arrive"]
+                self._stats.stall_s += stall
+                cause = "disk" if source.image is None else "link"
+                self._stats.add(Interval("stall", name, at["arrive"], at["compute_start"], nbytes, cause))
+        self._closed.clear()
