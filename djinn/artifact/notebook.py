@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 
 from djinn import hardware
-from djinn.artifact.provenance import REPOSITORY, git_state, write_text
+from djinn.artifact.provenance import REPOSITORY, from_root, git_state, write_text
 from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError
 from djinn.sizes import format_bytes
@@ -65,8 +65,7 @@ class Session:
 
     def configuration(self) -> pd.DataFrame:
         """Return the profile as used: one row per setting."""
-        settings = self.profile.model_dump(mode="json") | {"digest": self.profile.digest}
-        return pd.DataFrame({"value": [_plain(value) for value in settings.values()]}, index=list(settings))
+        return configuration_frame(self.profile)
 
     def machine(self) -> pd.DataFrame:
         """Return what this machine is: one row per fact that is known."""
@@ -87,8 +86,9 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
     parameters = _checked(namespace)
     profile = _profile(parameters)
     run_dir = _opened(parameters["run_dir"], profile)
-    _sentinel(run_dir, name).unlink(missing_ok=True)
-    print(f"{name}: {profile.title}. All four notebooks: about {profile.minutes:g} minutes. Results: {run_dir}")
+    forget(run_dir, name)
+    print(f"{name}: {profile.title}; all four notebooks take about {profile.minutes:g} minutes")
+    print(f"Results: {from_root(run_dir)}")
     return Session(name, profile, run_dir, parameters)
 
 
@@ -111,6 +111,17 @@ def read_sentinel(run_dir: Path, name: str) -> dict[str, Any] | None:
     """Return what ``finish`` wrote for the notebook ``name``, or None where it did not."""
     path = _sentinel(run_dir, name)
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def forget(run_dir: Path, name: str) -> None:
+    """Remove the sentinel of an earlier execution of the notebook ``name``."""
+    _sentinel(run_dir, name).unlink(missing_ok=True)
+
+
+def configuration_frame(profile: Profile) -> pd.DataFrame:
+    """Return a profile's settings and its digest, in words: one row each."""
+    settings = profile.model_dump(mode="json") | {"digest": profile.digest}
+    return pd.DataFrame({"value": [_plain(value) for value in settings.values()]}, index=list(settings))
 
 
 def machine_frame(machine: Mapping[str, Any]) -> pd.DataFrame:
@@ -158,16 +169,14 @@ def _opened(given: str | None, profile: Profile) -> Path:
         with tempfile.TemporaryFile(dir=run_dir / "results"):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"run_dir {run_dir} cannot be written: {error.strerror}; choose another with the parameter run_dir"
-        ) from None
+        raise ConfigError(f"run_dir {from_root(run_dir)} cannot be written: {error.strerror}; choose another") from None
     path = run_dir / "profile.yaml"
     if path.is_file():
         before, now = load_profile(path).model_dump(mode="json"), profile.model_dump(mode="json")
         changed = [f"{key}: {before[key]} there, {now[key]} asked for" for key in now if before[key] != now[key]]
         if changed:
             raise ConfigError(
-                f"run_dir {run_dir} holds another configuration ({'; '.join(changed)}); "
+                f"run_dir {from_root(run_dir)} holds another configuration ({'; '.join(changed)}); "
                 "give the same parameters as before, or another run_dir"
             )
     else:
@@ -184,7 +193,7 @@ def _plain(value: Any) -> str:
         return "; ".join(f"{key}: {_plain(each)}" for key, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return "the plan chooses" if value is None else str(value)
+    return "not set" if value is None else str(value)
 
 
 def _fact(fact: str, value: Any) -> str:

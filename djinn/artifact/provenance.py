@@ -52,6 +52,12 @@ def git_state() -> dict[str, Any]:
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 
 
+def from_root(path: Path) -> str:
+    """Return ``path`` as seen from the repository's root, so that what is written down names no one's home."""
+    path = path.absolute()
+    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,8 +92,9 @@ def read_pcie(run_dir: Path) -> pd.DataFrame:
 
 
 def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:
-    """Return one row per record, and one "not run" row for each of ``systems`` that has none."""
-    rows = [_row(record) for record in records]
+    """Return one row per record, in the order of ``systems``, and a "not run" row for each of them that has none."""
+    ranks = {name: rank for rank, name in enumerate(systems)}
+    rows = [_row(record) for record in sorted(records, key=lambda record: ranks.get(system_label(record), len(ranks)))]
     seen = {row["name"] for row in rows}
     rows += [
         {"name": name, "run": -1, "status": NOT_RUN, "reason": "", "words": NOT_RUN, "tokens": ()}

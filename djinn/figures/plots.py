@@ -27,7 +27,7 @@ from djinn.figures.style import (
     house_style,
     words_at,
 )
-from djinn.sizes import format_bytes
+from djinn.sizes import exact_bytes, format_bytes
 
 _MEAN = "Whiskers: 95% interval of the mean (Student t)."
 _CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band: range)."
@@ -109,7 +109,7 @@ def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
         words_at(ax, words, sizes.index(size), 0, up=True)
     ax.set_ylim(bottom=0)
     ax.set_xlim(-0.5, len(sizes) - 0.5)
-    ax.set_xticks(range(len(sizes)), [_exact(int(size)) for size in sizes])
+    ax.set_xticks(range(len(sizes)), [exact_bytes(int(size)) for size in sizes])
     ax.set_xlabel(f"{axis} size")
     ax.set_ylabel("link, GB/s")
     explain(ax, f"Bandwidth by {axis} size", f"Mean of the runs (dots). {_MEAN} {_CEILING}")
@@ -215,11 +215,3 @@ def _unit(largest: float) -> tuple[str, float]:
     return next(
         ((name, scale) for name, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)) if largest >= scale), ("B", 1.0)
     )
-
-
-def _exact(size: int) -> str:
-    """Return a size as it was asked for: in binary units where it is a whole number of them."""
-    for name, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size % scale == 0:
-            return f"{size // scale} {name}"
-    return format_bytes(size)

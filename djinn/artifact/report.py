@@ -1,0 +1,158 @@
+"""The report of a run, as Markdown and as one HTML page that needs no network: systems, claims, figures, machine."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from djinn.artifact.claims import claims_frame, write_claims
+from djinn.artifact.notebook import configuration_frame, machine_frame
+from djinn.artifact.provenance import write_text
+from djinn.bench.records import Record, latest, read_records
+from djinn.bench.statistics import summary_frame, tokens_agree
+from djinn.config import load_profile
+from djinn.errors import ConfigError
+from djinn.figures import frames
+from djinn.figures.style import LOOKS
+from djinn.sizes import format_bytes
+
+FIGURES = {
+    "bandwidth": "Link and effective bandwidth of each system against the link's ceiling",
+    "ttft": "Time to first token of each system",
+    "time_per_token": "Time per output token of each system",
+    "chunk_sweep": "Link bandwidth by chunk size",
+    "ring_sweep": "Link bandwidth by ring size",
+    "device_memory": "Peak device memory of each system against the model's size and the budget",
+    "timeline": "Copies, compute and stalls over time",
+}
+"""The figures a report shows, in order, with the words for readers who cannot see them."""
+
+_MEASURES = {
+    "loading, s": "load_s",
+    "time to first token, s": "ttft_s",
+    "time per token, s": "token_s",
+    "link, GB/s": "link_gbps",
+    "ceiling beside it, GB/s": "ceiling_gbps",
+    "of the ceiling": "link_utilisation",
+    "effective, GB/s": "effective_gbps",
+}
+_SIZES = {
+    "model": "model_bytes",
+    "resident weights": "resident_bytes",
+    "peak device memory": "peak_device_bytes",
+    "peak host memory": "peak_host_bytes",
+    "of it anonymous": "peak_anon_bytes",
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Evaluate the claims of a run and write its ``report.md`` and ``report.html``; return the page's path.
+
+    Raises:
+        ConfigError: no run directory, or a damaged result file.
+    """
+    if not (run_dir / "profile.yaml").is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it has no profile.yaml")
+    context = _context(run_dir)
+    templates = Environment(
+        loader=PackageLoader("djinn.artifact"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("report.md", "report.html"):
+        write_text(run_dir / name, templates.get_template(f"{name}.j2").render(context))
+    return run_dir / "report.html"
+
+
+def _context(run_dir: Path) -> dict[str, Any]:
+    profile = load_profile(run_dir / "profile.yaml")
+    records = latest(read_records(run_dir / "results" / "baselines.jsonl"))
+    outcomes = write_claims(run_dir)
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    provenance = _json(run_dir / "provenance.json")
+    machine = provenance.get("machine") or _json(run_dir / "results" / "certify.json").get("machine") or {}
+    written = {path.name.removesuffix(".done.json"): _json(path) for path in (run_dir / "results").glob("*.done.json")}
+    return {
+        "profile": profile,
+        "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL", "NOT RUN")},
+        "systems": _rows(systems_frame(records, list(profile.systems)).reset_index(names="")),
+        "claims": _rows(claims_frame(outcomes)),
+        "figures": [_figure(run_dir, name, words) for name, words in FIGURES.items() if _png(run_dir, name).is_file()],
+        "missing_figures": [words for name, words in FIGURES.items() if not _png(run_dir, name).is_file()],
+        "notebooks": [_notebook(run_dir, name, done) for name, done in sorted(written.items())],
+        "machine": machine_frame(machine)["value"].to_dict(),
+        "configuration": configuration_frame(profile)["value"].to_dict(),
+        "revision": provenance.get("revision"),
+        "dirty": provenance.get("dirty"),
+    }
+
+
+def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
+    """Return the systems side by side, in words: one column each, one row per measure.
+
+    A measure is its mean ± half of the 95% interval with the median in brackets; one that is missing is empty.
+    """
+    summary = {str(row["label"]): row for row in summary_frame(records).to_dict("records")}
+    agree = tokens_agree(records)
+    words = frames.gaps(frames.runs(records, systems), "generate_s")
+    columns = {}
+    for name in dict.fromkeys([*systems, *summary]):
+        row: Mapping[Any, Any] = summary.get(name, {})
+        columns[LOOKS[name].label] = {
+            "status": words.get(name, "ok"),
+            "reason": row.get("reason", ""),
+            "finished runs": str(row.get("runs", 0)),
+            **{title: _spread(row, measure) for title, measure in _MEASURES.items()},
+            **{title: _size(row, size) for title, size in _SIZES.items()},
+            "same tokens": {True: "yes", False: "NO", None: ""}[agree.get(name)],
+        }
+    return pd.DataFrame(columns)
+
+
+def _spread(row: Mapping[Any, Any], measure: str) -> str:
+    mean, high = row.get(f"{measure}_mean", math.nan), row.get(f"{measure}_high", math.nan)
+    if math.isnan(mean):
+        return ""
+    interval = "" if math.isnan(high) else f" ± {high - mean:.2g}"
+    return f"{mean:.3g}{interval} ({row[f'{measure}_median']:.3g})"
+
+
+def _size(row: Mapping[Any, Any], column: str) -> str:
+    size = row.get(column, math.nan)
+    return "" if math.isnan(size) else format_bytes(size)
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, str]]:
+    return [{str(column): str(value) for column, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _png(run_dir: Path, name: str) -> Path:
+    return run_dir / "figures" / f"{name}.png"
+
+
+def _figure(run_dir: Path, name: str, words: str) -> dict[str, str]:
+    data = base64.b64encode(_png(run_dir, name).read_bytes()).decode()
+    return {"name": name, "words": words, "png": f"data:image/png;base64,{data}"}
+
+
+def _notebook(run_dir: Path, name: str, done: dict[str, Any]) -> dict[str, str]:
+    executed = f"notebooks/{name}.ipynb"
+    return {
+        "name": name,
+        "link": executed if (run_dir / executed).is_file() else "",
+        "seconds": f"{done['wall_s']:.0f}",
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}

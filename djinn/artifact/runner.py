@@ -1,0 +1,141 @@
+"""The four notebooks in order through papermill, where a notebook counts as done only if it says so itself.
+
+Papermill reports success for a kernel killed in its last cell and for ``sys.exit(0)`` half-way. So after each
+notebook the runner looks for its sentinel and for cells that did not run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+
+from djinn.artifact import auto, notebook
+from djinn.artifact.provenance import REPOSITORY, from_root, write_provenance
+from djinn.artifact.report import write_report
+from djinn.config import load_profile
+from djinn.errors import DjinnError
+
+NOTEBOOK_DIR = REPOSITORY / "notebooks"
+NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
+
+
+def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: Any) -> Path:
+    """Run the four notebooks and return the run directory with their results, figures and report.
+
+    Args:
+        profile: a profile's name or file; ``auto`` takes the largest that this machine can hold, and says why.
+        run_dir: an earlier run directory is continued: what it has measured is not measured again. By default a
+            new one, ``artifact/runs/<profile>-<UTC time>``.
+        overrides: other values than the profile's, by the notebooks' parameter names.
+
+    Raises:
+        DjinnError: a notebook failed; it is kept as ``notebooks/<name>.failed.ipynb``.
+        ConfigError: an unknown profile.
+        UnavailableError: ``auto`` found no profile that fits.
+    """
+    if profile == "auto":
+        if run_dir is not None and (run_dir / "profile.yaml").is_file():
+            profile = load_profile(run_dir / "profile.yaml").name
+        else:
+            choice = auto.choose()
+            print(choice.text())
+            profile = choice.profile.name
+    chosen = load_profile(profile).override(**overrides)
+    if run_dir is None:
+        run_dir = notebook.RUNS_DIR / f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    run_dir = run_dir.absolute()
+    print(f"{chosen.title}: four notebooks, about {chosen.minutes:g} minutes")
+    named = from_root(Path(profile)) if profile.endswith(".yaml") else profile
+    parameters = {"profile": named, "run_dir": from_root(run_dir), **overrides}
+    for name in NOTEBOOKS:
+        execute(NOTEBOOK_DIR / f"{name}.ipynb", run_dir, parameters)
+        write_provenance(run_dir, chosen)
+    report = write_report(run_dir)
+    for what, path in (("report", report), ("figures", run_dir / "figures"), ("notebooks", run_dir / "notebooks")):
+        print(f"{what:10}{from_root(path)}")
+    return run_dir
+
+
+def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
+    """Execute one notebook into ``run_dir/notebooks`` and return the executed file; its log goes to ``run_dir/logs``.
+
+    Raises:
+        DjinnError: it raised, its kernel died, it did not run every cell, or it did not reach its last call.
+    """
+    name = source.stem
+    executed = run_dir / "notebooks" / f"{name}.ipynb"
+    unfinished, failed = (executed.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    notebook.forget(run_dir, name)
+    try:
+        with _logged(run_dir / "logs" / f"{name}.log"):
+            papermill.execute_notebook(
+                source,
+                unfinished,
+                parameters,
+                kernel_name="python3",
+                cwd=REPOSITORY,
+                log_output=True,
+                progress_bar=False,
+            )
+        cause = _shortcoming(unfinished, run_dir, name)
+    except Exception as error:  # papermill, nbclient and the kernel each have their own ways to fail
+        cause = _short(error)
+    except BaseException:
+        _rename(unfinished, failed)
+        raise
+    if cause:
+        _rename(unfinished, failed)
+        raise DjinnError(f"{name}: {cause}; see {from_root(failed)}")
+    unfinished.replace(executed)
+    failed.unlink(missing_ok=True)
+    return executed
+
+
+def _shortcoming(executed: Path, run_dir: Path, name: str) -> str:
+    """Return what is wrong with an executed notebook that papermill calls done, or nothing."""
+    cells = nbformat.read(executed, as_version=4).cells
+    pending = [number for number, cell in enumerate(cells) if cell.cell_type == "code" and cell.execution_count is None]
+    if pending:
+        return f"the kernel stopped before cell {pending[0] + 1} of {len(cells)}"
+    if notebook.read_sentinel(run_dir, name) is None:
+        return "it did not reach its end: the kernel was killed in the last cell"
+    return ""
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, papermill.PapermillExecutionError):
+        return f"cell {error.cell_index + 1}: {error.ename}: {error.evalue}"
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[-1]}"
+
+
+def _rename(source: Path, target: Path) -> None:
+    if source.is_file():
+        source.replace(target)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Show what the cells print while they run, and keep it in ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("papermill")
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(path, mode="w")]
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
