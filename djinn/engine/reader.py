@@ -10,9 +10,10 @@ from __future__ import annotations
 import mmap
 import os
 import queue
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,8 @@ class Reader:
 def read_rate(paths: Sequence[Path], nbytes: int, chunk_bytes: int, threads: int = THREADS) -> float:
     """Return the raw direct-read rate of these files in bytes/s: the ceiling of streaming from them.
 
-    Reads up to ``nbytes`` in blocks of ``chunk_bytes``, ``threads`` at a time, into buffers that are used again, from
-    places spread over the files, so that the sample is like a pass over all of them.
+    Reads up to ``nbytes`` in blocks of ``chunk_bytes``, ``threads`` at a time, into buffers that are used again: one
+    contiguous stretch as in a pass, from a random place, so that no cache below the page cache has just seen it.
     """
     reader = Reader(chunk_bytes, threads)
     chunk = reader.chunk_bytes
@@ -171,7 +172,7 @@ def read_rate(paths: Sequence[Path], nbytes: int, chunk_bytes: int, threads: int
         return needed
 
     try:
-        blocks = list(_sample(paths, nbytes, chunk))
+        blocks = _stretch(paths, nbytes, chunk)
         start = time.perf_counter()
         total = sum(reader.pool.map(lambda block: read(*block), blocks))
         return total / (time.perf_counter() - start)
@@ -179,16 +180,16 @@ def read_rate(paths: Sequence[Path], nbytes: int, chunk_bytes: int, threads: int
         reader.close()
 
 
-def _sample(paths: Sequence[Path], nbytes: int, chunk: int) -> Iterator[tuple[Path, int, int]]:
-    """Yield (path, offset, bytes) of blocks that cover ``nbytes``, evenly spread over the files."""
+def _stretch(paths: Sequence[Path], nbytes: int, chunk: int) -> list[tuple[Path, int, int]]:
+    """Return (path, offset, bytes) of consecutive blocks that cover ``nbytes``, from a random one on."""
     blocks = [
         (path, offset, min(chunk, path.stat().st_size - offset))
         for path in paths
         for offset in range(0, path.stat().st_size, chunk)
     ]
     wanted = max(1, min(len(blocks), nbytes // chunk))
-    for number in range(wanted):
-        yield blocks[number * len(blocks) // wanted]
+    first = random.randrange(len(blocks))
+    return [blocks[(first + number) % len(blocks)] for number in range(wanted)]
 
 
 def settle(futures: Sequence[Future[int]], progress: Callable[[int], object] = lambda _: None) -> None:
