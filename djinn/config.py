@@ -106,6 +106,8 @@ class Profile(_Frozen):
             raise ValueError("disable_kv_swap: false needs device: cuda (transformers' offloaded cache is CUDA-only)")
         if self.weights == "memory" and not self.synthetic:
             raise ValueError("weights: memory is for synthetic models; a checkpoint is read from disk")
+        if self.weights == "memory" and self.device == "cpu":
+            raise ValueError("weights: memory needs device: cuda; on a CPU the link is the disk that weights come from")
         return self
 
     @property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedModel
 
 from djinn.config import Profile
+from djinn.engine.stats import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,24 +24,79 @@ class Job:
     scratch: Path
     """A folder of this job's own, removed after it: a baseline's second copy of the weights goes here."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return getattr(torch, self.profile.dtype)
 
-class System(Protocol):
+    @property
+    def in_memory(self) -> bool:
+        """Whether the weights are made in host memory instead of read from files."""
+        return self.profile.weights == "memory"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU; otherwise it is a budget of host memory."""
+        return self.profile.device == "cuda"
+
+
+class System(ABC):
     """A loaded model and what is needed to measure it. One process holds one system."""
 
     model: PreTrainedModel
     resident_bytes: int
     """Weights that stay on the device."""
-    ring_bytes: int
+    ring_bytes: int = 0
     settings: dict[str, str | int | float | bool]
+    """What it was set to, as a record keeps it."""
 
+    @abstractmethod
     def link_bytes(self) -> int:
         """Return the weight bytes that have crossed the link since loading."""
+
+    def cool(self) -> None:  # noqa: B027 (optional)
+        """Make the next pass start cold. Most systems prefetch nothing across passes, so there is nothing to do."""
+
+    def timeline(self) -> list[Interval]:
+        """Return what the copy engine did since :meth:`cool`, if the system keeps account of it."""
+        return []
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Release what the end of the process does not: by default nothing."""
+
+
+class PassCounter(System):
+    """A system that moves the same weights across the link in every pass, and keeps no count itself."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, resident: int, streamed: int, settings: dict[str, str | int | float | bool]
+    ) -> None:
+        self.model = model
+        self.resident_bytes = resident
+        self.settings = settings
+        self._streamed_bytes = streamed
+        self._passes = 0
+        model.register_forward_hook(self._count)
+
+    def link_bytes(self) -> int:
+        """Return streamed bytes × passes."""
+        return self._streamed_bytes * self._passes
+
+    def _count(self, *_: object) -> None:
+        self._passes += 1
+
+
+class Loader(Protocol):
+    """A module of ``djinn.bench.systems``."""
+
+    def check(self, job: Job) -> None:
+        """Import and build what the system needs, so that ``load`` takes no time for it.
+
+        Raises:
+            UnavailableError: this machine cannot run the job; says what is missing, with numbers.
+        """
         ...
 
-    def cool(self) -> None:
-        """Make the next pass start cold: nothing prefetched on the device."""
-        ...
-
-    def close(self) -> None:
-        """Release device and host memory, and files in the job's scratch folder."""
+    def load(self, job: Job) -> System:
+        """Load the model, ready to generate."""
         ...

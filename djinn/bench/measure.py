@@ -1,0 +1,194 @@
+"""One measured call of ``generate``, the same for every system: what is timed, counted and sampled, and how.
+
+The run is as cold as a run can be: the checkpoint's pages are dropped from the page cache, nothing is prefetched, and
+the link's raw rate is measured before and after, because disks and neighbours drift.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, StoppingCriteria
+
+from djinn.bench.link import pinned_h2d_rate
+from djinn.bench.systems.base import Job, System
+from djinn.engine.reader import THREADS, read_rate
+
+# At these sizes neither link is slowed by its commands. The host memory page-locked beside a full arena is kept small.
+_LINK_CHUNK, _LINK_SAMPLE = 64 * 2**20, 512 * 2**20
+_DISK_CHUNK, _DISK_SAMPLE = 16 * 2**20, 2 * 10**9
+_SAMPLE_S = 0.02
+
+
+class TokenTimes(StoppingCriteria):
+    """Notes when each token is on the host. It stops nothing: the number of tokens is fixed."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """See ``transformers.StoppingCriteria``; ``input_ids`` is [batch, tokens so far], int64."""
+        input_ids[:, -1].tolist()  # waits until the token is on the host
+        self.stamps.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class MemoryPeak:
+    """The most host memory this process has held since the peak was made: sampled, in bytes."""
+
+    def __init__(self) -> None:
+        self.rss_bytes = 0
+        self.anon_bytes = 0
+        threading.Thread(target=self._watch, name="memory-peak", daemon=True).start()
+
+    def sample(self) -> None:
+        """Look once more; anonymous memory includes shared memory, which cannot be taken back either."""
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        size = {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon", "RssShmem")}
+        self.rss_bytes = max(self.rss_bytes, size["VmRSS"])
+        self.anon_bytes = max(self.anon_bytes, size["RssAnon"] + size["RssShmem"])
+
+    def _watch(self) -> None:
+        while True:
+            self.sample()
+            time.sleep(_SAMPLE_S)
+
+
+def prompt_ids(config: PretrainedConfig, *, batch: int, tokens: int, seed: int) -> torch.Tensor:
+    """Return the prompt, int64 of [batch, tokens]: seeded, the same for every system, without special ids."""
+    text = config.get_text_config()
+    special = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(text, name, None)
+        special |= set(value) if isinstance(value, list) else {value}
+    ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
+    chosen = torch.randint(len(ordinary), (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return ordinary[chosen]
+
+
+def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dict[str, Any]:
+    """Generate once, greedily, ``new_tokens`` tokens; return the fields of a record that a run gives.
+
+    Raises:
+        Whatever the system raises.
+    """
+    profile = job.profile
+    device = "cuda" if job.on_gpu else "cpu"
+    prompt = prompt_ids(system.model.config, batch=profile.batch, tokens=profile.prompt_tokens, seed=profile.seed)
+    prompt = prompt.to(device)
+    times = TokenTimes()
+    files = [] if job.in_memory else sorted(Path(job.model).glob("*.safetensors"))
+    link = GpuLink() if job.on_gpu else DiskLink(files)
+    gc.collect()
+    system.cool()
+    drop_pages([*files, *(path for path in job.scratch.rglob("*") if path.is_file())])
+    before = link.ceiling()
+    moved = link.moved(system)
+    start = time.perf_counter()
+    with torch.no_grad():
+        output = system.model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=profile.new_tokens,
+            max_new_tokens=profile.new_tokens,
+            stopping_criteria=[times],
+            pad_token_id=0,
+            **({} if profile.disable_kv_swap else {"cache_implementation": "offloaded"}),
+        )
+        tokens = output[0, profile.prompt_tokens :].tolist()
+    wall_s = time.perf_counter() - start
+    link_bytes = link.moved(system) - moved
+    ceiling = (before + link.ceiling()) / 2
+    peak.sample()
+    return {
+        "ttft_s": times.stamps[0] - start,
+        "per_token_s": [late - early for early, late in itertools.pairwise(times.stamps)],
+        "wall_s": wall_s,
+        "link": link.name,
+        "link_bytes": link_bytes,
+        "ceiling_gbps": ceiling / 1e9,
+        "link_utilisation": link_bytes / wall_s / ceiling,
+        "effective_gbps": model_bytes * profile.new_tokens / wall_s / 1e9,
+        "peak_device_bytes": _peak_device(system, job, peak),
+        "peak_host_bytes": peak.rss_bytes,
+        "peak_anon_bytes": peak.anon_bytes,
+        "tokens": tokens,
+    }
+
+
+class GpuLink:
+    """PCIe: its ceiling is the page-locked copy rate, and what crosses it is what the system says it copies."""
+
+    name = "pcie"
+
+    def ceiling(self) -> float:
+        """Return the raw rate, bytes/s."""
+        return pinned_h2d_rate(_LINK_CHUNK, _LINK_SAMPLE)
+
+    def moved(self, system: System) -> int:
+        """Return the bytes that have crossed so far."""
+        return system.link_bytes()
+
+
+class DiskLink:
+    """The disk: its ceiling is the parallel direct read rate, and what crosses it is what the kernel says was read.
+
+    The kernel's count is the same measure for every system, and leaves out what a page cache spared it. Where the file
+    system is not a local disk the kernel counts nothing; then what the system says it streams is taken.
+    """
+
+    name = "disk"
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._size = sum(path.stat().st_size for path in files)
+        self._counted = False
+
+    def ceiling(self) -> float:
+        """Return the raw rate, bytes/s; sees along the way whether the kernel counts these reads."""
+        sample = min(_DISK_SAMPLE, self._size)
+        chunk = min(_DISK_CHUNK, self._size // (4 * THREADS))
+        read = _read_bytes()
+        rate = read_rate(self._files, sample, chunk)
+        self._counted = _read_bytes() - read > sample // 2
+        return rate
+
+    def moved(self, system: System) -> int:
+        """Return the bytes that have crossed so far."""
+        return _read_bytes() if self._counted else system.link_bytes()
+
+
+def drop_pages(paths: Iterable[Path]) -> None:
+    """Drop these files' pages from the page cache, after writing back what is dirty; needs no privilege.
+
+    Pages that a process has mapped stay.
+    """
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_bytes() -> int:
+    """Return the bytes this process has fetched from storage so far; 0 where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def _peak_device(system: System, job: Job, peak: MemoryPeak) -> int:
+    """Return the peak of device memory; on a CPU what a ring accounts for, else all anonymous memory."""
+    if job.on_gpu:
+        return torch.cuda.max_memory_reserved()
+    return system.resident_bytes + system.ring_bytes if system.ring_bytes else peak.anon_bytes

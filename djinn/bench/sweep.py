@@ -1,0 +1,48 @@
+"""djinn alone, over chunk sizes at the profile's ring and ring sizes at the profile's chunk.
+
+The points take turns run by run, each in a fresh worker: their arenas together would not fit host memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from djinn.bench.harness import Bench, Lane
+from djinn.bench.pcie import trace
+from djinn.bench.records import Record
+from djinn.config import Profile
+from djinn.sizes import exact_bytes
+
+
+def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
+    """Measure every point of ``profile.sweep``; append to ``run_dir/results/sweep.jsonl`` and return its records.
+
+    The first run of the point with the profile's own chunk (else of the first point) also writes
+    ``results/timeline.jsonl``, an :class:`djinn.engine.stats.Interval` per line; where there is an NVIDIA GPU, the
+    whole sweep is traced to ``results/pcie.csv``. Runs that are already ``ok`` are not repeated.
+
+    Raises:
+        DjinnError: the checkpoint cannot be had, or the result file is damaged.
+        OSError: ``run_dir`` cannot be written.
+    """
+    lanes = sweep_lanes(profile, run_dir / "results" / "timeline.jsonl")
+    with Bench("sweep", profile, run_dir, keep=False) as bench:
+        missing = bench.missing(lanes, runs=profile.sweep.runs, order="by run")
+        with trace(run_dir / "results" / "pcie.csv") if missing else nullcontext():
+            return bench.measure(lanes, runs=profile.sweep.runs, order="by run")
+
+
+def sweep_lanes(profile: Profile, timeline: Path) -> list[Lane]:
+    """Return the points in order, chunks before rings; one of them carries ``timeline``."""
+    points = [("chunk", size) for size in profile.sweep.chunks] + [("ring", size) for size in profile.sweep.rings]
+    traced = ("chunk", profile.chunk) if ("chunk", profile.chunk) in points else next(iter(points), None)
+    return [
+        Lane(
+            system="djinn",
+            variant=f"{axis}={exact_bytes(size)}",
+            profile=profile.override(**{axis: exact_bytes(size), "new_tokens": profile.sweep.new_tokens}),
+            timeline=timeline if (axis, size) == traced else None,
+        )
+        for axis, size in points
+    ]

@@ -1,0 +1,205 @@
+"""DeepSpeed ZeRO-3 inference with parameters offloaded to host memory (``cpu``) or to files (``nvme``).
+
+The configuration starts from ``artifact/configs/ds_config.json``; what depends on the model and the machine is filled
+in by :func:`configuration` and recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from djinn import hardware
+from djinn.bench.systems.base import Job, PassCounter
+from djinn.bench.systems.common import config_of, fill_tensor, require_disk, require_ram, skeleton, weight_bytes
+from djinn.config import CONFIG_DIR
+from djinn.errors import UnavailableError
+
+TEMPLATE = CONFIG_DIR / "ds_config.json"
+
+_LIVE_LAYERS = 3.5
+_CUDA_SCRATCH_BYTES = 2 * 10**9
+
+
+class DeepSpeed(PassCounter):
+    """See the module's text. A parameter above the persistence threshold crosses the link once in every pass."""
+
+    def __init__(self, engine: Any, settings: dict[str, str | int | float | bool], keep: object) -> None:
+        self._engine = engine
+        self._keep = keep
+        sizes = [(p.ds_numel * p.element_size(), p.ds_persist) for p in engine.module.parameters()]
+        super().__init__(
+            engine.module,
+            resident=sum(size for size, persists in sizes if persists),
+            streamed=sum(size for size, persists in sizes if not persists),
+            settings=settings,
+        )
+
+    def close(self) -> None:
+        """Release the engine; its swap files lie in the job's scratch folder, which goes with the job."""
+        self._engine.destroy()
+
+
+def check(job: Job) -> None:
+    """Import DeepSpeed, build the extensions it compiles on first use, and see that its copy of the weights has room.
+
+    Raises:
+        UnavailableError: a package, compiler, header, memory or disk that is missing; says which.
+    """
+    if hardware.installed("deepspeed") is None:
+        raise UnavailableError("DeepSpeed is not installed: pip install 'djinn[artifact]'")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UnavailableError("DeepSpeed compiles its extensions on first use and finds no C++ compiler: install g++")
+    model = skeleton(job)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    settings = configuration(sizes, _layer_elements(model), job)
+    if job.variant == "nvme":
+        buffers = settings["zero_optimization"]["offload_param"]
+        require_ram(buffers["buffer_count"] * buffers["buffer_size"] * job.dtype.itemsize, "DeepSpeed's swap buffers")
+        require_disk(weight_bytes(model), "DeepSpeed's second copy of the weights", job)
+    else:
+        # torch rounds page-locked memory up to a power of two, parameter by parameter.
+        needed = [size * job.dtype.itemsize for size in sizes]
+        held = sum(1 << (size - 1).bit_length() for size in needed) if job.on_gpu else sum(needed)
+        require_ram(held, "DeepSpeed's copy of all weights in host memory")
+    _single_process(job)
+    _build(job)
+
+
+def load(job: Job) -> DeepSpeed:
+    """Load the model partitioned by ZeRO-3, and make the inference engine."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    empty = skeleton(job)
+    settings = configuration([p.numel() for p in empty.parameters()], _layer_elements(empty), job)
+    keep = None
+    if job.in_memory:
+        model = _partitioned_synthetic(job, settings)
+    else:
+        # transformers finds the configuration through a weak reference, and partitions while it loads.
+        keep = HfDeepSpeedConfig(settings)
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype).eval()
+    engine = deepspeed.initialize(model=model, config=settings)[0]
+    engine.module.eval()
+    return DeepSpeed(engine, _flat(settings["zero_optimization"]), keep)
+
+
+def tuned_settings(parameters: Sequence[int], layer: int, job: Job) -> dict[str, int]:
+    """Return ZeRO-3's limits in elements; ``parameters`` are the elements of each, ``layer`` those of a layer.
+
+    On a CPU one bucket is the largest parameter and two are live: what is live costs memory, and disk or memory
+    copies are already as long as they need be. On a GPU the bucket is one layer and 3.5 layers are live, the fastest
+    of the settings tried on an H100 (buckets from one matrix to two layers); of the distinct parameter sizes the
+    largest becomes the persistence threshold for which persistent and live parameters fit the budget, live ones
+    counted 1.5 times for what the allocator holds between them.
+    """
+    largest = max(parameters)
+    if not job.on_gpu:
+        bucket, live, threshold = largest, 2 * largest, 0
+    else:
+        bucket, live, threshold = max(layer, largest), max(int(_LIVE_LAYERS * layer), 2 * largest), 0
+        room = job.profile.budget - _CUDA_SCRATCH_BYTES - 3 * live * job.dtype.itemsize // 2
+        for size in sorted(set(parameters)):
+            if sum(other for other in parameters if other <= size) * job.dtype.itemsize <= room:
+                threshold = size
+    return {
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_max_live_parameters": live,
+        "stage3_param_persistence_threshold": threshold,
+    }
+
+
+def configuration(parameters: Sequence[int], layer: int, job: Job) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: the artifact's file, with what depends on model and machine filled in.
+
+    Args:
+        parameters: elements of each parameter.
+        layer: elements of the largest layer.
+        job: what is to be loaded.
+    """
+    settings: dict[str, Any] = json.loads(TEMPLATE.read_text())
+    settings["bf16"] = {"enabled": job.profile.dtype == "bfloat16"}
+    settings["fp16"] = {"enabled": job.profile.dtype == "float16"}
+    zero = settings["zero_optimization"]
+    zero |= tuned_settings(parameters, layer, job)
+    offload = zero["offload_param"]
+    # Page-locking serves copies to a GPU; on a CPU there are none.
+    offload |= {"device": job.variant, "pin_memory": job.on_gpu}
+    if job.variant == "nvme":
+        offload |= {"nvme_path": str(job.scratch), "buffer_size": max(parameters)}
+    else:
+        del offload["buffer_count"]
+    return settings
+
+
+def _layer_elements(model: PreTrainedModel) -> int:
+    """Return the elements of the largest block of the model, as transformers' ``_no_split_modules`` names blocks."""
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
+    return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+
+
+def _single_process(job: Job) -> None:
+    """Set what DeepSpeed reads from the environment, so that it runs as one process and finds ninja."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "DS_ACCELERATOR": job.profile.device,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+def _build(job: Job) -> None:
+    try:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+    except Exception as error:  # its import inspects compilers and drivers, and fails in many ways
+        raise UnavailableError(f"DeepSpeed cannot be imported: {type(error).__name__}: {error}") from error
+    async_io = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if job.variant == "nvme" and not async_io.is_compatible():
+        raise UnavailableError(
+            "DeepSpeed's async_io needs libaio headers: apt install libaio-dev (or conda install libaio)"
+        )
+    try:
+        deepspeed.init_distributed("nccl" if job.on_gpu else "gloo")
+        if job.variant == "nvme":
+            async_io.load()
+    except (RuntimeError, OSError) as error:
+        raise UnavailableError(f"DeepSpeed could not build its extensions: {error}") from error
+
+
+def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedModel:
+    """Return the synthetic model, each parameter filled in host memory and partitioned before the next."""
+    import deepspeed
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=settings):
+        model = AutoModelForCausalLM.from_config(config_of(job), dtype=job.dtype)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            weights = torch.empty(parameter.shape, dtype=parameter.dtype)
+            fill_tensor(weights, name, job.profile.seed)
+            parameter.data.copy_(weights)
+    return model.eval()
+
+
+def _flat(zero: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    flat = {key: value for key, value in zero.items() if not isinstance(value, dict)}
+    return flat | {f"offload_{key}": value for key, value in zero["offload_param"].items() if key != "nvme_path"}

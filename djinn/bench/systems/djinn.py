@@ -1,0 +1,59 @@
+"""djinn itself."""
+
+from __future__ import annotations
+
+import djinn
+from djinn.bench.systems.base import Job, System
+from djinn.engine.stats import Interval
+
+
+class Djinn(System):
+    """A streaming model; what it moved and when is what :func:`djinn.stats` says."""
+
+    def __init__(self, job: Job) -> None:
+        profile = job.profile
+        self.model = djinn.load(
+            job.model,
+            budget=profile.budget,
+            device=profile.device,
+            ring=profile.ring,
+            host_memory=profile.host_memory,
+            chunk=profile.chunk,
+            prompt_tokens=profile.prompt_tokens,
+            new_tokens=profile.new_tokens,
+            batch=profile.batch,
+            dtype=job.dtype,
+            seed=profile.seed,
+        )
+        stats = djinn.stats(self.model)
+        self.resident_bytes = stats.resident_bytes
+        self.ring_bytes = stats.ring_bytes
+        self.settings = {
+            "host_bytes": stats.host_bytes,
+            "disk_bytes": stats.disk_bytes,
+            "host_memory": profile.host_memory,
+            "chunk": profile.chunk,
+        }
+        self._cooled_at = 0
+
+    def link_bytes(self) -> int:
+        """Return the bytes copied into the ring since loading."""
+        return djinn.stats(self.model).link_bytes
+
+    def cool(self) -> None:
+        """Empty the ring."""
+        djinn.cool(self.model)
+        self._cooled_at = len(djinn.stats(self.model).timeline)
+
+    def timeline(self) -> list[Interval]:
+        """Return the copy engine's intervals since the ring was last emptied."""
+        return djinn.stats(self.model).timeline[self._cooled_at :]
+
+
+def check(job: Job) -> None:
+    """Nothing to build; the plan itself refuses what cannot work."""
+
+
+def load(job: Job) -> Djinn:
+    """Load the model, streaming."""
+    return Djinn(job)

@@ -1,0 +1,128 @@
+"""A process that holds one system and measures it: reads commands from its standard input, a JSON object per line.
+
+``{"do": "load", "system", "variant", "model", "scratch", "profile"}`` replies with what loading gives a record.
+``{"do": "run", "profile"}`` measures one generation with the profile's prompt and tokens.
+``{"do": "timeline", "path"}`` writes the copy engine's intervals, one JSON object per line.
+``{"do": "close"}`` ends the process.
+
+Replies go to the file descriptor named on the command line, one per command: ``{"status": "ok", "fields": {...}}``,
+or another status of a record with its reason. What libraries print is kept out of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from djinn.bench.measure import MemoryPeak, measure
+from djinn.bench.records import Status
+from djinn.bench.systems import loader
+from djinn.bench.systems.base import Job, System
+from djinn.bench.systems.common import skeleton, weight_bytes
+from djinn.errors import DjinnError, PlanError, UnavailableError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_JOB = TypeAdapter(Job)
+
+
+class Worker:
+    """Holds the loaded system between commands."""
+
+    def __init__(self) -> None:
+        self._peak = MemoryPeak()
+        self._job: Job
+        self._system: System
+        self._model_bytes: int
+
+    def load(self, system: str, **job: Any) -> dict[str, Any]:
+        """Load a system and return what a record says of it."""
+        self._job = _JOB.validate_python(job)
+        profile = self._job.profile
+        tempfile.tempdir = str(self._job.scratch)  # whatever a system spills goes when the scratch folder goes
+        if self._job.on_gpu:
+            if not torch.cuda.is_available():
+                raise UnavailableError("device: the profile asks for cuda, and torch finds no GPU here")
+            if system != "resident":
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(profile.budget / total, 1.0))
+        chosen = loader(system)
+        chosen.check(self._job)
+        self._model_bytes = weight_bytes(skeleton(self._job))
+        start = time.perf_counter()
+        self._system = chosen.load(self._job)
+        load_s = time.perf_counter() - start
+        return {
+            "load_s": load_s,
+            "model_bytes": self._model_bytes,
+            "resident_bytes": self._system.resident_bytes,
+            "ring_bytes": self._system.ring_bytes,
+            "settings": self._system.settings,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Measure one generation."""
+        return measure(self._system, self._job, self._model_bytes, self._peak)
+
+    def timeline(self, path: str) -> dict[str, Any]:
+        """Write the intervals of the last run, one per line, as a whole or not at all."""
+        partial = Path(f"{path}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(json.dumps(asdict(interval)) + "\n" for interval in self._system.timeline()))
+        partial.replace(path)
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        """Release what the system holds."""
+        self._system.close()
+        return {}
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Do what ``command`` says; an exception becomes a status and a reason, its traceback goes to the log."""
+        try:
+            return {"status": "ok", "fields": getattr(self, command.pop("do"))(**command)}
+        except Exception as error:
+            traceback.print_exc()
+            return {"status": status_of(error), "reason": reason_of(error)}
+
+
+def status_of(error: Exception) -> Status:
+    """Return the status that a record gets for what was raised."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "oom"
+    # A plan that cannot work here is a machine or budget that is too small, as is a package that is not installed.
+    return "unavailable" if isinstance(error, UnavailableError | PlanError | ImportError) else "error"
+
+
+def reason_of(error: Exception) -> str:
+    """Return one line that says what was raised; errors written for people speak for themselves."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if isinstance(error, DjinnError) else f"{type(error).__name__}: {text}"
+
+
+def main() -> None:
+    """Serve commands until the last one, or until the harness is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    worker = Worker()
+    with os.fdopen(int(sys.argv[1]), "w") as replies:
+        for line in sys.stdin:
+            command = json.loads(line)
+            last = command["do"] == "close"
+            print(json.dumps(worker.answer(command)), file=replies, flush=True)
+            if last:
+                break
+
+
+if __name__ == "__main__":
+    main()
