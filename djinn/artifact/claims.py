@@ -18,6 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from djinn.artifact.provenance import REPOSITORY, write_text
+from djinn.bench.certify import read_certification
+from djinn.bench.proof import Proof
 from djinn.bench.records import Record, latest, read_records
 from djinn.bench.statistics import reference_label, tokens_agree
 from djinn.config import Profile, load_profile
@@ -94,8 +96,8 @@ class Evidence:
     profile: Profile
     records: list[Record]
     """Of the baselines, the latest of every point."""
-    checks: dict[str, str]
-    """Certified checks: name to verdict."""
+    proof: Proof | None
+    """Of the certification: whether streamed equals resident."""
 
     @property
     def ours(self) -> list[Record]:
@@ -116,11 +118,11 @@ class Evidence:
         return values
 
 
-def certified(evidence: Evidence, check: str) -> float:
-    """1 where the certified check passed, 0 where it failed."""
-    if check not in evidence.checks:
-        raise _NotMeasuredError(f"certify.json has no check {check!r}")
-    return float(evidence.checks[check] == "pass")
+def streamed_equals_resident(evidence: Evidence) -> float:
+    """1 where the certified proof holds, 0 where it does not."""
+    if evidence.proof is None:
+        raise _NotMeasuredError("the certification holds no proof")
+    return float(evidence.proof.holds)
 
 
 def device_memory_over_budget(evidence: Evidence) -> float:
@@ -184,7 +186,7 @@ def time_over_best_peer(evidence: Evidence, peers: list[str]) -> float:
 METRICS: Mapping[str, Callable[..., float]] = {
     metric.__name__: metric
     for metric in (
-        certified,
+        streamed_equals_resident,
         device_memory_over_budget,
         systems_disagreeing,
         link_utilisation,
@@ -215,12 +217,11 @@ def load_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
 
 def read_evidence(run_dir: Path) -> Evidence:
     """Read what the claims are held against from a run directory; missing files hold nothing."""
-    certificate = run_dir / "results" / "certify.json"
-    checks = json.loads(certificate.read_text())["checks"] if certificate.is_file() else []
+    certification = read_certification(run_dir)
     return Evidence(
         profile=load_profile(run_dir / "profile.yaml"),
         records=latest(read_records(run_dir / "results" / "baselines.jsonl")),
-        checks={check["name"]: check["verdict"] for check in checks},
+        proof=certification.proof if certification else None,
     )
 
 

@@ -14,19 +14,25 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from IPython.display import Image
+from matplotlib.figure import Figure
 
 from djinn import hardware
 from djinn.artifact.provenance import REPOSITORY, from_root, git_state, write_text
 from djinn.config import Profile, load_profile
-from djinn.errors import ConfigError
+from djinn.errors import ConfigError, DjinnError
+from djinn.figures.draw import PNG_DPI
 from djinn.sizes import format_bytes
 
 RUNS_DIR = REPOSITORY / "artifact" / "runs"
+SCREEN_DPI = 144
+"""How large a figure appears in a notebook: half as large again as in print."""
 
 PARAMETERS: dict[str, tuple[tuple[type, ...], str]] = {
     "profile": ((str,), "a profile's name, or a .yaml file"),
@@ -47,8 +53,6 @@ PARAMETERS: dict[str, tuple[tuple[type, ...], str]] = {
 None means the profile's value, for all but ``profile`` itself.
 """
 
-# What a parameter injected by papermill can be. Anything else in the namespace was put there by a cell.
-_LITERALS = (bool, int, float, complex, str, bytes, list, tuple, dict, set, type(None))
 _IPYTHON = {"In", "Out"}
 
 
@@ -70,6 +74,15 @@ class Session:
     def machine(self) -> pd.DataFrame:
         """Return what this machine is: one row per fact that is known."""
         return machine_frame(hardware.describe(self.run_dir).model_dump(mode="json"))
+
+    def check(self, holds: bool, otherwise: str) -> None:
+        """Stop the notebook with the words ``otherwise`` unless ``holds``.
+
+        Raises:
+            DjinnError: it does not hold.
+        """
+        if not holds:
+            raise DjinnError(otherwise)
 
 
 def begin(name: str, namespace: Mapping[str, Any]) -> Session:
@@ -113,6 +126,13 @@ def read_sentinel(run_dir: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def picture(figure: Figure) -> Image:
+    """Return ``figure`` as what a notebook shows when it is a cell's last line."""
+    data = BytesIO()
+    figure.savefig(data, format="png", dpi=PNG_DPI)
+    return Image(data.getvalue(), width=round(figure.get_size_inches()[0] * SCREEN_DPI))
+
+
 def forget(run_dir: Path, name: str) -> None:
     """Remove the sentinel of an earlier execution of the notebook ``name``."""
     _sentinel(run_dir, name).unlink(missing_ok=True)
@@ -133,7 +153,7 @@ def machine_frame(machine: Mapping[str, Any]) -> pd.DataFrame:
 def _checked(namespace: Mapping[str, Any]) -> dict[str, Any]:
     allowed = "the parameters are " + ", ".join(PARAMETERS)
     for name, value in namespace.items():
-        if name.startswith("_") or name in PARAMETERS or name in _IPYTHON or not isinstance(value, _LITERALS):
+        if name.startswith("_") or name in PARAMETERS or name in _IPYTHON or not _literal(value):
             continue
         near = difflib.get_close_matches(name, PARAMETERS, n=1)
         raise ConfigError(f"no parameter {name!r}{f'; did you mean {near[0]}?' if near else ''}; {allowed}")
@@ -147,6 +167,15 @@ def _checked(namespace: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, types):
             raise ConfigError(f"parameter {name} = {value!r} is {type(value).__name__}; expected {words}")
     return parameters
+
+
+def _literal(value: Any) -> bool:
+    """Return whether papermill could have injected ``value``: it is plain YAML. The rest was made by a cell."""
+    if isinstance(value, dict):
+        return all(map(_literal, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_literal, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def _profile(parameters: Mapping[str, Any]) -> Profile:

@@ -129,8 +129,10 @@ def timeline(intervals: pd.DataFrame, pcie: pd.DataFrame | None = None, ax: Axes
     if traced and pcie is not None:
         figure.clear()
         ax, below = figure.subplots(2, height_ratios=[3, 2])
-        for column, words, line in (("rx_gbps", "to the device", "-"), ("tx_gbps", "from the device", ":")):
-            below.plot(pcie["time_s"], pcie[column], line, color="black", label=words)
+        for source, rows in pcie.groupby("source"):
+            line = "-" if source == "nvml" else ":"
+            below.plot(rows["time_s"], rows["rx_gbps"], line, color="black", label=f"to the device ({source})")
+            below.plot(rows["time_s"], rows["tx_gbps"], line, color="#999999", label=f"from the device ({source})")
         below.set_ylabel("PCIe, GB/s")
         below.set_xlabel("seconds since the trace began")
         below.legend(loc="upper right", ncols=2)
