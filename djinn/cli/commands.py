@@ -10,10 +10,13 @@ import typer
 from typer.core import TyperGroup
 
 from djinn.cli.show import exit_unless, print_json, print_paths, print_records, print_table
-from djinn.errors import DjinnError
+from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 
 if TYPE_CHECKING:
     from djinn.config import Profile
+
+
+_BAD_INPUT = (ConfigError, CheckpointError, PlanError, UnavailableError)
 
 
 class _Commands(TyperGroup):
@@ -24,6 +27,11 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except DjinnError as error:
             typer.echo(f"djinn: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from None
+        except OSError as error:
+            if error.filename is None:  # not about a file that the user named
+                raise
+            typer.echo(f"djinn: {error.filename}: {error.strerror}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -81,11 +89,9 @@ def certify(profile: ProfileName = "smoke_tiny", output_dir: OutputDir = None, a
     if as_json:
         typer.echo(certification.model_dump_json(indent=2))
     else:
-        print_table(
-            ["check", "measured", "needed", "verdict", "remedy"],
-            [[c.name, c.measured, c.needed, c.verdict, c.remedy] for c in certification.checks],
-        )
-    exit_unless(all(check.verdict != "fail" for check in certification.checks))
+        frame = certification.frame()
+        print_table(list(frame.columns), frame.to_numpy().tolist())
+    exit_unless(certification.ok)
 
 
 @main.command()
@@ -168,7 +174,7 @@ def generate(
     )
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True)
     start = time.perf_counter()
-    ids = streaming.generate(
+    ids = streaming.generate(  # type: ignore[operator]
         **inputs.to(streaming.device), max_new_tokens=new_tokens, do_sample=False, streamer=streamer
     )[0, prompt_tokens:]
     wall_s, stats = time.perf_counter() - start, djinn.stats(streaming)
@@ -241,9 +247,15 @@ def figures(run_dir: RunDir) -> None:
 @main.command()
 def report(run_dir: RunDir) -> None:
     """Write the report of a run: systems side by side, claims, machine."""
+    from djinn.artifact.claims import claims_frame, write_claims
     from djinn.artifact.report import write_report
 
-    print_paths([write_report(run_dir)])
+    page = write_report(run_dir)
+    outcomes = write_claims(run_dir)
+    frame = claims_frame(outcomes).drop(columns="why")
+    print_table(list(frame.columns), frame.to_numpy().tolist())
+    print_paths([page])
+    exit_unless(all(outcome.verdict != "FAIL" for outcome in outcomes))
 
 
 @main.command()
@@ -251,10 +263,10 @@ def reproduce(
     profile: Annotated[str, typer.Option(help="A profile, or auto: the largest this machine can hold.")] = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory to make or continue.")] = None,
 ) -> None:
-    """Run the four notebooks in order and write figures and report."""
+    """Run the four notebooks in order and write figures and report, which says whether the claims hold."""
     from djinn.artifact.runner import reproduce as run
 
-    print_paths([run(profile, run_dir)])
+    run(profile, run_dir)
 
 
 def _profile(name: str, **changes: Any) -> Profile:

@@ -38,11 +38,12 @@ def print_records(records: Sequence[Record], as_json: bool, hide: Sequence[str] 
             "s/token": "token_s_median",
             "effective GB/s": "effective_gbps_median",
             "of ceiling": "link_utilisation_median",
-            "reason": "reason",
         }
         shown = [name for name in columns if name not in hide]
         frame = summary_frame(records)
         print_table(shown, frame[[columns[name] for name in shown]].to_numpy().tolist())
+        for row in frame[frame["reason"] != ""].itertuples():
+            typer.echo(f"{row.label}: {row.status}: {row.reason}")
     exit_unless(all(record.status == "ok" for record in records))
 
 

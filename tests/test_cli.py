@@ -1,0 +1,197 @@
+"""The command line: what scripts rely on: exit codes, JSON, and messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from djinn.bench.records import Record, read_records
+from djinn.cli import main
+from djinn.config import Profile, load_profile, profile_names
+
+
+def djinn(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_help_is_instant_because_torch_is_not_imported() -> None:
+    code = "import sys; from djinn.cli import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    usage, _, modules = out.rpartition("\n") if not out.endswith("\n") else out.rstrip("\n").rpartition("\n")
+    assert "Usage" in usage
+    assert not {"torch", "transformers", "pandas", "deepspeed"} & set(modules.split())
+
+
+def test_profiles_as_json() -> None:
+    result = djinn("profiles", "--json")
+    assert result.exit_code == 0
+    assert [each["name"] for each in json.loads(result.stdout)] == profile_names()
+
+
+def test_profiles_for_people() -> None:
+    result = djinn("profiles")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in profile_names())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["certify", "--profile", "smoke_huge"], "no profile 'smoke_huge'; the profiles are"),
+        (["sweep", "--profile", "nowhere.yaml"], "no profile 'nowhere.yaml'"),
+        (["baseline", "vllm"], "no system 'vllm'; the systems are"),
+        (["baseline", "djinn", "--budget", "24"], "size '24' is not a positive number with a unit"),
+        (["baseline", "djinn", "--budget", "-24 GB"], "size '-24 GB' is not a positive number with a unit"),
+        (["plan", "synthetic:llama-9", "--budget", "5 MB"], "no architecture 'llama-9'"),
+        (["plan", "synthetic:llama-tiny", "--budget", "5"], "size '5' is not a positive number with a unit"),
+        (["plan", "synthetic:llama-tiny", "--budget", "5 KB"], "budget: 5 KB is too small"),
+        (["generate", "nowhere", "--prompt", "x", "--budget", "5 MB"], "no folder 'nowhere'"),
+        (["baseline"], "Missing argument"),
+        (["baseline", "djinn", "--runs", "0"], "--runs"),
+        (["sing"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(arguments: list[str], said: str) -> None:
+    result = djinn(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_a_script_sees_no_traceback_either() -> None:
+    command = [sys.executable, "-c", "from djinn.cli import main; main()", "certify", "--profile", "smoke_huge"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("djinn: no profile")
+    assert finished.stdout == ""
+
+
+def test_plan_as_json_accounts_for_every_byte() -> None:
+    result = djinn("plan", "synthetic:llama-tiny", "--budget", "5 MB", "--prompt-tokens", "8", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["resident_bytes"] + plan["ring_bytes"] + plan["workspace_bytes"] <= plan["budget"] == 5_000_000
+    assert sum(unit["bytes"] for unit in plan["units"]) == plan["model_bytes"]
+
+
+def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:
+    arguments = ["generate", str(tiny_checkpoint), "--prompt", "Hello", "--budget", "5 MB", "--new-tokens", "4"]
+    shown, quiet = djinn(*arguments), djinn(*arguments, "--json")
+    assert shown.exit_code == quiet.exit_code == 0, shown.output + quiet.output
+    assert "tokens/s, effective bandwidth" in shown.stderr
+    measured = json.loads(quiet.stdout)
+    assert 1 <= measured["new_tokens"] <= 4
+    assert measured["text"].strip() in shown.stdout
+    assert measured["effective_gbps"] > 0
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "llama-tiny"
+    result = djinn("synth", "llama-tiny", "--output-dir", str(folder), "--verify")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(folder)
+    return folder
+
+
+class Harness(ModuleType):
+    """Stands in for the harness: remembers what it was asked for and returns what it was given."""
+
+    def __init__(self, *records: Record) -> None:
+        super().__init__("djinn.bench.harness")
+        self.records = list(records)
+
+    def run_baselines(self, profile: Profile, run_dir: Path) -> list[Record]:
+        self.profile, self.run_dir = profile, run_dir
+        return self.records
+
+
+TINY = load_profile("smoke_tiny")
+
+
+@pytest.fixture
+def records(fabricated_run: Path) -> list[Record]:
+    """Some ok, one timed out, one out of memory."""
+    return read_records(fabricated_run / "results/baselines.jsonl")
+
+
+def test_baseline_overrides_the_profile(records: list[Record], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    harness = Harness(records[0])
+    monkeypatch.setitem(sys.modules, "djinn.bench.harness", harness)
+    result = djinn(
+        "baseline", "deepspeed", "--model", "synthetic:opt-tiny", "--runs", "5", "--ttft-enabled",
+        "--output-dir", str(tmp_path), "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (harness.profile.model, harness.profile.runs) == ("synthetic:opt-tiny", 5)
+    assert harness.profile.systems == ("deepspeed:cpu",)
+    assert harness.run_dir == tmp_path
+    (record,) = json.loads(result.stdout)
+    assert record["ttft_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("system", "systems"),
+    [("all", TINY.systems), ("djinn", ("djinn",)), ("deepspeed:nvme", ("deepspeed:nvme",))],
+)
+def test_baseline_chooses_systems(
+    system: str, systems: tuple[str, ...], records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(records[0])
+    monkeypatch.setitem(sys.modules, "djinn.bench.harness", harness)
+    assert djinn("baseline", system).exit_code == 0
+    assert harness.profile.systems == systems
+    assert harness.run_dir == Path("artifact/runs/smoke_tiny")
+
+
+def test_a_run_that_did_not_succeed_is_code_1_with_its_reason(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "djinn.bench.harness", Harness(*records))
+    result = djinn("baseline", "all")
+    assert result.exit_code == 1
+    assert "deepspeed:cpu: oom: out of memory: 26 GB of weights, 12 GB of RAM" in result.stdout
+    assert "TTFT" in result.stdout
+    assert "TTFT" not in djinn("baseline", "all", "--ttft-disabled").stdout
+
+
+def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+
+    def interrupted(profile: Profile, run_dir: Path) -> list[Record]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run_baselines", interrupted)
+    monkeypatch.setitem(sys.modules, "djinn.bench.harness", harness)
+    assert djinn("baseline", "djinn").exit_code == 130
+
+
+def test_figures_and_report_of_a_run(fabricated_run: Path) -> None:
+    drawn = djinn("figures", str(fabricated_run))
+    assert drawn.exit_code == 0, drawn.output
+    assert list((fabricated_run / "figures").glob("*.pdf"))
+    written = djinn("report", str(fabricated_run))
+    claims = json.loads((fabricated_run / "results/claims.json").read_text())
+    assert written.exit_code == int(any(claim["verdict"] == "FAIL" for claim in claims))
+    assert str(fabricated_run / "report.html") in written.stdout.replace("\n", "")
+
+
+def test_report_of_something_else_is_bad_input(tmp_path: Path) -> None:
+    result = djinn("report", str(tmp_path))
+    assert result.exit_code == 2
+    assert "is not a run directory" in result.stderr
+
+
+def test_a_run_directory_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    result = djinn("certify", "--output-dir", str(in_the_way))
+    assert result.exit_code == 2
+    assert str(in_the_way) in result.stderr

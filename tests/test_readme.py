@@ -1,0 +1,98 @@
+"""What README says exists, and what it shows runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from djinn.cli import main
+from djinn.config import load_profile, profile_names
+from djinn.sizes import format_bytes
+from djinn.weights import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+FENCED = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
+SHELL = [line.partition(" #")[0].strip() for kind, block in FENCED if kind == "bash" for line in block.splitlines()]
+SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README)
+COMMANDS = [text for text in (*SHELL, *SPANS) if re.match(r"djinn [a-z]", text)]
+NOTEBOOK_COMMANDS = [text for text in SHELL if text.startswith("papermill ")]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its header."""
+    section = README.split(f"### {heading}\n", 1)[1].split("\n#", 1)[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+def test_it_has_the_sections_that_reviewers_look_for() -> None:
+    assert "## Getting Started Instructions\n" in README
+    assert "## Detailed Instructions\n" in README
+
+
+def test_the_two_commands_are_on_the_first_screen() -> None:
+    first = README.splitlines()[:24]
+    assert any(line.startswith("make reproduce") for line in first)
+    assert any(line.startswith("make test") for line in first)
+
+
+def test_profiles_are_those_of_the_artifact() -> None:
+    expected = [
+        [p.name, p.model, p.device, *map(format_bytes, (p.budget, p.min_ram, p.min_disk)), f"{p.minutes:g}"]
+        for p in map(load_profile, profile_names())
+    ]
+    assert sorted(rows("Profiles")) == sorted(expected)
+
+
+def test_make_targets_are_those_of_the_makefile() -> None:
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert phony is not None
+    targets = set(phony[1].split())
+    assert {row[0].removeprefix("make ") for row in rows("Make targets")} == targets - {"help"}
+    used = re.findall(r"\bmake ([a-z]+)\b", "\n".join([*SHELL, *SPANS]))
+    assert set(used) - {"g"} <= targets
+
+
+def test_every_command_is_listed() -> None:
+    listed = {row[0].split()[1] for row in rows("Command line")}
+    assert listed == set(typer.main.get_command(main).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", [text for text in COMMANDS if "COMMAND" not in text])
+def test_commands_parse(text: str) -> None:
+    name, *arguments = shlex.split(text)[1:]
+    command = typer.main.get_command(main).commands[name]  # type: ignore[attr-defined]
+    if arguments:
+        command.make_context(name, arguments)
+
+
+def test_notebooks_are_all_there_with_their_command() -> None:
+    stored = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert [shlex.split(text)[1] for text in NOTEBOOK_COMMANDS] == [f"notebooks/{name}" for name in stored]
+    assert [f"{row[0]}.ipynb" for row in rows("The four notebooks")] == stored
+
+
+@pytest.mark.parametrize("path", [row[0] for row in rows("Where things are")])
+def test_layout_exists(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("block", [block for kind, block in FENCED if kind == "python"])
+def test_python_examples_run(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_DIR", tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    streamed = re.search(r"(\d+) bytes were streamed", capsys.readouterr().out)
+    assert streamed is not None
+    assert int(streamed[1]) > 0
