@@ -123,7 +123,7 @@ class Streamer:
     def _advance(self) -> None:
         """Submit every copy whose slot has been released."""
         count = len(self._units)
-        while self._submitted - self._slots[self._submitted % count].lag < self._released:
+        while count and self._submitted - self._slots[self._submitted % count].lag < self._released:
             unit = self._submitted % count
             before = self._submitted - self._slots[unit].lag
             self._copier.submit(unit, before % count if before >= 0 else None)
@@ -149,7 +149,9 @@ class Streamer:
             self._stats.reloads += 1
 
     def _restart(self, unit: int) -> None:
-        """Make ``unit`` the next visit, with an empty ring."""
+        """Make ``unit`` the next visit, with an empty ring; nothing to do where all units are resident."""
+        if not self._units:
+            return
         self._cursor = self._submitted + (unit - self._submitted) % len(self._units)
         self._released = self._submitted = self._cursor
 
