@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from djinn.errors import ConfigError
 
@@ -118,10 +118,11 @@ def read_records(path: Path) -> list[Record]:
     if not path.is_file():
         return []
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Lines of bytes: text would also be split at characters that JSON leaves as they are, such as U+2028.
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             records.append(Record.model_validate(json.loads(line)))
-        except (json.JSONDecodeError, ValidationError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path}, line {number}: not a valid record: {error}") from None
     return records
 

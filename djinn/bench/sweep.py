@@ -1,6 +1,6 @@
 """djinn alone, over chunk sizes at the profile's ring and ring sizes at the profile's chunk.
 
-The points take turns run by run, each in a fresh worker: their arenas together would not fit host memory.
+The points take turns run by run. They stay loaded all at once where host memory holds them; else each is loaded anew.
 """
 
 from __future__ import annotations
@@ -8,11 +8,15 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
+from djinn import hardware
 from djinn.bench.harness import Bench, Lane
 from djinn.bench.pcie import trace
 from djinn.bench.records import Record
 from djinn.config import Profile
 from djinn.sizes import exact_bytes
+
+_PROCESS_BYTES = 10**9
+"""What Python, torch and transformers take in a worker, generously."""
 
 
 def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
@@ -27,7 +31,7 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
         OSError: ``run_dir`` cannot be written.
     """
     lanes = sweep_lanes(profile, run_dir / "results" / "timeline.jsonl")
-    with Bench("sweep", profile, run_dir, keep=False) as bench:
+    with Bench("sweep", profile, run_dir, keep=_fit_together(lanes, profile)) as bench:
         missing = bench.missing(lanes, runs=profile.sweep.runs, order="by run")
         with trace(run_dir / "results" / "pcie.csv") if missing else nullcontext():
             return bench.measure(lanes, runs=profile.sweep.runs, order="by run")
@@ -46,3 +50,9 @@ def sweep_lanes(profile: Profile, timeline: Path) -> list[Lane]:
         )
         for axis, size in points
     ]
+
+
+def _fit_together(lanes: list[Lane], profile: Profile) -> bool:
+    """Whether half of the free host memory holds every point at once; GPU memory is never shared between points."""
+    together = len(lanes) * (profile.budget + profile.host_memory + _PROCESS_BYTES)
+    return profile.device == "cpu" and together <= hardware.usable_ram() // 2

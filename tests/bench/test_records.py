@@ -1,0 +1,106 @@
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from djinn.bench.records import Record, append_record, latest, read_records
+from djinn.errors import ConfigError
+
+GOOD = {
+    "experiment": "baselines",
+    "system": "djinn",
+    "model": "synthetic:llama-tiny",
+    "synthetic": True,
+    "device_name": "a CPU",
+    "status": "ok",
+    "run": 0,
+    "budget_bytes": 5_000_000,
+    "prompt_tokens": 8,
+    "new_tokens": 3,
+    "batch": 1,
+    "load_s": 1.0,
+    "ttft_s": 0.5,
+    "per_token_s": [0.1, 0.2],
+    "wall_s": 0.8,
+    "tokens": [4, 5, 6],
+    "config_digest": "0123456789abcdef",
+}
+
+
+@given(
+    run=st.integers(0, 9),
+    ttft_s=st.floats(1e-9, 1e9),
+    reason=st.text(max_size=50),
+    settings=st.dictionaries(st.text(max_size=8), st.integers() | st.booleans() | st.text(max_size=8), max_size=3),
+)
+def test_records_survive_the_file(tmp_path_factory, run, ttft_s, reason, settings):
+    record = Record(**GOOD | {"run": run, "ttft_s": ttft_s, "reason": reason, "settings": settings})
+    path = tmp_path_factory.mktemp("records") / "results" / "r.jsonl"
+    append_record(path, record)
+    append_record(path, record)
+    assert read_records(path) == [record, record]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ttft_s": None},
+        {"tokens": []},
+        {"per_token_s": [0.1]},
+        {"wall_s": float("nan")},
+        {"status": "error", "reason": ""},
+        {"status": "slow"},
+        {"run": -1},
+        {"surprise": 1},
+        {"link_bytes": -1},
+    ],
+)
+def test_incomplete_or_impossible_records_are_refused(changes):
+    with pytest.raises(ValidationError):
+        Record(**GOOD | changes)
+
+
+def test_a_failure_needs_no_numbers():
+    missing = dict.fromkeys(("load_s", "ttft_s", "wall_s"))
+    record = Record(**GOOD | missing | {"status": "oom", "reason": "killed", "tokens": [], "per_token_s": []})
+    assert record.link_gbps is None
+
+
+def test_link_rate_is_bytes_over_wall_time():
+    assert Record(**GOOD | {"link_bytes": 4 * 10**9, "wall_s": 2.0}).link_gbps == 2.0
+
+
+def test_no_file_holds_no_records(tmp_path):
+    assert read_records(tmp_path / "none.jsonl") == []
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, Record(**GOOD))
+    path.write_text(path.read_text() + json.dumps(GOOD | {"status": "ok", "tokens": []}) + "\n")
+    with pytest.raises(ConfigError, match=r"r\.jsonl, line 2"):
+        read_records(path)
+    path.write_text("{not json\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        read_records(path)
+
+
+def test_a_full_disk_leaves_whole_records(tmp_path, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    append_record(path, Record(**GOOD))
+    before = path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))
+    with pytest.raises(OSError, match="No space"):
+        append_record(path, Record(**GOOD | {"run": 1}))
+    assert path.read_bytes() == before
+
+
+def test_latest_keeps_the_retry():
+    failed = Record(**GOOD | {"status": "timeout", "reason": "slow", "tokens": [], "per_token_s": []})
+    other, retried = Record(**GOOD | {"run": 1}), Record(**GOOD)
+    assert latest([failed, other, retried]) == [retried, other]
