@@ -174,6 +174,7 @@ class Bench:
                 "variant": lane.target,
                 "model": self._model,
                 "scratch": str(scratch.absolute()),
+                "trace": lane.timeline is not None,
                 "profile": lane.profile.model_dump(mode="json"),
             }
             self._loaded[lane] = worker.ask(command, lane.profile.timeout_s)

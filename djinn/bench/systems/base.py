@@ -23,6 +23,8 @@ class Job:
     model: str
     scratch: Path
     """A folder of this job's own, removed after it: a baseline's second copy of the weights goes here."""
+    trace: bool = False
+    """Whether the copy engine's timeline is wanted; on a GPU its events cost host time in every visit."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,6 +24,7 @@ class Djinn(System):
             batch=profile.batch,
             dtype=job.dtype,
             seed=profile.seed,
+            trace=job.trace,
         )
         stats = djinn.stats(self.model)
         self.resident_bytes = stats.resident_bytes
