@@ -80,10 +80,10 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the worker, politely first."""
-        with contextlib.suppress(WorkerError):
-            self.ask({"do": "close"}, _CLOSE_S)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_CLOSE_S)
+        if self._process.poll() is None:
+            with contextlib.suppress(WorkerError, subprocess.TimeoutExpired):
+                self.ask({"do": "close"}, _CLOSE_S)
+                self._process.wait(_CLOSE_S)
         self.kill()
 
     def kill(self) -> None:

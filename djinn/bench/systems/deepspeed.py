@@ -6,16 +6,19 @@ in by :func:`configuration` and recorded.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from djinn import hardware
@@ -26,6 +29,7 @@ from djinn.errors import UnavailableError
 
 TEMPLATE = CONFIG_DIR / "ds_config.json"
 
+_EXTENSIONS = ("async_io", "deepspeed_shm_comm", "pin_memory")
 _LIVE_LAYERS = 3.5
 _CUDA_SCRATCH_BYTES = 2 * 10**9
 
@@ -176,11 +180,28 @@ def _build(job: Job) -> None:
             "DeepSpeed's async_io needs libaio headers: apt install libaio-dev (or conda install libaio)"
         )
     try:
-        deepspeed.init_distributed("nccl" if job.on_gpu else "gloo")
-        if job.variant == "nvme":
-            async_io.load()
+        with _only_builder():
+            deepspeed.init_distributed("nccl" if job.on_gpu else "gloo")
+            if job.variant == "nvme":
+                async_io.load()
     except (RuntimeError, OSError) as error:
         raise UnavailableError(f"DeepSpeed could not build its extensions: {error}") from error
+
+
+@contextmanager
+def _only_builder() -> Iterator[None]:
+    """Build extensions one process at a time, and take away the locks that killed builds left behind.
+
+    torch waits for such a lock without end. Ours goes with its process, so whoever holds it knows the others are dead.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "djinn.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        for extension in _EXTENSIONS:
+            for lock in root.rglob(f"{extension}/lock"):
+                lock.unlink(missing_ok=True)
+        yield
 
 
 def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedModel:

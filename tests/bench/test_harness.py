@@ -1,0 +1,172 @@
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from djinn import hardware
+from djinn.bench import harness, process
+from djinn.bench.harness import Bench, Lane, run_baselines
+from djinn.bench.process import WorkerError, WorkerProcess
+from djinn.bench.records import read_records
+from djinn.bench.statistics import tokens_agree
+from djinn.errors import CheckpointError
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(process, "COMMAND", FAKE)
+
+
+def lanes(profile, *variants):
+    return [Lane(system="fake", target=variant, variant=variant, profile=profile) for variant in variants]
+
+
+def children():
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_real_systems_agree_and_a_second_call_measures_nothing(profile, tmp_path, monkeypatch):
+    profile = profile.override(systems=["djinn", "accelerate:disk", "resident"])
+    records = run_baselines(profile, tmp_path)
+    assert [(record.system, record.run) for record in records] == [
+        (system, run) for run in range(2) for system in ("djinn", "accelerate", "resident")
+    ]
+    assert {record.status for record in records} == {"ok"}, [record.reason for record in records]
+    assert set(tokens_agree(records).values()) == {True}
+    ours, theirs, reference = records[:3]
+    assert {record.model_bytes for record in records} == {21_708_288}
+    assert ours.ring_bytes > 0
+    assert ours.peak_device_bytes <= profile.budget
+    assert ours.resident_bytes < ours.model_bytes
+    assert theirs.link_bytes > reference.link_bytes
+    assert reference.resident_bytes == reference.model_bytes
+    for record in records:
+        assert record.synthetic
+        assert record.peak_host_bytes >= record.peak_anon_bytes > 0
+        assert record.ceiling_gbps > 0
+        assert record.wall_s >= record.ttft_s + sum(record.per_token_s) - 1e-6
+    assert not (tmp_path / "scratch").exists()
+    assert not children()
+
+    monkeypatch.setattr(harness, "WorkerProcess", None)
+    assert run_baselines(profile, tmp_path) == records
+    assert len(read_records(tmp_path / "results" / "baselines.jsonl")) == 6
+
+
+@pytest.mark.skipif(
+    hardware.installed("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs DeepSpeed and a C++ compiler for its extensions",
+)
+def test_deepspeed_for_real(profile, tmp_path):
+    records = run_baselines(profile.override(systems=["deepspeed:cpu", "djinn"], runs=1), tmp_path)
+    assert {record.status for record in records} == {"ok"}, [record.reason for record in records]
+    assert tokens_agree(records) == {"deepspeed:cpu": True, "djinn": True}
+    assert records[0].settings["stage3_prefetch_bucket_size"] > 0
+    assert records[0].peak_anon_bytes > records[0].model_bytes
+
+
+def test_one_systems_misfortune_is_a_record_and_the_others_go_on(fake, profile, tmp_path):
+    profile = profile.override(timeout_s=1.5)
+    everyone = lanes(profile, "good", "killed", "hangs", "exits", "crashes", "babbles", "lacks")
+    with Bench("baselines", profile, tmp_path, keep=True) as bench:
+        records = bench.measure(everyone, runs=3, order="by run")
+    assert len(records) == 21
+    status = {(record.variant, record.run): record.status for record in records}
+    reason = {record.variant: record.reason for record in records if record.status != "ok"}
+    assert [status["good", run] for run in range(3)] == ["ok"] * 3
+    assert [status["killed", run] for run in range(3)] == ["ok", "oom", "oom"]
+    assert [status["hangs", run] for run in range(3)] == ["timeout"] * 3
+    assert [status["lacks", run] for run in range(3)] == ["unavailable"] * 3
+    for variant in ("exits", "crashes", "babbles"):
+        assert [status[variant, run] for run in range(3)] == ["error"] * 3
+    assert "out of memory" in reason["killed"]
+    assert "peaked at" in reason["killed"]
+    assert "1.5 s" in reason["hangs"]
+    assert "status 3" in reason["exits"]
+    assert "SIGABRT" in reason["crashes"]
+    assert "neither JSON" in reason["babbles"]
+    assert reason["lacks"] == "no such device"
+    assert "chatter" in (tmp_path / "logs" / "fake-good.log").read_text()
+    assert not (tmp_path / "scratch").exists()
+    assert not children()
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(fake, profile, tmp_path, monkeypatch):
+    everyone = lanes(profile, "good", "better")
+    append = harness.append_record
+
+    def interrupted(path, record):
+        if len(read_records(path)) == 3:
+            raise KeyboardInterrupt
+        append(path, record)
+
+    monkeypatch.setattr(harness, "append_record", interrupted)
+    with pytest.raises(KeyboardInterrupt), Bench("baselines", profile, tmp_path, keep=True) as bench:
+        bench.measure(everyone, runs=3, order="by run")
+    assert not children()
+    assert not (tmp_path / "scratch").exists()
+
+    monkeypatch.setattr(harness, "append_record", append)
+    with Bench("baselines", profile, tmp_path, keep=True) as bench:
+        assert len(bench.missing(everyone, runs=3, order="by run")) == 3
+        records = bench.measure(everyone, runs=3, order="by run")
+    points = [record.point for record in read_records(tmp_path / "results" / "baselines.jsonl")]
+    assert len(points) == len(set(points)) == len(records) == 6
+
+
+def test_a_failed_point_is_tried_again_and_replaced(fake, profile, tmp_path):
+    (lane,) = lanes(profile, "hangs")
+    impatient = Lane(system="fake", target="hangs", variant="good", profile=profile.override(timeout_s=1.0))
+    for tried, status in ((impatient, "timeout"), (lanes(profile, "good")[0], "ok")):
+        with Bench("baselines", profile, tmp_path, keep=True) as bench:
+            (record,) = bench.measure([tried], runs=1, order="by run")
+            assert record.status == status
+    assert lane.label == "fake:hangs"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_without_keeping_one_worker_is_loaded_at_a_time(fake, profile, tmp_path, keep):
+    with Bench("baselines", profile, tmp_path, keep=keep) as bench:
+        bench.measure(lanes(profile, "good", "better"), runs=2, order="by run" if keep else "by lane")
+        assert len(children()) == (2 if keep else 1)
+
+
+def test_order_by_lane(profile, tmp_path):
+    with Bench("baselines", profile, tmp_path, keep=False) as bench:
+        pairs = bench.missing(lanes(profile, "a", "b"), runs=2, order="by lane")
+    assert [(lane.variant, run) for lane, run in pairs] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+def test_scratch_of_a_killed_harness_is_removed(profile, tmp_path):
+    left = tmp_path / "scratch" / "deepspeed-nvme" / "weights.swp"
+    left.parent.mkdir(parents=True)
+    left.write_text("26 GB")
+    with Bench("baselines", profile, tmp_path, keep=True):
+        assert not left.exists()
+
+
+def test_a_real_worker_killed_while_it_works_is_out_of_memory(profile, tmp_path, job):
+    worker = WorkerProcess(tmp_path / "log")
+    (child,) = children()
+    child.send_signal(signal.SIGKILL)
+    with pytest.raises(WorkerError) as caught:
+        worker.ask({"do": "run"}, 60)
+    assert caught.value.status == "oom"
+
+
+def test_a_worker_does_not_outlive_a_closed_pipe(tmp_path):
+    worker = WorkerProcess(tmp_path / "log")
+    (child,) = children()
+    worker._process.stdin.close()
+    child.wait(60)
+    worker.kill()
+
+
+def test_a_missing_checkpoint_stops_the_comparison(profile, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        run_baselines(profile.override(model="nowhere"), tmp_path)
