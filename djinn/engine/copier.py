@@ -120,6 +120,7 @@ class CpuCopier:
 
     def submit(self, unit: int, after: int | None) -> None:
         source, slot = self._sources[unit], self._slots[unit]
+        self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
         target = self._ring[slot.offset : slot.offset + slot.nbytes]
         parts = pieces(source.unit, self._reader.chunk_bytes)
         fill = self._fills[unit] = Fill(len(parts))

@@ -65,7 +65,9 @@ class CudaCopier:
         self._trace = _Trace(stats) if stats.traced else None
 
     def submit(self, unit: int, after: int | None) -> None:
-        if self._disk is not None and self._sources[unit].image is None:
+        source = self._sources[unit]
+        self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
+        if self._disk is not None and source.image is None:
             self._disk.submit(unit, after)
             return
         stream = self._stream
@@ -74,8 +76,8 @@ class CudaCopier:
         if self._trace is not None:
             self._trace.mark(unit, "copy_start", stream)
         with torch.cuda.stream(stream):
-            for target, source in self._copies[unit]:
-                target.copy_(source, non_blocking=True)
+            for target, image in self._copies[unit]:
+                target.copy_(image, non_blocking=True)
         if self._trace is not None:
             self._trace.mark(unit, "copy_end", stream)
         self._ready[unit].record(stream)

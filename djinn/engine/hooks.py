@@ -59,10 +59,14 @@ class Streamer:
         """Forget all that was prefetched, so that the next pass begins with a cold ring."""
         self._copier.settle()
         self._reading.clear()
-        self._restart(0)
+        if self._units:
+            self._restart(0)
 
     def _begin_pass(self, *_: object) -> None:
         self._stats.passes += 1
+        # An interrupt (not an Exception) that ended the last pass has run no release hook: nothing is read any more.
+        self._reading.clear()
+        self._release_until(self._cursor)
         self._advance()
 
     def _acquire_hook(self, unit: int) -> Callable[..., None]:
@@ -95,7 +99,7 @@ class Streamer:
             self._advance()
             if self._cursor == self._submitted:
                 self._refuse_nesting(unit)
-        self._copier.wait(unit)
+        self._wait(unit)
         self._reading[unit] = _Reading(self._cursor)
         self._cursor += 1
         self._stats.visits += 1
@@ -114,6 +118,13 @@ class Streamer:
             self._advance()
         self._stats.hook_s += time.perf_counter() - begin
 
+    def _wait(self, unit: int) -> None:
+        try:
+            self._copier.wait(unit)
+        except BaseException:
+            self.cool()  # so that the next pass asks for the unit again
+            raise
+
     def _release_until(self, visit: int) -> None:
         """Release visits in their order, so that waiting for one means waiting for all before it."""
         for released in range(self._released, visit):
@@ -127,7 +138,6 @@ class Streamer:
             unit = self._submitted % count
             before = self._submitted - self._slots[unit].lag
             self._copier.submit(unit, before % count if before >= 0 else None)
-            self._stats.link_bytes += self._units[unit].weight_bytes
             self._submitted += 1
 
     def _leave_order(self, unit: int) -> None:
@@ -138,7 +148,7 @@ class Streamer:
         target = self._cursor + (unit - self._cursor) % count
         if target < self._submitted:
             for visit in range(self._cursor, target):
-                self._copier.wait(visit % count)
+                self._wait(visit % count)
             self._stats.skips += target - self._cursor
             self._cursor = target
             self._release_until(target)

@@ -39,7 +39,9 @@ class Stats:
     traced: bool = False
     """Whether copies and compute are put on the timeline."""
     link_bytes: int = 0
-    """Weight bytes whose copy into the ring was started."""
+    """Weight bytes whose copy into the ring was started, from host memory or disk."""
+    disk_read_bytes: int = 0
+    """Those of them that came from disk."""
     passes: int = 0
     visits: int = 0
     skips: int = 0
@@ -51,6 +53,11 @@ class Stats:
     hook_s: float = 0.0
     """Host time spent in hooks, stalls excluded."""
     timeline: list[Interval] = field(default_factory=list)
+
+    def count_copy(self, nbytes: int, *, from_disk: bool) -> None:
+        """Count a unit's copy."""
+        self.link_bytes += nbytes
+        self.disk_read_bytes += nbytes if from_disk else 0
 
     def add(self, interval: Interval) -> None:
         """Append to the timeline if it is kept, up to its limit."""

@@ -36,10 +36,12 @@ class Djinn(System):
             "chunk": profile.chunk,
         }
         self._cooled_at = 0
+        self._on_gpu = job.on_gpu
 
     def link_bytes(self) -> int:
-        """Return the bytes copied into the ring since loading."""
-        return djinn.stats(self.model).link_bytes
+        """Return the bytes that crossed the link since loading: into the ring on a GPU, from disk on a CPU."""
+        stats = djinn.stats(self.model)
+        return stats.link_bytes if self._on_gpu else stats.disk_read_bytes
 
     def cool(self) -> None:
         """Empty the ring."""
