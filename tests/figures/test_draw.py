@@ -1,0 +1,92 @@
+"""Figures from whole, partial and missing records: legible in print, nothing dropped, nothing invented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.text
+import pandas as pd
+import pytest
+from fabricated import fabricated
+from matplotlib.figure import Figure
+
+from djinn.bench.records import latest, read_records
+from djinn.config import load_profile, system_names
+from djinn.errors import DjinnError
+from djinn.figures import draw_all, frames, plots
+from djinn.figures.style import COLUMN_IN, LOOKS, SMALLEST_PT, canvas
+
+SYSTEMS = load_profile("smoke_13b").systems
+
+
+def words_in(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
+
+
+@pytest.fixture
+def runs(fabricated_run: Path) -> pd.DataFrame:
+    return frames.runs(latest(read_records(fabricated_run / "results" / "baselines.jsonl")), SYSTEMS)
+
+
+def test_every_figure_is_written_as_pdf_png_and_csv(fabricated_run: Path, capsys: pytest.CaptureFixture[str]):
+    written = draw_all(fabricated_run)
+    names = {"bandwidth", "ttft", "time_per_token", "device_memory", "chunk_sweep", "timeline"}
+    assert {path.name for path in written} == {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")}
+    assert all(path.stat().st_size for path in written)
+    assert set(written) == set((fabricated_run / "figures").iterdir())  # nothing half-written stays
+    assert "ring_sweep: not drawn: no sweep records over ring sizes" in capsys.readouterr().out
+    pdf = (fabricated_run / "figures" / "ttft.pdf").read_bytes()
+    assert b"/FontFile2" in pdf  # TrueType, embedded
+    assert b"/Type3" not in pdf
+
+
+def test_nothing_measured_draws_nothing_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert draw_all(tmp_path) == []
+    said = capsys.readouterr().out
+    assert said.count("not drawn: no baseline records") == 4
+    assert "timeline: not drawn: no timeline" in said
+
+
+@pytest.mark.parametrize("plot", [plots.bandwidth, plots.ttft, plots.device_memory])
+def test_what_is_missing_is_drawn_as_its_words(runs: pd.DataFrame, plot):
+    words = words_in(plot(runs))
+    assert {"OOM", "not run"} <= set(words)
+    assert {LOOKS[name].label for name in SYSTEMS} <= set(words)
+
+
+def test_figures_are_legible_at_column_width(runs: pd.DataFrame):
+    figure = plots.bandwidth(runs)
+    assert figure.get_size_inches()[0] == COLUMN_IN
+    assert min(text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()) >= SMALLEST_PT
+
+
+def test_a_single_run_has_no_interval():
+    profile = load_profile("smoke_tiny")
+    one, two = ([fabricated(profile, "djinn", run) for run in range(count)] for count in (1, 2))
+    whiskers = [len(plots.ttft(frames.runs(records)).axes[0].collections) for records in (one, two)]
+    assert whiskers[0] == 0 < whiskers[1]
+
+
+def test_an_axes_of_ones_own_is_drawn_into(runs: pd.DataFrame):
+    ax = canvas(None, 2.0)
+    assert plots.ttft(runs, ax=ax) is ax.figure
+    assert ax.patches
+
+
+def test_the_pcie_trace_gets_its_own_axes(fabricated_run: Path):
+    pcie = pd.DataFrame(
+        {"time_s": [0.0, 1.0], "rx_gbps": [20.0, 21.0], "tx_gbps": [0.1, 0.1], "source": ["nvml", "nvml"]}
+    )
+    intervals = frames.read_timeline(fabricated_run)
+    assert len(plots.timeline(intervals).axes) == 1
+    assert len(plots.timeline(intervals, pcie).axes) == 2
+
+
+def test_empty_frames_are_refused():
+    with pytest.raises(DjinnError, match="no timeline"):
+        plots.timeline(pd.DataFrame(columns=frames.TIMELINE_COLUMNS))
+
+
+def test_every_system_that_a_profile_may_list_has_a_look_of_its_own():
+    assert list(LOOKS) == system_names()
+    assert len({look.hatch for look in LOOKS.values()}) == len({look.marker for look in LOOKS.values()}) == len(LOOKS)

@@ -1,0 +1,82 @@
+"""Records become tidy rows; what is missing keeps a row and its words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fabricated import fabricated, failed
+
+from djinn.config import load_profile
+from djinn.errors import ConfigError
+from djinn.figures import frames
+
+PROFILE = load_profile("smoke_tiny")
+
+
+def test_a_listed_system_without_records_is_not_run():
+    runs = frames.runs([fabricated(PROFILE, "djinn", 0)], ["resident", "djinn"])
+    missing = runs[runs["name"] == "resident"].iloc[0]
+    assert missing["words"] == "not run"
+    assert runs.drop(columns="tokens").select_dtypes("number").drop(columns="run").loc[missing.name].isna().all()
+
+
+def test_rows_come_in_the_order_of_the_profile():
+    records = [fabricated(PROFILE, "resident", 0), fabricated(PROFILE, "djinn", 0)]
+    assert frames.names(frames.runs(records, ["djinn", "resident"])) == ["djinn", "resident"]
+
+
+def test_derived_numbers():
+    record = fabricated(
+        PROFILE, "djinn", 0, per_token_s=[1.0, 2.0, 3.0], ttft_s=4.0, wall_s=10.0, link_bytes=2 * 10**10
+    )
+    row = frames.runs([record]).iloc[0]
+    assert (row["token_s"], row["generate_s"], row["link_gbps"]) == (2.0, 10.0, 2.0)
+
+
+def test_tokens_keep_every_sample_and_every_gap():
+    records = [
+        fabricated(PROFILE, "djinn", 0, per_token_s=[1.0, 2.0, 3.0]),
+        failed(PROFILE, "djinn", 1, "timeout", "no answer"),
+    ]
+    tokens = frames.tokens(records, ["djinn", "resident"])
+    assert tokens["token_s"].dropna().tolist() == [1.0, 2.0, 3.0]
+    assert frames.gaps(tokens, "token_s") == {"djinn": "timed out in 1 of 2", "resident": "not run"}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "words"),
+    [
+        ("oom", "killed", "OOM"),
+        ("unavailable", "disk", "unavailable: disk"),
+        (
+            "unavailable",
+            "needs a GPU that torch can use and that has room",
+            "unavailable: needs a GPU that torch can use …",
+        ),
+        ("error", "Traceback", "failed"),
+    ],
+)
+def test_words_of_a_failure(status: str, reason: str, words: str):
+    runs = frames.runs([failed(PROFILE, "djinn", 0, status, reason)])
+    assert frames.gaps(runs, "ttft_s") == {"djinn": words}
+
+
+def test_a_number_missing_from_a_finished_run_is_not_measured():
+    runs = frames.runs([fabricated(PROFILE, "djinn", 0, peak_device_bytes=None)])
+    assert frames.gaps(runs, "peak_device_bytes") == {"djinn": "not measured"}
+    assert frames.gaps(runs, "ttft_s") == {}
+
+
+def test_sweep_points_are_read_from_the_variant():
+    record = fabricated(PROFILE, "djinn", 0, experiment="sweep", variant="ring=2 MB")
+    points = frames.sweep([record])
+    assert points[["name", "axis", "size_bytes"]].iloc[0].tolist() == ["djinn", "ring", 2_000_000]
+    with pytest.raises(ConfigError, match="chunk=<size>"):
+        frames.sweep([record.model_copy(update={"variant": "disk"})])
+
+
+def test_an_empty_run_directory_gives_empty_frames(tmp_path: Path):
+    assert frames.read_sweep(tmp_path).empty
+    assert frames.read_timeline(tmp_path).empty
+    assert frames.read_pcie(tmp_path).empty
