@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def test_slots_lie_within_the_ring_and_keep_their_sizes(ring: tuple[list[int], i
     sizes, ring_bytes = ring
     slots = schedule(sizes, ring_bytes)
     assert [slot.nbytes for slot in slots] == sizes
-    assert all(0 <= slot.offset and slot.offset + slot.nbytes <= ring_bytes for slot in slots)
+    assert all(slot.offset >= 0 and slot.offset + slot.nbytes <= ring_bytes for slot in slots)
 
 
 @given(rings())
@@ -35,7 +36,7 @@ def test_units_follow_each_other_and_skip_the_end(ring: tuple[list[int], int]) -
     sizes, ring_bytes = ring
     slots = schedule(sizes, ring_bytes)
     assert slots[0].offset == 0
-    for before, slot in zip(slots, slots[1:], strict=False):
+    for before, slot in pairwise(slots):
         end = before.offset + before.nbytes
         assert slot.offset == (end if end + slot.nbytes <= ring_bytes else 0)
 
