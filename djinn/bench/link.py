@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -89,16 +90,16 @@ def d2h_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
 
 
 def memcpy_rate(chunk_bytes: int, nbytes: int = _NBYTES) -> float:
-    """Return the rate of copies from host memory into a ring of one chunk in host memory, in bytes/s."""
-    ring = torch.ones(chunk_bytes, dtype=torch.uint8)
-    chunks = torch.ones(_whole(chunk_bytes, nbytes), dtype=torch.uint8).split(chunk_bytes)
+    """Return the rate of one thread's copies from host memory into a ring of one chunk in host memory, in bytes/s."""
+    ring = np.ones(chunk_bytes, dtype=np.uint8)
+    chunks = np.ones(_whole(chunk_bytes, nbytes), dtype=np.uint8).reshape(-1, chunk_bytes)
     seconds = []
     for _ in range(_REPEATS):
         begun = time.perf_counter()
         for chunk in chunks:
-            ring.copy_(chunk)
+            np.copyto(ring, chunk)
         seconds.append(time.perf_counter() - begun)
-    return len(chunks) * chunk_bytes / statistics.median(seconds)
+    return chunks.nbytes / statistics.median(seconds)
 
 
 def _whole(chunk_bytes: int, nbytes: int) -> int:
