@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+from djinn.bench import harness
+from djinn.bench.sweep import run_sweep, sweep_lanes
+from djinn.config import load_profile
+from djinn.engine.stats import Interval
+
+
+def test_points_change_one_thing_each():
+    profile = load_profile("smoke_tiny")
+    lanes = sweep_lanes(profile, Path("timeline.jsonl"))
+    assert [lane.variant for lane in lanes] == [
+        "chunk=64 KiB",
+        "chunk=256 KiB",
+        "chunk=1 MiB",
+        "ring=1 MB",
+        "ring=2 MB",
+    ]
+    assert [lane.profile.chunk for lane in lanes] == [2**16, 2**18, 2**20, 2**18, 2**18]
+    assert [lane.profile.ring for lane in lanes] == [2_000_000] * 3 + [1_000_000, 2_000_000]
+    assert {lane.profile.new_tokens for lane in lanes} == {profile.sweep.new_tokens}
+    assert [lane.timeline is not None for lane in lanes] == [False, True, False, False, False]
+
+
+def test_another_point_is_traced_if_the_profiles_own_is_not_swept():
+    lanes = sweep_lanes(load_profile("smoke_tiny").override(chunk="128 KiB"), Path("timeline.jsonl"))
+    assert [lane.timeline is not None for lane in lanes] == [True, False, False, False, False]
+    assert sweep_lanes(load_profile("smoke_tiny").override(sweep={}), Path("t")) == []
+
+
+def test_a_real_sweep_records_points_and_a_timeline_and_resumes(profile, tmp_path, monkeypatch):
+    profile = profile.override(sweep={"chunks": ["256 KiB"], "runs": 2, "new_tokens": 2})
+    records = run_sweep(profile, tmp_path)
+    assert [(record.variant, record.run, record.status) for record in records] == [
+        ("chunk=256 KiB", 0, "ok"),
+        ("chunk=256 KiB", 1, "ok"),
+    ], [record.reason for record in records]
+    assert {record.chunk_bytes for record in records} == {2**18}
+    assert {record.config_digest for record in records} == {profile.digest}
+    lines = (tmp_path / "results" / "timeline.jsonl").read_text().splitlines()
+    intervals = [Interval(**json.loads(line)) for line in lines]
+    assert {"copy", "compute"} <= {interval.lane for interval in intervals}
+    assert all(interval.end_s >= interval.start_s for interval in intervals)
+
+    monkeypatch.setattr(harness, "WorkerProcess", None)
+    assert run_sweep(profile, tmp_path) == records

@@ -1,0 +1,202 @@
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from djinn import hardware
+from djinn.bench.measure import MemoryPeak, measure
+from djinn.bench.systems import accelerate, common, deepspeed, loader, resident
+from djinn.bench.systems.base import Job
+from djinn.config import SYSTEM_VARIANTS, load_profile
+from djinn.errors import ConfigError, UnavailableError
+
+TINY_BYTES = 21_708_288
+
+
+def variant(job, name, **changes):
+    profile = job.profile.model_copy(update=changes)
+    return dataclasses.replace(job, variant=name, profile=profile)
+
+
+def gpu_job(tmp_path, **changes):
+    profile = load_profile("virt_mem_h100").override(**changes)
+    return Job(profile=profile, variant="cpu", model=profile.model, scratch=tmp_path)
+
+
+@pytest.mark.parametrize("name", SYSTEM_VARIANTS)
+def test_every_system_has_a_loader(name):
+    module = loader(name)
+    assert callable(module.check)
+    assert callable(module.load)
+
+
+def test_an_unknown_system_lists_those_there_are():
+    with pytest.raises(ConfigError, match="accelerate"):
+        loader("acelerate")
+
+
+def test_systems_agree_and_count_what_they_move(job):
+    tokens, moved = {}, {}
+    for name, target in (("resident", ""), ("accelerate", "disk"), ("djinn", "")):
+        module = loader(name)
+        asked = variant(job, target)
+        module.check(asked)
+        system = module.load(asked)
+        result = measure(system, asked, TINY_BYTES, MemoryPeak())
+        tokens[name], moved[name] = result["tokens"], system.link_bytes()
+        assert len(result["per_token_s"]) == job.profile.new_tokens - 1
+        system.close()
+    assert tokens["resident"] == tokens["accelerate"] == tokens["djinn"]
+    assert moved["resident"] == 0
+    assert moved["accelerate"] == TINY_BYTES * job.profile.new_tokens
+    assert 0 < moved["djinn"] < moved["accelerate"] + TINY_BYTES
+
+
+def test_resident_owes_nothing_to_the_page_cache(job):
+    model = common.host_model(job)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in maps if line.endswith(".safetensors")]
+    ranges = [(int(low, 16), int(high, 16)) for low, high in spans]
+    for parameter in model.parameters():
+        assert not any(low <= parameter.data_ptr() < high for low, high in ranges)
+
+
+def test_weights_made_in_memory_are_those_of_the_checkpoint(job, tmp_path):
+    from_disk = common.host_model(job).state_dict()
+    profile = load_profile("virt_mem_h100").override(model="synthetic:llama-tiny")
+    made = Job(profile=profile, variant="", model="synthetic:llama-tiny", scratch=tmp_path)
+    in_memory = common.host_model(made)
+    assert common.weight_bytes(in_memory) == TINY_BYTES
+    for name, weights in in_memory.state_dict().items():
+        assert torch.equal(weights, from_disk[name]), name
+
+
+@pytest.mark.parametrize("name", ["resident", "deepspeed"])
+def test_too_little_memory_is_refused_with_numbers(job, monkeypatch, name):
+    monkeypatch.setattr(hardware, "usable_ram", lambda: 20_000_000)
+    with pytest.raises(UnavailableError, match=r"needs \d+ MB, 20 MB are free"):
+        loader(name).check(variant(job, "cpu"))
+
+
+def test_too_little_disk_for_a_second_copy_is_refused_with_numbers(job, monkeypatch):
+    monkeypatch.setattr(hardware, "free_disk", lambda path: 10_000_000)
+    with pytest.raises(UnavailableError, match=r"disk: .*second copy.* 10 MB are free"):
+        deepspeed.check(variant(job, "nvme"))
+
+
+@pytest.mark.parametrize("target", ["cpu", "cpu-pinned"])
+def test_offloading_from_a_cpu_to_itself_is_refused(job, target):
+    with pytest.raises(UnavailableError, match="already there"):
+        accelerate.check(variant(job, target))
+
+
+def test_disk_offload_needs_a_checkpoint(tmp_path):
+    asked = dataclasses.replace(gpu_job(tmp_path), variant="disk")
+    with pytest.raises(UnavailableError, match="reads a checkpoint"):
+        accelerate.check(asked)
+
+
+@mock.patch.dict(os.environ)
+def test_what_deepspeed_lacks_is_named(job, monkeypatch):
+    asked = variant(job, "nvme")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UnavailableError, match=r"C\+\+ compiler"):
+        deepspeed.check(asked)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with mock.patch.dict(sys.modules, {"deepspeed": None}), pytest.raises(UnavailableError, match="cannot be imported"):
+        deepspeed.check(asked)
+    monkeypatch.setattr(hardware, "installed", lambda package: None)
+    with pytest.raises(UnavailableError, match="not installed"):
+        deepspeed.check(asked)
+
+
+@mock.patch.dict(os.environ)
+@pytest.mark.skipif(hardware.installed("deepspeed") is None, reason="needs DeepSpeed")
+def test_missing_libaio_headers_are_named(job, monkeypatch):
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
+    with pytest.raises(UnavailableError, match="libaio-dev"):
+        deepspeed.check(variant(job, "nvme"))
+
+
+def test_locks_of_killed_builds_are_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    stale, foreign = tmp_path / "py311_cpu" / "async_io" / "lock", tmp_path / "py311_cpu" / "mine" / "lock"
+    for lock in (stale, foreign):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with deepspeed._only_builder():
+        assert not stale.exists()
+        assert foreign.exists()
+
+
+def test_deepspeeds_configuration_starts_from_the_artifacts_file(job, tmp_path, monkeypatch):
+    template = json.loads(deepspeed.TEMPLATE.read_text())
+    template["aio"]["queue_depth"] = 3
+    changed = tmp_path / "ds_config.json"
+    changed.write_text(json.dumps(template))
+    monkeypatch.setattr(deepspeed, "TEMPLATE", changed)
+    settings = deepspeed.configuration([50, 1000, 200], 300, variant(job, "nvme"))
+    assert settings["aio"]["queue_depth"] == 3
+    offload = settings["zero_optimization"]["offload_param"]
+    assert offload == {
+        "device": "nvme",
+        "pin_memory": False,
+        "buffer_count": template["zero_optimization"]["offload_param"]["buffer_count"],
+        "buffer_size": 1000,
+        "nvme_path": str(job.scratch),
+    }
+    assert settings["zero_optimization"]["stage3_prefetch_bucket_size"] == 1000
+    on_cpu = deepspeed.configuration([50, 1000, 200], 300, variant(job, "cpu"))
+    assert on_cpu["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": False}
+    assert deepspeed.configuration([1], 1, variant(job, "cpu", dtype="float16"))["fp16"]["enabled"]
+
+
+@given(sizes=st.lists(st.integers(1, 300_000_000), min_size=1, max_size=30), budget=st.integers(3, 80))
+def test_deepspeeds_persistent_and_live_parameters_fit_the_budget(tmp_path_factory, sizes, budget):
+    job = gpu_job(tmp_path_factory.getbasetemp(), budget=f"{budget} GB", ring=None)
+    settings = deepspeed.tuned_settings(sizes, max(sizes), job)
+    threshold, live = settings["stage3_param_persistence_threshold"], settings["stage3_max_live_parameters"]
+    persistent = sum(size for size in sizes if size <= threshold)
+    assert settings["stage3_prefetch_bucket_size"] >= max(sizes)
+    assert live >= settings["stage3_prefetch_bucket_size"]
+    assert threshold == 0 or 2 * persistent + 3 * live <= job.profile.budget
+    larger = sorted(size for size in set(sizes) if size > threshold)
+    if larger:
+        more = sum(size for size in sizes if size <= larger[0])
+        assert 2 * more + 3 * live + 2 * 10**9 > job.profile.budget - 2
+
+
+def test_seventy_billion_parameters_get_their_small_matrices_resident(tmp_path):
+    job = gpu_job(tmp_path)
+    empty = common.skeleton(job)
+    settings = deepspeed.tuned_settings([p.numel() for p in empty.parameters()], deepspeed._layer_elements(empty), job)
+    assert settings["stage3_prefetch_bucket_size"] == pytest.approx(855_654_400, rel=0.01)
+    assert settings["stage3_param_persistence_threshold"] == 1024 * 8192
+
+
+def test_accelerate_puts_as_many_layers_on_a_gpu_as_fit(tmp_path):
+    job = gpu_job(tmp_path)
+    places = accelerate._device_map(job)
+    on_gpu = [name for name, place in places.items() if place == 0]
+    layer = 1_711_309_000
+    assert set(places.values()) == {0, "cpu"}
+    assert 8 <= len([name for name in on_gpu if ".layers." in name]) <= (24e9 - layer) // layer
+    assert accelerate._place("model.layers.79.mlp.up_proj.weight", places) == "cpu"
+    assert accelerate._place("model.layers.0.mlp.up_proj.weight", places) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_resident_on_a_gpu_needs_one(tmp_path):
+    with pytest.raises(UnavailableError):
+        resident.check(gpu_job(tmp_path, model="synthetic:llama-2-70b"))
