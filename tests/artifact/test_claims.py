@@ -1,0 +1,123 @@
+"""A claim passes on what was measured, never on what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from fabricated import fabricated, failed
+
+from djinn.artifact.claims import Claim, Evidence, evaluate, load_claims, write_claims
+from djinn.bench.records import Record
+from djinn.config import load_profile
+from djinn.errors import ConfigError
+
+SMOKE, PAPER = load_profile("smoke_13b"), load_profile("virt_mem_l4")
+CLAIMS = {claim.id: claim for claim in load_claims()}
+SYSTEMS = ("djinn", "accelerate:disk", "deepspeed:nvme")
+
+
+def evidence(records: list[Record], paper: bool = False) -> Evidence:
+    return Evidence(profile=PAPER if paper else SMOKE, records=records, proof=None)
+
+
+def smoke(**changes: object) -> list[Record]:
+    return [fabricated(SMOKE, system, run, **changes) for run in range(3) for system in SYSTEMS]
+
+
+@pytest.mark.parametrize("records", [[], [failed(SMOKE, "djinn", 0, "oom", "killed")]], ids=["nothing", "djinn failed"])
+@pytest.mark.parametrize("paper", [False, True])
+def test_no_claim_passes_without_its_inputs(records: list[Record], paper: bool):
+    for claim in CLAIMS.values():
+        outcome = evaluate(claim, evidence(records, paper))
+        assert outcome.verdict == "NOT RUN", claim.id
+        assert outcome.measured is None
+        assert outcome.why
+
+
+def test_a_finished_run_that_lacks_the_number_passes_nothing():
+    outcome = evaluate(CLAIMS["C2"], evidence([*smoke(), fabricated(SMOKE, "djinn", 3, peak_device_bytes=None)]))
+    assert (outcome.verdict, outcome.why) == ("NOT RUN", "peak_device_bytes was not measured in every run")
+
+
+@pytest.mark.parametrize(
+    "claim", [claim for claim in CLAIMS.values() if claim.needs.device == "cuda"], ids=lambda c: c.id
+)
+def test_what_needs_a_gpu_is_not_run_on_a_cpu(claim: Claim):
+    outcome = evaluate(claim, evidence(smoke(ttft_s=0.1, link_utilisation=1.0)))
+    assert (outcome.verdict, outcome.why) == ("NOT RUN", "needs device cuda; this run used cpu")
+
+
+def test_what_is_about_a_large_model_is_not_run_on_a_small_one():
+    outcome = evaluate(CLAIMS["C4"], evidence(smoke(model_bytes=22_000_000, link_utilisation=1.0)))
+    assert (outcome.verdict, outcome.why) == ("NOT RUN", "needs a model of 20 GB or more; this run's has 22 MB")
+
+
+def test_an_absolute_target_is_held_on_the_named_gpu_only():
+    def seen_on(device_name: str) -> str:
+        size = {"model_bytes": 138 * 10**9, "wall_s": 60.0, "link_bytes": 13 * 10**11, "device_name": device_name}
+        return evaluate(CLAIMS["C6"], evidence([fabricated(PAPER, "djinn", 0, **size)], paper=True)).verdict
+
+    assert seen_on("NVIDIA L4") == "PASS"
+    assert seen_on("NVIDIA L40S") == "NOT RUN"
+
+
+def test_disagreement_is_counted():
+    records = smoke()
+    assert evaluate(CLAIMS["C3"], evidence(records)).verdict == "PASS"
+    wrong = fabricated(SMOKE, "deepspeed:nvme", 2, tokens=[1, 2, 3])
+    outcome = evaluate(CLAIMS["C3"], evidence([*records, wrong]))
+    assert (outcome.verdict, outcome.measured) == ("FAIL", 1)
+    alone = evaluate(CLAIMS["C3"], evidence(records[:1]))
+    assert (alone.verdict, alone.why) == ("NOT RUN", "nothing to compare: only djinn finished")
+
+
+def test_the_best_peer_is_chosen_run_by_run():
+    def took(system: str, run: int, seconds: float) -> Record:
+        return fabricated(SMOKE, system, run, ttft_s=seconds, per_token_s=[0.0] * (SMOKE.new_tokens - 1))
+
+    records = [took("djinn", 0, 8), took("accelerate:disk", 0, 10), took("deepspeed:nvme", 0, 40)]
+    records += [took("djinn", 1, 18), took("accelerate:disk", 1, 40), took("deepspeed:nvme", 1, 20)]
+    records += [took("djinn", 2, 1), took("accelerate:disk", 2, 40)]  # DeepSpeed is missing: the run is no pair
+    outcome = evaluate(CLAIMS["C5"], evidence(records))
+    assert outcome.verdict == "PASS"
+    assert outcome.measured == pytest.approx(0.85)
+    no_peer = evaluate(CLAIMS["C5"], evidence([took("djinn", 0, 1)]))
+    assert (no_peer.verdict, no_peer.why) == ("NOT RUN", "none of accelerate:disk, deepspeed:nvme finished")
+
+
+@pytest.mark.parametrize(
+    ("comparison", "tolerance", "measured", "holds"),
+    [
+        (">=", 0.0, 10, True), (">=", 0.0, 9.9, False), (">=", 0.05, 9.5, True), (">=", 0.05, 9.4, False),
+        ("<=", 0.0, 10, True), ("<=", 0.05, 10.5, True), ("<=", 0.05, 10.6, False),
+        ("==", 0.0, 10, True), ("==", 0.0, 10.1, False),
+    ],
+)  # fmt: skip
+def test_comparisons_and_tolerance(comparison: str, tolerance: float, measured: float, holds: bool):
+    claim = CLAIMS["C2"].model_copy(update={"comparison": comparison, "target": 10.0, "tolerance": tolerance})
+    assert claim.holds(measured) is holds
+
+
+def test_every_claim_names_a_notebook_that_is_there():
+    notebooks = {path.stem for path in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb")}
+    assert {claim.notebook for claim in CLAIMS.values()} <= notebooks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"metric": "speed"}, "no metric 'speed'; the metrics are"), ({"traget": 1}, "traget"), ({"id": "C2"}, "C2")],
+)
+def test_a_claim_that_cannot_be_read_is_refused(tmp_path: Path, change: dict[str, object], message: str):
+    claims = [CLAIMS[key].model_dump(mode="json") for key in ("C1", "C2")]
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump([claims[0] | change, claims[1]]))
+    with pytest.raises(ConfigError, match=message):
+        load_claims(path)
+
+
+def test_outcomes_are_written(fabricated_run: Path):
+    outcomes = write_claims(fabricated_run)
+    assert [outcome.claim.id for outcome in outcomes] == list(CLAIMS)
+    assert (fabricated_run / "results" / "claims.json").read_text().count('"verdict"') == len(CLAIMS)

@@ -1,0 +1,28 @@
+"""Provenance names what was used, and nobody's home."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from djinn.artifact.provenance import REPOSITORY, from_root, write_provenance
+from djinn.config import load_profile
+
+
+def test_provenance(tmp_path: Path):
+    profile = load_profile("smoke_13b").override(seed=7)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "01_certify.done.json").write_text('{"wall_s": 3.0}')
+    document = json.loads(write_provenance(tmp_path, profile).read_text())
+    assert document["model"] == {"name": "synthetic:llama-2-13b", "synthetic": True, "seed": 7}
+    assert document["config_digest"] == profile.digest
+    assert document["notebooks"] == {"01_certify": {"wall_s": 3.0}}
+    assert document["lock_sha256"] == hashlib.sha256((REPOSITORY / "requirements.lock").read_bytes()).hexdigest()
+    assert {"torch", "transformers", "papermill"} <= set(document["packages"])
+    assert str(REPOSITORY) not in json.dumps(document)
+
+
+def test_paths_are_shown_from_the_repository(tmp_path: Path):
+    assert from_root(REPOSITORY / "artifact" / "runs" / "x") == "artifact/runs/x"
+    assert from_root(tmp_path) == str(tmp_path)

@@ -1,0 +1,64 @@
+"""The report says everything there is: every system, every claim, what is missing; and needs no network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from djinn.artifact.claims import load_claims
+from djinn.artifact.provenance import write_provenance
+from djinn.artifact.report import FIGURES, write_report
+from djinn.config import load_profile
+from djinn.errors import ConfigError
+from djinn.figures import draw_all
+from djinn.figures.style import LOOKS
+
+
+def test_report(fabricated_run: Path):
+    draw_all(fabricated_run)
+    profile = load_profile(fabricated_run / "profile.yaml")
+    write_provenance(fabricated_run, profile)
+    page = write_report(fabricated_run)
+    html, text = page.read_text(), (fabricated_run / "report.md").read_text()
+    for claim in load_claims():
+        assert f"<td>{claim.id}</td>" in html
+        assert f"| {claim.id} | {claim.text}" in text
+    for name in profile.systems:
+        assert f">{LOOKS[name].label}</th>" in html
+        assert LOOKS[name].label in text
+    for words in (
+        "OOM",
+        "timed out in 1 of 2",
+        "not run",
+        "out of memory: 26 GB of weights, 12 GB of RAM",
+        "synthetic",
+    ):
+        assert words in html
+        assert words in text
+    assert html.count("data:image/png;base64,") == len(FIGURES) - 1
+    assert f"Not drawn, no records: {FIGURES['ring_sweep']}" in html
+    assert not re.search(r"(src|href)=.?(https?:)?//", html)
+    assert html.count("<img") == html.count("alt=")
+
+
+def test_links_lead_to_files(fabricated_run: Path):
+    draw_all(fabricated_run)
+    html = write_report(fabricated_run).read_text()
+    links = re.findall(r'href="([^"]+)"', html)
+    assert links
+    assert all((fabricated_run / link).exists() for link in links)
+
+
+def test_a_run_without_results_reports_that_nothing_was_run(fabricated_run: Path):
+    for path in (fabricated_run / "results").iterdir():
+        path.unlink()
+    html = write_report(fabricated_run).read_text()
+    assert f"{len(load_claims())} NOT RUN" in html
+    assert "0 PASS" in html
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="not a run directory"):
+        write_report(tmp_path)
