@@ -118,20 +118,19 @@ class Reader:
             file = self._open(path)
             while done < needed:
                 count = os.preadv(file, [target[done:].data], offset + done)
-                if count == 0:
-                    raise CheckpointError(f"{path}: ends at byte {offset + done}; it was longer when it was indexed")
-                # A short direct read can only go on from a page.
-                done = needed if done + count >= needed else (done + count) // PAGE * PAGE
+                # A short direct read can only go on from a page; one that gains none has come to the end of the file.
+                whole = (done + count) // PAGE * PAGE
+                if done + count < needed and whole == done:
+                    size = os.fstat(file).st_size
+                    raise CheckpointError(f"{path}: ends at byte {size}; it was longer when indexed; write it again")
+                done = needed if done + count >= needed else whole
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read at byte {offset + done}: {error.strerror}") from error
 
     def _open(self, path: Path) -> int:
         with self._lock:
             if path not in self._files:
-                try:
-                    self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-                except OSError:
-                    self._files[path] = os.open(path, os.O_RDONLY)
+                self._files[path] = _open_direct(path) or os.open(path, os.O_RDONLY)
             return self._files[path]
 
     def _bounce_buffer(self, nbytes: int) -> Buffer:
@@ -147,6 +146,20 @@ class Reader:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+
+def _open_direct(path: Path) -> int | None:
+    """Open ``path`` for direct reads; None where the file system has none, or takes the flag and then reads nothing."""
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return None
+    try:
+        os.preadv(file, [allocate(PAGE).data], 0)
+    except OSError:
+        os.close(file)
+        return None
+    return file
 
 
 def read_rate(paths: Sequence[Path], nbytes: int, chunk_bytes: int, threads: int = THREADS) -> float:
