@@ -6,9 +6,8 @@ the slot waits for is known, ``wait`` before the unit is read, ``release`` after
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Protocol
 
 import numpy as np
@@ -64,40 +63,29 @@ class Source:
 
 
 class Fill:
-    """The copy of one unit under way, on threads: ends when its last piece has ended."""
+    """The copy of one unit under way, on threads: a future for each piece, whose result is when it ended."""
 
-    def __init__(self, parts: int) -> None:
-        self._left = parts
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self.error: BaseException | None = None
+    def __init__(self) -> None:
+        self._futures: list[Future[float]] = []
         self.start_s = time.perf_counter()
-        self.end_s = self.start_s
 
-    def finish_one(self, future: Future[int]) -> None:
-        """Count a piece that has ended, well or badly."""
-        error = None if future.cancelled() else future.exception()
-        with self._lock:
-            self.error = self.error or error
-            self._left -= 1
-            if self._left == 0:
-                self.end_s = time.perf_counter()
-                self._done.set()
+    def add(self, piece: Future[float]) -> None:
+        """Take a piece that was given to the threads."""
+        self._futures.append(piece)
 
     @property
     def done(self) -> bool:
         """Whether every piece has ended."""
-        return self._done.is_set()
+        return all(future.done() for future in self._futures)
 
     def settle(self) -> None:
         """Block until every piece has ended, well or badly."""
-        self._done.wait()
+        wait(self._futures)
 
-    def wait(self) -> None:
-        """Block until every piece has ended; raise the first error."""
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
+    def wait(self) -> float:
+        """Block until every piece has ended; return when the last one did, or raise the first error."""
+        self.settle()
+        return max(future.result() for future in self._futures)
 
 
 class CpuCopier:
@@ -122,25 +110,26 @@ class CpuCopier:
         source, slot = self._sources[unit], self._slots[unit]
         self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
         target = self._ring[slot.offset : slot.offset + slot.nbytes]
-        parts = pieces(source.unit, self._reader.chunk_bytes)
-        fill = self._fills[unit] = Fill(len(parts))
-        for piece in parts:
-            self._reader.pool.submit(self._move, piece, source.image, target).add_done_callback(fill.finish_one)
+        fill = self._fills[unit] = Fill()
+        for piece in pieces(source.unit, self._reader.chunk_bytes):
+            fill.add(self._reader.pool.submit(self._move, piece, source.image, target))
 
-    def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> int:
+    def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> float:
         if image is None:
-            return self._reader.read(piece, target)
-        np.copyto(target[piece.offset : piece.offset + piece.nbytes], image[piece.offset : piece.offset + piece.nbytes])
-        return piece.nbytes
+            self._reader.read(piece, target)
+        else:
+            end = piece.offset + piece.nbytes
+            np.copyto(target[piece.offset : end], image[piece.offset : end])
+        return time.perf_counter()
 
     def wait(self, unit: int) -> None:
         fill, source = self._fills[unit], self._sources[unit]
         begin = time.perf_counter()
         late = not fill.done
-        fill.wait()
+        end = fill.wait()
         now = time.perf_counter()
         nbytes = source.unit.weight_bytes
-        self._stats.add(Interval("copy", source.unit.name, fill.start_s, fill.end_s, nbytes))
+        self._stats.add(Interval("copy", source.unit.name, fill.start_s, end, nbytes))
         if late:
             cause = "disk" if source.image is None else "link"
             self._stats.stall_s += now - begin

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -103,10 +103,11 @@ class CudaCopier:
     def settle(self) -> None:
         if self._disk is not None:
             self._disk.settle()
-        compute = torch.cuda.current_stream(self.ring.device)
-        self._stream.wait_stream(compute)
+        self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
         if self._disk is not None:
-            self._disk.stream.wait_stream(compute)
+            # The two copy streams too: what one still has under way must not land on what the other copies next.
+            self._stream.wait_stream(self._disk.stream)
+            self._disk.stream.wait_stream(self._stream)
 
     def resolve_timeline(self) -> None:
         """Turn the events recorded so far into intervals; waits for the device.
@@ -160,23 +161,14 @@ class _DiskStream:
             self._free.put(_Staging(self._memory.buffer[number * size : (number + 1) * size], torch.cuda.Event()))
 
     def submit(self, unit: int, after: int | None) -> None:
-        parts = pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes)
-        fill = self._fills[unit] = Fill(len(parts))
         slot = self._copier._slots[unit]
         target = self._copier.ring[slot.offset : slot.offset + slot.nbytes]
         release = None if after is None else self._copier._free[after]
-        for piece in parts:
-            future = self._reader.pool.submit(self._move, piece, target, release)
+        fill = self._fills[unit] = Fill()
+        for piece in pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes):
+            fill.add(self._reader.pool.submit(self._move, unit, piece, target, release))
 
-            def finish(ended: Future[int], fill: Fill = fill, unit: int = unit) -> None:
-                # All pieces go through one stream, so an event behind the last one issued is behind them all.
-                with self._lock:
-                    self._copier._ready[unit].record(self.stream)
-                fill.finish_one(ended)
-
-            future.add_done_callback(finish)
-
-    def _move(self, piece: Piece, target: torch.Tensor, release: torch.cuda.Event | None) -> int:
+    def _move(self, unit: int, piece: Piece, target: torch.Tensor, release: torch.cuda.Event | None) -> float:
         with self._staging() as staging:
             staging.copied.synchronize()
             shift = piece.offset // PAGE * PAGE
@@ -188,7 +180,9 @@ class _DiskStream:
                     self.stream.wait_event(release)
                 target[piece.offset : piece.offset + piece.nbytes].copy_(source, non_blocking=True)
                 staging.copied.record(self.stream)
-        return piece.nbytes
+                # All pieces go through one stream, so the event behind the last one issued is behind them all.
+                self._copier._ready[unit].record(self.stream)
+        return time.perf_counter()
 
     @contextmanager
     def _staging(self) -> Iterator[_Staging]:
