@@ -19,8 +19,12 @@ from djinn.bench.records import Record, append_record, latest, read_records
 from djinn.config import Profile
 from djinn.weights.checkpoint import is_synthetic, resolve
 
-Experiment = Literal["baselines", "sweep"]
+Experiment = Literal["baselines", "sweep", "benchmark"]
 Order = Literal["by run", "by lane"]
+
+_START_S = 300.0
+_BUILD_S = 3600.0
+"""Longest that a system may take to compile what it needs: DeepSpeed's async_io took 4 minutes on two idle cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +74,7 @@ class Bench:
         keep: leave every worker loaded until the end; otherwise one is closed before another loads.
     """
 
-    def __init__(
-        self, experiment: Literal["baselines", "sweep"], profile: Profile, run_dir: Path, *, keep: bool
-    ) -> None:
+    def __init__(self, experiment: Experiment, profile: Profile, run_dir: Path, *, keep: bool) -> None:
         self.profile = profile
         self.path = run_dir / "results" / f"{experiment}.jsonl"
         self._experiment = experiment
@@ -108,6 +110,8 @@ class Bench:
         missing = self.missing(lanes, runs=runs, order=order)
         if missing:
             self._prepare()
+        if self._keep:
+            self._start(list(dict.fromkeys(lane for lane, _ in missing)))
         with tqdm(missing, desc=self._experiment, unit="run", dynamic_ncols=True) as progress:
             for lane, run in progress:
                 progress.set_postfix_str(f"{lane.label}, run {run + 1}")
@@ -147,8 +151,6 @@ class Bench:
             "config_digest": self.profile.digest,
         }
         try:
-            if lane in self._failed:
-                raise self._failed[lane]
             known |= self._load(lane)
             measured = self._workers[lane].ask({"do": "run"}, profile.timeout_s)
             if lane.timeline is not None and run == 0:
@@ -159,25 +161,37 @@ class Bench:
             return Record(**known, status=failure.status, reason=failure.reason)
         return Record(**known, **measured, status="ok")
 
+    def _start(self, lanes: Sequence[Lane]) -> None:
+        """Start a worker for each of ``lanes``; importing takes seconds, so they do it at once, before any is timed."""
+        for lane in lanes:
+            self._workers[lane] = WorkerProcess(self._run_dir / "logs" / f"{_file_name(lane)}.log")
+        for lane in lanes:
+            try:
+                self._workers[lane].ask({"do": "start"}, _START_S)
+            except WorkerError as error:
+                self._failed[lane] = error
+
     def _load(self, lane: Lane) -> dict[str, Any]:
         """Have ``lane`` loaded and warm; return what loading gives a record."""
         if lane not in self._loaded:
-            if not self._keep:
+            if not self._keep and lane not in self._failed:
                 for other in list(self._workers):
                     self._close(other)
+                self._start([lane])
+            if lane in self._failed:
+                raise self._failed[lane]
             scratch = self._scratch(lane)
             scratch.mkdir(parents=True)
-            worker = self._workers[lane] = WorkerProcess(self._run_dir / "logs" / f"{_file_name(lane)}.log")
-            command = {
-                "do": "load",
+            job = {
                 "system": lane.system,
                 "variant": lane.target,
                 "model": self._model,
                 "scratch": str(scratch.absolute()),
-                "trace": lane.timeline is not None,
                 "profile": lane.profile.model_dump(mode="json"),
             }
-            self._loaded[lane] = worker.ask(command, lane.profile.timeout_s)
+            worker = self._workers[lane]
+            worker.ask({"do": "check", **job}, _BUILD_S)
+            self._loaded[lane] = worker.ask({"do": "load"}, lane.profile.timeout_s)
             for _ in range(lane.profile.warmups):
                 worker.ask({"do": "run"}, lane.profile.timeout_s)
         return self._loaded[lane]

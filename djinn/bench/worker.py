@@ -1,7 +1,9 @@
 """A process that holds one system and measures it: reads commands from its standard input, a JSON object per line.
 
-``{"do": "load", "system", "variant", "model", "scratch", "profile"}`` replies with what loading gives a record.
-``{"do": "run", "profile"}`` measures one generation with the profile's prompt and tokens.
+``{"do": "start"}`` replies as soon as the process is ready for more.
+``{"do": "check", "system", "variant", "model", "scratch", "profile"}`` imports and builds what the system needs.
+``{"do": "load"}`` loads that system and replies with what loading gives a record.
+``{"do": "run"}`` measures one generation with the profile's prompt and tokens.
 ``{"do": "timeline", "path"}`` writes the copy engine's intervals, one JSON object per line.
 ``{"do": "close"}`` ends the process.
 
@@ -29,7 +31,7 @@ from pydantic import TypeAdapter
 from djinn.bench.measure import MemoryPeak, measure
 from djinn.bench.records import Status
 from djinn.bench.systems import loader
-from djinn.bench.systems.base import Job, System
+from djinn.bench.systems.base import Job, Loader, System
 from djinn.bench.systems.common import skeleton, weight_bytes
 from djinn.errors import DjinnError, PlanError, UnavailableError
 
@@ -43,11 +45,16 @@ class Worker:
     def __init__(self) -> None:
         self._peak = MemoryPeak()
         self._job: Job
+        self._loader: Loader
         self._system: System
         self._model_bytes: int
 
-    def load(self, system: str, **job: Any) -> dict[str, Any]:
-        """Load a system and return what a record says of it."""
+    def start(self) -> dict[str, Any]:
+        """Importing torch and transformers is all that starting takes."""
+        return {}
+
+    def check(self, system: str, **job: Any) -> dict[str, Any]:
+        """Take the job, and see that this machine can do it."""
         self._job = _JOB.validate_python(job)
         profile = self._job.profile
         tempfile.tempdir = str(self._job.scratch)  # whatever a system spills goes when the scratch folder goes
@@ -57,14 +64,17 @@ class Worker:
             if system != "resident":
                 total = torch.cuda.get_device_properties(0).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(profile.budget / total, 1.0))
-        chosen = loader(system)
-        chosen.check(self._job)
+        self._loader = loader(system)
+        self._loader.check(self._job)
+        return {}
+
+    def load(self) -> dict[str, Any]:
+        """Load the system and return what a record says of it."""
         self._model_bytes = weight_bytes(skeleton(self._job))
         start = time.perf_counter()
-        self._system = chosen.load(self._job)
-        load_s = time.perf_counter() - start
+        self._system = self._loader.load(self._job)
         return {
-            "load_s": load_s,
+            "load_s": time.perf_counter() - start,
             "model_bytes": self._model_bytes,
             "resident_bytes": self._system.resident_bytes,
             "ring_bytes": self._system.ring_bytes,

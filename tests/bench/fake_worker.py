@@ -16,7 +16,7 @@ FIELDS = {
 
 for line in sys.stdin:
     command = json.loads(line)
-    if command["do"] == "load":
+    if command["do"] == "check":
         variant = command["variant"]
         with open(os.path.join(command["scratch"], "copy.swp"), "w") as copy:  # noqa: PTH118, PTH123
             copy.write("a second copy of the weights")
@@ -34,7 +34,7 @@ for line in sys.stdin:
         if variant == "babbles":
             print("neither JSON nor a reply", file=replies, flush=True)
             continue
-    if variant == "lacks" and command["do"] == "load":
+    if variant == "lacks" and command["do"] == "check":
         reply = {"status": "unavailable", "reason": "no such device"}
     else:
         reply = {"status": "ok", "fields": FIELDS.get(command["do"], {})}
