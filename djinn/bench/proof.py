@@ -22,7 +22,7 @@ from djinn.weights.synth import synthesise
 MODEL = "llama-tiny"
 _DEVICE_SHARE = 0.45
 """Share of the weights for which residents and ring have room."""
-_WORK = Workload(prompt_tokens=24, new_tokens=6, batch=2)
+_WORK = Workload(prompt_tokens=16, new_tokens=4, batch=2)
 
 
 class Proof(BaseModel):
