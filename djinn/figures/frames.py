@@ -8,6 +8,7 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     run              number of the run, from 0; -1 where there is none
     status, reason   as recorded; status "not run" where there is no record
     words            "" for a finished run, else the few words to draw in its place
+    link             what the bytes crossed: "disk" or "pcie"
     load_s, ttft_s, wall_s   seconds
     token_s          mean seconds from one token to the next; NaN for a single token
     generate_s       ttft_s plus every per-token time: what the passes of the run took
@@ -61,7 +62,7 @@ _COPIED = [
     "peak_anon_bytes",
 ]
 _NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps"]
-RUN_COLUMNS = ["name", "run", "status", "reason", "words", *_NUMBERS, "tokens"]
+RUN_COLUMNS = ["name", "run", "status", "reason", "words", "link", *_NUMBERS, "tokens"]
 TIMELINE_COLUMNS = ["lane", "unit", "start_s", "end_s", "nbytes", "cause"]
 
 
@@ -155,7 +156,7 @@ def gaps(frame: pd.DataFrame, column: str, by: str = "name") -> dict[Any, str]:
 def _row(record: Record) -> dict[str, object]:
     row: dict[str, object] = {column: getattr(record, column) for column in _COPIED}
     row |= {"name": system_label(record), "run": record.run, "status": record.status, "reason": record.reason}
-    row |= {"words": _words(record.status, record.reason), "tokens": tuple(record.tokens)}
+    row |= {"words": _words(record.status, record.reason), "link": record.link, "tokens": tuple(record.tokens)}
     if record.per_token_s:
         row["token_s"] = sum(record.per_token_s) / len(record.per_token_s)
     if record.status == "ok" and record.ttft_s is not None:

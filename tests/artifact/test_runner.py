@@ -1,0 +1,73 @@
+"""Papermill reports success for notebooks that did not finish; the runner does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from djinn.artifact import runner
+from djinn.errors import ConfigError, DjinnError
+
+PARAMETERS = "run_dir = None"
+SENTINEL = """
+from pathlib import Path
+Path(run_dir, "results").mkdir(parents=True, exist_ok=True)
+Path(run_dir, "results", "probe.done.json").write_text('{"wall_s": 1}')
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """Execute a notebook of the given cells with the runner; return the run directory."""
+
+    def execute(*cells: str) -> Path:
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (PARAMETERS, *cells)])
+        notebook.cells[0].metadata["tags"] = ["parameters"]
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, tmp_path / "probe.ipynb")
+        runner.execute(tmp_path / "probe.ipynb", tmp_path / "run", {"run_dir": str(tmp_path / "run")})
+        return tmp_path / "run"
+
+    return execute
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "run" / "notebooks").iterdir())
+
+
+def test_a_notebook_that_ends_well_is_kept_under_its_name(run, tmp_path: Path):
+    (tmp_path / "run" / "notebooks").mkdir(parents=True)
+    (tmp_path / "run" / "notebooks" / "probe.failed.ipynb").write_text("of an earlier try")
+    run("print('so far so good')", SENTINEL)
+    assert left(tmp_path) == ["probe.ipynb"]
+    assert "so far so good" in (tmp_path / "run" / "logs" / "probe.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"], "died"),
+        (["import sys\nsys.exit(0)", SENTINEL], "the kernel stopped before cell"),
+        (["1 / 0", SENTINEL], "cell 3: ZeroDivisionError: division by zero"),
+        (["'no sentinel'"], "it did not reach its end"),
+    ],
+    ids=["killed in the last cell", "sys.exit(0) half-way", "an exception", "no sentinel"],
+)
+def test_a_notebook_that_does_not_is_a_failure_and_is_kept_as_one(run, tmp_path: Path, cells: list[str], message: str):
+    (tmp_path / "run" / "results").mkdir(parents=True)
+    (tmp_path / "run" / "results" / "probe.done.json").write_text("of an earlier execution")
+    with pytest.raises(DjinnError, match=message) as caught:
+        run(*cells)
+    assert "probe.failed.ipynb" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert left(tmp_path) == ["probe.failed.ipynb"]
+
+
+def test_an_unknown_profile_or_override_stops_before_anything_is_made(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no profile 'smoke'"):
+        runner.reproduce("smoke", tmp_path / "run")
+    with pytest.raises(ConfigError, match="unknown key rnus; did you mean runs"):
+        runner.reproduce("smoke_tiny", tmp_path / "run", rnus=1)
+    assert not (tmp_path / "run").exists()

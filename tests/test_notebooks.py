@@ -1,0 +1,104 @@
+"""The notebooks' contract, and the notebooks executed as README says."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from djinn.artifact import notebook, runner
+from djinn.config import load_profile
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def papermill(name: str, out: Path, *parameters: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(out), "--no-progress-bar", *parameters]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def code_of(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_the_runner_runs_every_notebook():
+    assert tuple(path.stem for path in NOTEBOOKS) == runner.NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestContract:
+    def test_one_parameters_cell_of_plain_literals(self, path: Path):
+        tagged = [cell for cell in code_of(path) if "parameters" in cell.metadata.get("tags", [])]
+        assert len(tagged) == 1
+        body = ast.parse(tagged[0].source).body
+        assert all(isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) for line in body)
+        names = [line.targets[0].id for line in body if isinstance(line, ast.Assign)]  # type: ignore[attr-defined]
+        assert names == list(notebook.PARAMETERS)
+        assert tagged[0].source.count("# help: ") == len(names)
+
+    def test_the_next_code_cell_checks_them(self, path: Path):
+        cells = code_of(path)
+        assert f'session = begin("{path.stem}", globals())' in cells[1].source
+        assert cells[-1].source.endswith("finish(session)")
+
+    def test_thin_and_stripped(self, path: Path):
+        for cell in code_of(path):
+            assert cell.outputs == []
+            assert cell.execution_count is None
+            defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+            assert not any(isinstance(node, defined) for node in ast.walk(ast.parse(cell.source)))
+
+    def test_runs_anywhere(self, path: Path):
+        document = nbformat.read(path, as_version=4)
+        nbformat.validate(document)
+        assert document.metadata.kernelspec.name == "python3"
+        assert not re.search(r"""["' (](/|~/|[A-Z]:\\)\w""", "\n".join(cell.source for cell in document.cells))
+
+    def test_says_what_it_claims_and_what_to_expect(self, path: Path):
+        cells = nbformat.read(path, as_version=4).cells
+        assert cells[0].source.startswith("# ")
+        assert cells[-1].source.startswith("## What to expect")
+
+
+def test_a_misspelt_parameter_stops_papermill(tmp_path: Path):
+    done = papermill("04_figures", tmp_path / "out.ipynb", "-p", "modle", "70b", "-p", "run_dir", str(tmp_path / "run"))
+    assert done.returncode != 0
+    assert "no parameter 'modle'; did you mean model?; the parameters are profile, run_dir, " in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_parameter_stops_papermill(tmp_path: Path):
+    done = papermill(
+        "02_baselines", tmp_path / "out.ipynb", "-p", "runs", "1e5", "-p", "run_dir", str(tmp_path / "run")
+    )
+    assert done.returncode != 0
+    assert "parameter runs = 100000.0 is float; expected a whole number" in done.stderr
+
+
+def test_figures_are_drawn_from_partial_records_alone(fabricated_run: Path, tmp_path: Path):
+    (fabricated_run / "results" / "sweep.jsonl").unlink()
+    given = ("-p", "profile", "smoke_13b", "-p", "run_dir", str(fabricated_run))
+    done = papermill("04_figures", tmp_path / "out.ipynb", *given)
+    assert done.returncode == 0, done.stderr
+    assert (fabricated_run / "report.html").is_file()
+    assert notebook.read_sentinel(fabricated_run, "04_figures") is not None
+
+
+@pytest.mark.timeout(1800)
+def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run_dir = runner.reproduce("smoke_tiny", tmp_path / "run")
+    for name in runner.NOTEBOOKS:
+        assert (run_dir / "notebooks" / f"{name}.ipynb").is_file()
+    profile = load_profile("smoke_tiny")
+    html = (run_dir / "report.html").read_text()
+    assert profile.title in html
+    assert "0 FAIL" in html
+    assert len(list((run_dir / "figures").glob("*.pdf"))) == 7
+    assert not (run_dir / "scratch").exists()
+    assert "report.html" in capfd.readouterr().out
