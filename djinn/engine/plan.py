@@ -140,10 +140,11 @@ def make_plan(
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
     """
     tiny = TINY_SHARE * max((unit.weight_bytes for unit in units), default=0)
-    must_stay = [unit for unit in units if unit.held or unit.weight_bytes < tiny]
-    streamable = [unit for unit in units if not (unit.held or unit.weight_bytes < tiny)]
-    fixed = _total(must_stay) + workspace_bytes
+    all_fit = _total(units) + workspace_bytes <= budget  # then there is no need of a ring either
+    must_stay = [unit for unit in units if all_fit or unit.held or unit.weight_bytes < tiny]
     chosen = _names(must_stay)
+    streamable = [unit for unit in units if unit.name not in chosen]
+    fixed = _total(must_stay) + workspace_bytes
 
     def ring_without(unit: Unit) -> int:
         others = (other for other in streamable if other.name not in chosen and other is not unit)
@@ -197,14 +198,14 @@ def _check(
             f"ring: unit {largest.name} has {format_bytes(needed)}, more than the ring's {format_bytes(asked_ring)}; "
             f"a ring of {needed} bytes would do"
         )
-    smallest = fixed + (asked_ring or needed)
-    if smallest > budget:
-        ring_text = format_bytes(asked_ring or needed)
+    needed = asked_ring or needed if streamed else 0
+    if fixed + needed > budget:
+        ring_text = format_bytes(needed)
         if largest is not None and asked_ring is None:
             ring_text += f" (unit {largest.name})"
         raise PlanError(
             f"budget: {format_bytes(budget)} is too small: workspace {format_bytes(workspace)}, weights that cannot be "
-            f"streamed {format_bytes(fixed - workspace)} and a ring of {ring_text} need {smallest} bytes"
+            f"streamed {format_bytes(fixed - workspace)} and a ring of {ring_text} need {fixed + needed} bytes"
         )
 
 

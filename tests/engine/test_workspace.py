@@ -1,0 +1,62 @@
+"""Workspace sizes against what the formulas give by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, OPTConfig
+
+from djinn.engine.workspace import CUDA_LIBRARIES_BYTES, Workload, activation_bytes, kv_cache_bytes, workspace_bytes
+from djinn.weights.architectures import load_architecture
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama-2-13b", 2 * 40 * 40 * 128 * 528 * 2),
+        ("llama-2-70b", 2 * 80 * 8 * 128 * 528 * 2),  # 8 KV heads of 64
+        ("llama-3.1-8b", 2 * 32 * 8 * 128 * 528 * 2),
+        ("mixtral-8x7b", 2 * 32 * 8 * 128 * 528 * 2),
+        ("gpt2", 2 * 12 * 12 * 64 * 528 * 2),
+        ("opt-30b", 2 * 48 * 56 * 128 * 528 * 2),
+    ],
+)
+def test_kv_cache_of_published_models(name: str, expected: int) -> None:
+    work = Workload(prompt_tokens=512, new_tokens=16, batch=1)
+    assert kv_cache_bytes(load_architecture(name), BF16, work) == expected
+
+
+def test_kv_cache_grows_with_the_batch_and_the_dtype() -> None:
+    config = load_architecture("llama-2-7b")
+    one = kv_cache_bytes(config, BF16, Workload(prompt_tokens=10, new_tokens=6, batch=1))
+    assert one == 2 * 32 * 4096 * 16 * 2
+    assert kv_cache_bytes(config, BF16, Workload(prompt_tokens=10, new_tokens=6, batch=3)) == 3 * one
+    assert kv_cache_bytes(config, torch.float32, Workload(prompt_tokens=10, new_tokens=6, batch=1)) == 2 * one
+
+
+def test_activations_of_a_gated_mlp_and_last_logits() -> None:
+    work = Workload(prompt_tokens=512, new_tokens=16, batch=2)
+    tokens, logits = 2 * 512, 2 * 32000 * (2 + 8)
+    assert activation_bytes(load_architecture("llama-2-13b"), BF16, work) == (
+        tokens * (2 * 5120 + 4 * 13824) * 2 + logits
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "intermediate"),
+    [(OPTConfig(hidden_size=64, ffn_dim=300, vocab_size=10), 300), (GPT2Config(n_embd=64, vocab_size=10), 256)],
+    ids=["opt", "gpt2"],
+)
+def test_other_names_of_the_intermediate_size(config: OPTConfig | GPT2Config, intermediate: int) -> None:
+    work = Workload(prompt_tokens=1, new_tokens=1, batch=1)
+    assert activation_bytes(config, BF16, work) == (2 * 64 + 4 * intermediate) * 2 + 10 * (2 + 8)
+
+
+def test_a_gpu_also_keeps_room_for_its_libraries() -> None:
+    work = Workload(prompt_tokens=8, new_tokens=8, batch=1)
+    config = load_architecture("llama-tiny")
+    on_cpu = workspace_bytes(config, BF16, torch.device("cpu"), work)
+    assert on_cpu == kv_cache_bytes(config, BF16, work) + activation_bytes(config, BF16, work)
+    assert workspace_bytes(config, BF16, torch.device("cuda"), work) == on_cpu + CUDA_LIBRARIES_BYTES
