@@ -100,6 +100,7 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
     profile = _profile(parameters)
     run_dir = _opened(parameters["run_dir"], profile)
     forget(run_dir, name)
+    pd.set_option("display.max_colwidth", None)  # reasons and remedies are shown whole
     print(f"{name}: {profile.title}; all four notebooks take about {profile.minutes:g} minutes")
     print(f"Results: {from_root(run_dir)}")
     return Session(name, profile, run_dir, parameters)

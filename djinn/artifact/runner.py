@@ -84,6 +84,7 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
                 cwd=REPOSITORY,
                 log_output=True,
                 progress_bar=False,
+                coalesce_streams=True,  # nbclient: of a progress bar, keep the last state
             )
         cause = _shortcoming(unfinished, run_dir, name)
     except Exception as error:  # papermill, nbclient and the kernel each have their own ways to fail
