@@ -28,6 +28,7 @@ from djinn.artifact.provenance import REPOSITORY, from_root, git_state, write_te
 from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError, DjinnError
 from djinn.figures.draw import PNG_DPI
+from djinn.figures.style import house_style
 from djinn.sizes import format_bytes
 
 RUNS_DIR = REPOSITORY / "artifact" / "runs"
@@ -127,6 +128,7 @@ def read_sentinel(run_dir: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+@house_style()
 def picture(figure: Figure) -> Image:
     """Return ``figure`` as what a notebook shows when it is a cell's last line."""
     data = BytesIO()
