@@ -188,6 +188,7 @@ class Bench:
                 "model": self._model,
                 "scratch": str(scratch.absolute()),
                 "profile": lane.profile.model_dump(mode="json"),
+                "trace": lane.timeline is not None,
             }
             worker = self._workers[lane]
             worker.ask({"do": "check", **job}, _BUILD_S)

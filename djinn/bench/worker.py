@@ -1,7 +1,8 @@
 """A process that holds one system and measures it: reads commands from its standard input, a JSON object per line.
 
 ``{"do": "start"}`` replies as soon as the process is ready for more.
-``{"do": "check", "system", "variant", "model", "scratch", "profile"}`` imports and builds what the system needs.
+``{"do": "check", "system", "variant", "model", "scratch", "profile", "trace"}`` imports and builds
+    what the system needs.
 ``{"do": "load"}`` loads that system and replies with what loading gives a record.
 ``{"do": "run"}`` measures one generation with the profile's prompt and tokens.
 ``{"do": "timeline", "path"}`` writes the copy engine's intervals, one JSON object per line.

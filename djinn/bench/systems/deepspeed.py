@@ -37,14 +37,17 @@ _CUDA_SCRATCH_BYTES = 2 * 10**9
 class DeepSpeed(PassCounter):
     """See the module's text. A parameter above the persistence threshold crosses the link once in every pass."""
 
-    def __init__(self, engine: Any, settings: dict[str, str | int | float | bool], keep: object) -> None:
+    def __init__(self, engine: Any, job: Job, settings: dict[str, str | int | float | bool], keep: object) -> None:
         self._engine = engine
         self._keep = keep
         sizes = [(p.ds_numel * p.element_size(), p.ds_persist) for p in engine.module.parameters()]
         super().__init__(
             engine.module,
             resident=sum(size for size, persists in sizes if persists),
-            streamed=sum(size for size, persists in sizes if not persists),
+            # On a CPU the link is the disk, which parameters in host memory never cross again.
+            streamed=sum(size for size, persists in sizes if not persists)
+            if job.on_gpu or job.variant == "nvme"
+            else 0,
             settings=settings,
         )
 
@@ -95,7 +98,7 @@ def load(job: Job) -> DeepSpeed:
         model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype).eval()
     engine = deepspeed.initialize(model=model, config=settings)[0]
     engine.module.eval()
-    return DeepSpeed(engine, _flat(settings["zero_optimization"]), keep)
+    return DeepSpeed(engine, job, _flat(settings["zero_optimization"]), keep)
 
 
 def tuned_settings(parameters: Sequence[int], layer: int, job: Job) -> dict[str, int]:
