@@ -99,7 +99,9 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
     """
     parameters = _checked(namespace)
     profile = _profile(parameters)
-    run_dir = _opened(parameters["run_dir"], profile)
+    given = parameters["run_dir"]
+    run_dir = REPOSITORY / Path(given).expanduser() if given else RUNS_DIR / profile.name
+    open_run_dir(run_dir, profile)
     forget(run_dir, name)
     pd.set_option("display.max_colwidth", None)  # reasons and remedies are shown whole
     print(f"{name}: {profile.title}; all four notebooks take about {profile.minutes:g} minutes")
@@ -126,6 +128,31 @@ def read_sentinel(run_dir: Path, name: str) -> dict[str, Any] | None:
     """Return what ``finish`` wrote for the notebook ``name``, or None where it did not."""
     path = _sentinel(run_dir, name)
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def open_run_dir(run_dir: Path, profile: Profile) -> None:
+    """Make a run directory, check that it can be written, and bind it to one configuration: its ``profile.yaml``.
+
+    Raises:
+        ConfigError: it cannot be written, or holds another configuration; each difference is named.
+    """
+    try:
+        (run_dir / "results").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir / "results"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run_dir {from_root(run_dir)} cannot be written: {error.strerror}; choose another") from None
+    path = run_dir / "profile.yaml"
+    if path.is_file():
+        before, now = load_profile(path).model_dump(mode="json"), profile.model_dump(mode="json")
+        changed = [f"{key}: {before[key]} there, {now[key]} asked for" for key in now if before[key] != now[key]]
+        if changed:
+            raise ConfigError(
+                f"run_dir {from_root(run_dir)} holds another configuration ({'; '.join(changed)}); "
+                "give the same parameters as before, or another run_dir"
+            )
+    else:
+        write_text(path, yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False))
 
 
 @house_style()
@@ -191,29 +218,6 @@ def _profile(parameters: Mapping[str, Any]) -> Profile:
     if isinstance(changes.get("systems"), str):
         changes["systems"] = [system.strip() for system in changes["systems"].split(",")]
     return profile.override(**changes)
-
-
-def _opened(given: str | None, profile: Profile) -> Path:
-    """Make the run directory, check that it can be written, and bind it to this configuration."""
-    run_dir = REPOSITORY / Path(given).expanduser() if given else RUNS_DIR / profile.name
-    try:
-        (run_dir / "results").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir / "results"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"run_dir {from_root(run_dir)} cannot be written: {error.strerror}; choose another") from None
-    path = run_dir / "profile.yaml"
-    if path.is_file():
-        before, now = load_profile(path).model_dump(mode="json"), profile.model_dump(mode="json")
-        changed = [f"{key}: {before[key]} there, {now[key]} asked for" for key in now if before[key] != now[key]]
-        if changed:
-            raise ConfigError(
-                f"run_dir {from_root(run_dir)} holds another configuration ({'; '.join(changed)}); "
-                "give the same parameters as before, or another run_dir"
-            )
-    else:
-        write_text(path, yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False))
-    return run_dir
 
 
 def _sentinel(run_dir: Path, name: str) -> Path:

@@ -60,7 +60,7 @@ def write_report(run_dir: Path) -> Path:
         ConfigError: no run directory, or a damaged result file.
     """
     if not (run_dir / "profile.yaml").is_file():
-        raise ConfigError(f"{run_dir} is not a run directory: it has no profile.yaml")
+        raise ConfigError(f"{run_dir} is not a run directory: it has no profile.yaml, which the notebooks write")
     context = _context(run_dir)
     templates = Environment(
         loader=PackageLoader("djinn.artifact"),

@@ -37,7 +37,7 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: A
 
     Raises:
         DjinnError: a notebook failed; it is kept as ``notebooks/<name>.failed.ipynb``.
-        ConfigError: an unknown profile.
+        ConfigError: an unknown profile, or a run directory that cannot be written or holds another configuration.
         UnavailableError: ``auto`` found no profile that fits.
     """
     if profile == "auto":
@@ -51,6 +51,7 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: A
     if run_dir is None:
         run_dir = notebook.RUNS_DIR / f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     run_dir = run_dir.absolute()
+    notebook.open_run_dir(run_dir, chosen)
     print(f"{chosen.title}: four notebooks, about {chosen.minutes:g} minutes")
     named = from_root(Path(profile)) if profile.endswith(".yaml") else profile
     parameters = {"profile": named, "run_dir": from_root(run_dir), **overrides}

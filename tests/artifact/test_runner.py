@@ -71,3 +71,9 @@ def test_an_unknown_profile_or_override_stops_before_anything_is_made(tmp_path: 
     with pytest.raises(ConfigError, match="unknown key rnus; did you mean runs"):
         runner.reproduce("smoke_tiny", tmp_path / "run", rnus=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_that_cannot_be_written_stops_before_a_kernel_starts(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file/run cannot be written"):
+        runner.reproduce("smoke_tiny", tmp_path / "file" / "run")
