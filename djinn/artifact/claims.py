@@ -245,15 +245,15 @@ def write_claims(run_dir: Path) -> list[Outcome]:
 
 
 def claims_frame(outcomes: list[Outcome]) -> pd.DataFrame:
-    """Return one row per claim, in words: claim, text, target, measured, verdict, why."""
+    """Return one row per claim, in words: claim, verdict, text, target, measured, why."""
     return pd.DataFrame(
         [
             {
                 "claim": outcome.claim.id,
+                "verdict": outcome.verdict,
                 "text": outcome.claim.text,
                 "target": _target(outcome.claim),
                 "measured": "" if outcome.measured is None else f"{outcome.measured:.4g}",
-                "verdict": outcome.verdict,
                 "why": outcome.why,
             }
             for outcome in outcomes

@@ -36,7 +36,6 @@ FIGURES = {
 """The figures a report shows, in order, with the words for readers who cannot see them."""
 
 _MEASURES = {
-    "loading, s": "load_s",
     "time to first token, s": "ttft_s",
     "time per token, s": "token_s",
     "link, GB/s": "link_gbps",
@@ -100,7 +99,8 @@ def _context(run_dir: Path) -> dict[str, Any]:
 def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
     """Return the systems side by side, in words: one column each, one row per measure.
 
-    A measure is its mean ± half of the 95% interval with the median in brackets; one that is missing is empty.
+    A measure is its mean ± half of the 95% interval with the median in brackets; one that is missing is empty. A
+    system that stays loaded was loaded once, so loading has no interval.
     """
     summary = {str(row["label"]): row for row in summary_frame(records).to_dict("records")}
     agree = tokens_agree(records)
@@ -112,6 +112,7 @@ def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
             "status": words.get(name, "ok"),
             "reason": row.get("reason", ""),
             "finished runs": str(row.get("runs", 0)),
+            "loading, s": _number(row, "load_s_median"),
             **{title: _spread(row, measure) for title, measure in _MEASURES.items()},
             **{title: _size(row, size) for title, size in _SIZES.items()},
             "same tokens": {True: "yes", False: "NO", None: ""}[agree.get(name)],
@@ -125,6 +126,11 @@ def _spread(row: Mapping[Any, Any], measure: str) -> str:
         return ""
     interval = "" if math.isnan(high) else f" ± {high - mean:.2g}"
     return f"{mean:.3g}{interval} ({row[f'{measure}_median']:.3g})"
+
+
+def _number(row: Mapping[Any, Any], column: str) -> str:
+    value = row.get(column, math.nan)
+    return "" if math.isnan(value) else f"{value:.3g}"
 
 
 def _size(row: Mapping[Any, Any], column: str) -> str:

@@ -94,8 +94,7 @@ def read_pcie(run_dir: Path) -> pd.DataFrame:
 
 def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:
     """Return one row per record, in the order of ``systems``, and a "not run" row for each of them that has none."""
-    ranks = {name: rank for rank, name in enumerate(systems)}
-    rows = [_row(record) for record in sorted(records, key=lambda record: ranks.get(system_label(record), len(ranks)))]
+    rows = [_row(record) for record in _ordered(records, systems)]
     seen = {row["name"] for row in rows}
     rows += [
         {"name": name, "run": -1, "status": NOT_RUN, "reason": "", "words": NOT_RUN, "tokens": ()}
@@ -107,7 +106,7 @@ def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame
 
 def tokens(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:
     """Return one row per token after the first; a run without one keeps a row with NaN and words."""
-    samples = [record.per_token_s or [np.nan] for record in records]
+    samples = [record.per_token_s or [np.nan] for record in _ordered(records, systems)]
     frame = runs(records, systems)
     samples += [[np.nan]] * (len(frame) - len(records))
     rows = [
@@ -151,6 +150,11 @@ def gaps(frame: pd.DataFrame, column: str, by: str = "name") -> dict[Any, str]:
         missed, all_runs = missing["run"].nunique(), rows["run"].nunique()
         words[group] = said if len(missing) == len(rows) else f"{said} in {missed} of {all_runs}"
     return words
+
+
+def _ordered(records: Sequence[Record], systems: Sequence[str]) -> list[Record]:
+    ranks = {name: rank for rank, name in enumerate(systems)}
+    return sorted(records, key=lambda record: ranks.get(system_label(record), len(ranks)))
 
 
 def _row(record: Record) -> dict[str, object]:

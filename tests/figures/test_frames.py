@@ -34,6 +34,19 @@ def test_derived_numbers():
     assert (row["token_s"], row["generate_s"], row["link_gbps"]) == (2.0, 10.0, 2.0)
 
 
+def test_tokens_of_interleaved_runs_stay_with_their_system():
+    records = [
+        fabricated(PROFILE, system, run, per_token_s=[seconds] * 3)
+        for run in range(2)
+        for system, seconds in (("djinn", 1.0), ("accelerate:disk", 2.0), ("resident", 3.0))
+    ]
+    tokens = frames.tokens(records, ["resident", "djinn", "accelerate:disk"])
+    means = tokens.groupby("name", sort=False)["token_s"].agg(["mean", "count"])
+    assert means.index.tolist() == ["resident", "djinn", "accelerate:disk"]
+    assert means["mean"].tolist() == [3.0, 1.0, 2.0]
+    assert means["count"].tolist() == [6, 6, 6]
+
+
 def test_tokens_keep_every_sample_and_every_gap():
     records = [
         fabricated(PROFILE, "djinn", 0, per_token_s=[1.0, 2.0, 3.0]),
