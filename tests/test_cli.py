@@ -110,6 +110,7 @@ class Harness(ModuleType):
 
     def run_baselines(self, profile: Profile, run_dir: Path) -> list[Record]:
         self.profile, self.run_dir = profile, run_dir
+        print("run 1 of 1")  # as the real one does
         return self.records
 
 

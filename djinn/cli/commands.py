@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +87,8 @@ def certify(profile: ProfileName = "smoke_tiny", output_dir: OutputDir = None, a
 
     from djinn.bench.certify import certify as run
 
-    certification = run(chosen, _run_dir(output_dir, chosen))
+    with _progress_apart():
+        certification = run(chosen, _run_dir(output_dir, chosen))
     if as_json:
         typer.echo(certification.model_dump_json(indent=2))
     else:
@@ -217,7 +220,8 @@ def baseline(
 
     from djinn.bench.harness import run_baselines
 
-    records = run_baselines(chosen, _run_dir(output_dir, chosen))
+    with _progress_apart():
+        records = run_baselines(chosen, _run_dir(output_dir, chosen))
     print_records(records, as_json, hide=[] if ttft else ["TTFT s"])
 
 
@@ -233,7 +237,9 @@ def sweep(
 
     from djinn.bench.sweep import run_sweep
 
-    print_records(run_sweep(chosen, _run_dir(output_dir, chosen)), as_json)
+    with _progress_apart():
+        records = run_sweep(chosen, _run_dir(output_dir, chosen))
+    print_records(records, as_json)
 
 
 @main.command()
@@ -273,6 +279,11 @@ def _profile(name: str, **changes: Any) -> Profile:
     from djinn.config import load_profile
 
     return load_profile(name).override(**{key: value for key, value in changes.items() if value is not None})
+
+
+def _progress_apart() -> AbstractContextManager[Any]:
+    """Keep standard output for the result: what the library says meanwhile goes to standard error."""
+    return redirect_stdout(sys.stderr)
 
 
 def _run_dir(given: Path | None, profile: Profile) -> Path:
