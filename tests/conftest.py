@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 from fabricated import fabricated, failed
+from tiny_models import save_tiny
 
 from djinn.bench.records import append_record
 from djinn.config import load_profile
@@ -48,3 +51,9 @@ def fabricated_run(tmp_path: Path) -> Path:
                 length = {"copy": 0.48, "compute": 0.1, "stall": 0.05}[lane]
                 lines.write(json.dumps(span | {"end_s": span["start_s"] + length, "cause": ""}) + "\n")  # type: ignore[operator]
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model by name (see ``tiny_models``), written once; not to be changed."""
+    return cache(lambda name: save_tiny(name, tmp_path_factory.mktemp(name)))

@@ -1,15 +1,19 @@
 """Where every tensor's bytes are: a model without weights, and for each of its parameters a file span or a seed.
 
-transformers itself maps the names: it is asked to load the checkpoint "to disk", which reads no weights, leaves every
-parameter on the meta device, computes the buffers, ties what the config ties, and yields for each parameter the file
-and the name it has there. Only weights that transformers converts (fused experts) are written anew, to ``spill``.
+transformers itself maps the names: it is asked to load the checkpoint "to disk", which leaves every parameter on the
+meta device, computes the buffers, ties what the config ties, and yields for each parameter the file and the name it has
+there. It touches one page of each tensor (and the kernel reads ahead from there); only weights that it converts (fused
+experts) are read, and written anew, to ``spill``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from djinn.errors import CheckpointError
 
@@ -105,7 +110,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path}: the header is not valid JSON: {error}") from None
-    start = 8 + length
+    try:
+        return _checked(path, header, 8 + length, size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header is not safetensors': {error!r}") from None
+
+
+def _checked(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     tensors: dict[str, TensorEntry] = {}
     end = 0
@@ -140,16 +151,17 @@ def read_checkpoint(folder: Path) -> dict[str, TensorEntry]:
     """
     index_path = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if not index_path.is_file():
-        if not single.is_file():
-            raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    if single.is_file():  # first, as transformers does
         return read_header(single)
+    if not index_path.is_file():
+        raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
     try:
         weight_map: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        shards = sorted({os.fspath(shard) for shard in weight_map.values()})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{index_path}: not a safetensors index: {error!r}") from None
     headers: dict[str, dict[str, TensorEntry]] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in shards:
         path = folder / shard
         if not path.parent.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"{index_path}: names {shard!r}, which is outside the checkpoint folder")
@@ -171,14 +183,15 @@ def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
     """
     files = read_checkpoint(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            device_map={"": "disk"},
-            offload_folder=spill,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto",
+                device_map={"": "disk"},
+                offload_folder=spill,
+                output_loading_info=True,
+                local_files_only=True,
+            )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
     model: PreTrainedModel
@@ -189,6 +202,8 @@ def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
             raise CheckpointError(f"{folder}: {len(info[kind])} {kind.replace('_keys', ' tensors')}: {names}")
     where = _disk_index(model)
     remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
     _tie(model)
     spilled: dict[str, dict[str, TensorEntry]] = {}
     tensors = {}
@@ -239,6 +254,24 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence bars and warnings about loading for a while: nothing is loaded, and what is wrong is raised."""
+    accelerate = logging.getLogger("accelerate")
+    levels = hf_logging.get_verbosity(), accelerate.level
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(levels[0])
+        accelerate.setLevel(levels[1])
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def _disk_index(model: nn.Module) -> dict[str, dict[str, str]]:

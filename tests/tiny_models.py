@@ -1,0 +1,57 @@
+"""Real checkpoints of tiny models, for tests: the architectures differ in what can go wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+TINY: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256,
+    ),
+    # Tied embeddings; weights stored transposed.
+    "gpt2": GPT2Config(n_embd=128, n_layer=5, n_head=4, vocab_size=256, n_positions=128),
+    # Experts, which transformers fuses when it loads them.
+    "mixtral": MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=256,
+    ),
+    # Biases beside a tied embedding.
+    "qwen2": Qwen2Config(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, tie_word_embeddings=True,
+    ),
+    # Learned positions that are read at an offset.
+    "opt": OPTConfig(
+        hidden_size=128, ffn_dim=352, num_hidden_layers=5, num_attention_heads=4, vocab_size=256,
+        word_embed_proj_dim=128, max_position_embeddings=128,
+    ),
+    # Norm behind the embedding, tied, fused query, key and value.
+    "bloom": BloomConfig(hidden_size=128, n_layer=5, n_head=4, vocab_size=256),
+}  # fmt: skip
+
+
+def save_tiny(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, shard: str = "200KB") -> Path:
+    """Write a checkpoint of ``TINY[name]`` in several shards, all of its weights random; return ``folder``."""
+    torch.manual_seed(sum(name.encode()))
+    model = AutoModelForCausalLM.from_config(TINY[name], dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far from zero and from one: a weight that stands for another changes the output.
+            parameter.normal_(0, 0.1) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) / 10)
+    model.generation_config.eos_token_id = None  # whole sequences
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder

@@ -1,0 +1,325 @@
+"""The index of real checkpoints, and each way in which a checkpoint can be bad."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+
+from djinn.errors import CheckpointError
+from djinn.weights.architectures import load_architecture
+from djinn.weights.index import (
+    FileSpan,
+    Seeded,
+    TensorEntry,
+    WeightIndex,
+    checkpoint_index,
+    empty_model,
+    owners,
+    read_checkpoint,
+    read_header,
+    synthetic_index,
+)
+
+Tiny = Callable[[str], Path]
+INDEX = "model.safetensors.index.json"
+
+
+def value_of(entry: TensorEntry) -> torch.Tensor:
+    assert isinstance(entry.source, FileSpan)
+    with entry.source.path.open("rb") as file:
+        file.seek(entry.source.offset)
+        raw = torch.frombuffer(bytearray(file.read(entry.nbytes)), dtype=torch.uint8)
+    return raw.view(entry.dtype).view(entry.shape)
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Tiny, tmp_path: Path) -> Path:
+    """A llama checkpoint to be damaged."""
+    return Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "llama"))
+
+
+def refusal(folder: Path) -> str:
+    """Index ``folder``; return what the refusal says."""
+    with pytest.raises(CheckpointError) as error:
+        checkpoint_index(folder, folder.parent / "spill")
+    return str(error.value)
+
+
+def shard_of(folder: Path, name: str) -> Path:
+    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    return folder / weight_map[name]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_parameter_is_found_with_its_value(tiny_checkpoint: Tiny, tmp_path: Path, name: str) -> None:
+    index = checkpoint_index(tiny_checkpoint(name), tmp_path)
+    resident = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(name), dtype="auto")
+    wanted = dict(resident.named_parameters())
+    assert list(index.tensors) == list(wanted)
+    for parameter, entry in index.tensors.items():
+        assert torch.equal(value_of(entry), wanted[parameter]), parameter
+    assert index.nbytes == sum(parameter.nbytes for parameter in wanted.values())
+    assert not index.synthetic
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_model_has_no_weights_but_its_buffers_and_ties(tiny_checkpoint: Tiny, tmp_path: Path, name: str) -> None:
+    index = checkpoint_index(tiny_checkpoint(name), tmp_path)
+    resident = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(name), dtype="auto")
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in index.model.parameters())
+    assert not index.model.training
+    buffers = dict(index.model.named_buffers())
+    assert buffers.keys() == dict(resident.named_buffers()).keys()
+    assert all(torch.equal(buffers[key], buffer) for key, buffer in resident.named_buffers())
+    assert [key for key, *_ in owners(index.model)] == [key for key, *_ in owners(resident)]
+    assert not any(hasattr(module, "_hf_hook") for module in index.model.modules())
+    assert all("forward" not in vars(module) for module in index.model.modules())
+
+
+def test_tied_weights_are_one_object_under_every_name(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Invariant 6."""
+    index = checkpoint_index(tiny_checkpoint("gpt2"), tmp_path)
+    model = index.model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "transformer.wte.weight" in index.tensors
+    assert "lm_head.weight" not in index.tensors
+
+
+def test_only_converted_weights_are_written_anew(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    index = checkpoint_index(tiny_checkpoint("mixtral"), tmp_path)
+    anew = {
+        name
+        for name, entry in index.tensors.items()
+        if isinstance(entry.source, FileSpan) and entry.source.path.parent == tmp_path
+    }
+    assert anew
+    assert all(".experts." in name for name in anew)
+
+
+def test_indexing_is_quiet_and_leaves_verbosity_as_it_was(
+    tiny_checkpoint: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerate = logging.getLogger("accelerate")
+    before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), accelerate.level
+    checkpoint_index(tiny_checkpoint("llama"), tmp_path)
+    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), accelerate.level) == before
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_a_single_file_is_a_checkpoint_too(copy: Path, tmp_path: Path) -> None:
+    tensors = {name: value_of(entry) for name, entry in read_checkpoint(copy).items()}
+    for path in [*copy.glob("*.safetensors"), copy / INDEX]:
+        path.unlink()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    index = checkpoint_index(copy, tmp_path / "spill")
+    assert all(torch.equal(value_of(entry), tensors[name]) for name, entry in index.tensors.items())
+
+
+def test_seeded_models_have_no_files() -> None:
+    index = synthetic_index(empty_model(load_architecture("gpt2-tiny"), torch.bfloat16), 7)
+    assert index.synthetic
+    assert all(entry.source == Seeded(name, 7) for name, entry in index.tensors.items())
+    assert all(parameter.is_meta for parameter in index.model.parameters())
+    assert index.model.get_output_embeddings().weight is index.model.get_input_embeddings().weight
+    assert not any(buffer.is_meta for buffer in index.model.buffers())
+
+
+# Bad checkpoints.
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: no model.safetensors and no {INDEX}"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_truncated_shard_is_named_with_the_tensor(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    text = refusal(copy)
+    assert f"{path}: tensor " in text
+    assert f"ends at byte {size}, but the file has {size - 1}: it is truncated" in text
+
+
+@pytest.mark.parametrize("length", [0, 5, 8, 20])
+def test_a_shard_cut_off_inside_its_header_is_refused(copy: Path, length: int) -> None:
+    path = shard_of(copy, "lm_head.weight")
+    path.write_bytes(path.read_bytes()[:length])
+    assert f"{path}: not a safetensors file, or cut off inside its header ({length} bytes)" in refusal(copy)
+
+
+def test_a_missing_shard_is_named(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+    path.unlink()
+    assert refusal(copy) == f"{copy / INDEX}: names {path.name}, which is not there"
+
+
+@pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "/etc/hostname", "a/../../elsewhere.safetensors"])
+def test_a_shard_outside_the_folder_is_refused(copy: Path, outside: str) -> None:
+    shutil.copy(shard_of(copy, "lm_head.weight"), copy.parent / "elsewhere.safetensors")
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = outside
+    (copy / INDEX).write_text(json.dumps(index))
+    assert refusal(copy) == f"{copy / INDEX}: names {outside!r}, which is outside the checkpoint folder"
+
+
+def test_shards_may_be_links_as_in_the_hubs_cache(copy: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in copy.glob("*.safetensors"):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    assert len(checkpoint_index(copy, tmp_path / "spill").tensors) == len(read_checkpoint(copy))
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+    rewrite(path, lambda tensors: tensors.pop("lm_head.weight"))
+    assert refusal(copy) == f"{copy / INDEX}: places lm_head.weight in {path.name}, which does not have it"
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', "{}", "\xff"])
+def test_an_index_that_is_none_is_refused(copy: Path, text: str) -> None:
+    (copy / INDEX).write_text(text, encoding="latin-1")
+    assert f"{copy / INDEX}: " in refusal(copy)
+
+
+def test_overlapping_tensors_are_refused(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+
+    def overlap(header: dict[str, dict[str, object]]) -> None:
+        names = sorted(header.keys() - {"__metadata__"}, key=lambda name: str(header[name]["data_offsets"]))
+        header["copy"] = dict(header[names[0]])
+
+    rewrite_header(path, overlap)
+    assert "inside the tensor that ends at" in refusal(copy)
+
+
+def test_a_tensor_outside_its_file_is_refused(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+
+    def move(header: dict[str, dict[str, object]]) -> None:
+        header["lm_head.weight"]["data_offsets"] = [10**12, 10**12 + 256 * 128 * 2]
+
+    rewrite_header(path, move)
+    assert f"{path}: tensor lm_head.weight ends at byte 1000000" in refusal(copy)
+
+
+def test_a_span_that_is_not_the_tensors_size_is_refused(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+    rewrite_header(path, lambda header: header["lm_head.weight"].update(shape=[3, 3]))
+    assert f"{path}: tensor lm_head.weight spans {256 * 128 * 2} bytes, but BF16 [3, 3] needs 18" in refusal(copy)
+
+
+def test_an_unknown_dtype_is_named(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+    rewrite_header(path, lambda header: header["lm_head.weight"].update(dtype="F4"))
+    assert f"{path}: tensor lm_head.weight has dtype F4" in refusal(copy)
+
+
+def test_another_dtype_than_the_configs_is_refused(copy: Path) -> None:
+    rewrite(
+        shard_of(copy, "model.norm.weight"), lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()})
+    )
+    text = refusal(copy)
+    assert "tensor model.norm.weight has dtype torch.float32, but config.json asks for torch.bfloat16" in text
+
+
+def test_another_shape_than_the_configs_is_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 300}))
+    text = refusal(copy)
+    assert str(copy) in text
+    assert "mlp" in text
+
+
+def test_a_missing_tensor_is_named(copy: Path) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    rewrite(shard_of(copy, name), lambda tensors: tensors.pop(name))
+    index = json.loads((copy / INDEX).read_text())
+    del index["weight_map"][name]
+    (copy / INDEX).write_text(json.dumps(index))
+    assert refusal(copy) == f"{copy}: 1 missing tensors: {name}"
+
+
+def test_an_unexpected_tensor_is_named(copy: Path) -> None:
+    path = shard_of(copy, "lm_head.weight")
+    rewrite(path, lambda tensors: tensors.update(stray=torch.zeros(3)))
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"]["stray"] = path.name
+    (copy / INDEX).write_text(json.dumps(index))
+    assert refusal(copy) == f"{copy}: 1 unexpected tensors: stray"
+
+
+def test_a_tensor_that_the_index_does_not_list_is_still_found(copy: Path, tmp_path: Path) -> None:
+    wanted = value_of(read_checkpoint(copy)["model.norm.weight"])
+    index = json.loads((copy / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (copy / INDEX).write_text(json.dumps(index))
+    assert torch.equal(value_of(checkpoint_index(copy, tmp_path / "spill").tensors["model.norm.weight"]), wanted)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"model_type": "nothing"}', "{}"])
+def test_a_config_that_is_none_is_refused(copy: Path, text: str) -> None:
+    (copy / "config.json").write_text(text)
+    assert f"{copy}: transformers cannot load it" in refusal(copy)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.recursive(
+        st.none() | st.booleans() | st.integers(-5, 50) | st.sampled_from(["F32", "U8", "x"]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["a", "b", "dtype", "shape", "data_offsets", "__metadata__"]), inner)
+        ),
+        max_leaves=12,
+    ),
+    rest=st.binary(max_size=20),
+)
+def test_any_header_is_read_or_refused(tmp_path: Path, header: object, rest: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    try:
+        tensors = read_header(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        for entry in tensors.values():
+            assert isinstance(entry.source, FileSpan)
+            assert entry.source.offset + entry.nbytes <= path.stat().st_size
+
+
+def test_sizes_count_ties_once() -> None:
+    index = synthetic_index(empty_model(load_architecture("gpt2-tiny"), torch.float32), 0)
+    assert isinstance(index, WeightIndex)
+    assert index.nbytes == sum(parameter.nbytes for parameter in index.model.parameters())
