@@ -117,6 +117,12 @@ class Harness(ModuleType):
 TINY = load_profile("smoke_tiny")
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs go below the current directory by default."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def records(fabricated_run: Path) -> list[Record]:
     """Some ok, one timed out, one out of memory."""
@@ -149,7 +155,9 @@ def test_baseline_chooses_systems(
     monkeypatch.setitem(sys.modules, "djinn.bench.harness", harness)
     assert djinn("baseline", system).exit_code == 0
     assert harness.profile.systems == systems
-    assert harness.run_dir == Path("artifact/runs/smoke_tiny")
+    own = {"all": "smoke_tiny", "djinn": "smoke_tiny-djinn", "deepspeed:nvme": "smoke_tiny-deepspeed-nvme"}
+    assert harness.run_dir == Path("artifact/runs", own[system])
+    assert load_profile(harness.run_dir / "profile.yaml").systems == systems
 
 
 def test_a_run_that_did_not_succeed_is_code_1_with_its_reason(
@@ -188,6 +196,16 @@ def test_report_of_something_else_is_bad_input(tmp_path: Path) -> None:
     result = djinn("report", str(tmp_path))
     assert result.exit_code == 2
     assert "is not a run directory" in result.stderr
+
+
+def test_a_run_directory_of_another_configuration_is_bad_input(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "djinn.bench.harness", Harness(records[0]))
+    assert djinn("baseline", "all").exit_code == 0
+    result = djinn("baseline", "all", "--runs", "9")
+    assert result.exit_code == 2
+    assert "runs: 3 there, 9 asked for" in result.stderr
 
 
 def test_a_run_directory_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:

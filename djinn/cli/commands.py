@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +55,7 @@ HostMemory = Annotated[str | None, typer.Option(help="The most page-locked host 
 Chunk = Annotated[str, typer.Option(help="Size of one copy command.")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Length of the prompt to keep device memory for.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
-OutputDir = Annotated[Path | None, typer.Option(help="Run directory.  [default: artifact/runs/<profile>]")]
+OutputDir = Annotated[Path | None, typer.Option(help="Run directory.  [default: in artifact/runs]")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]
 Runs = Annotated[int | None, typer.Option(min=1, help="Runs of each point.  [default: the profile's]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
@@ -87,7 +87,7 @@ def certify(profile: ProfileName = "smoke_tiny", output_dir: OutputDir = None, a
 
     from djinn.bench.certify import certify as run
 
-    with _progress_apart():
+    with redirect_stdout(sys.stderr):
         certification = run(chosen, _run_dir(output_dir, chosen))
     if as_json:
         typer.echo(certification.model_dump_json(indent=2))
@@ -220,8 +220,8 @@ def baseline(
 
     from djinn.bench.harness import run_baselines
 
-    with _progress_apart():
-        records = run_baselines(chosen, _run_dir(output_dir, chosen))
+    with redirect_stdout(sys.stderr):
+        records = run_baselines(chosen, _run_dir(output_dir, chosen, system))
     print_records(records, as_json, hide=[] if ttft else ["TTFT s"])
 
 
@@ -237,7 +237,7 @@ def sweep(
 
     from djinn.bench.sweep import run_sweep
 
-    with _progress_apart():
+    with redirect_stdout(sys.stderr):
         records = run_sweep(chosen, _run_dir(output_dir, chosen))
     print_records(records, as_json)
 
@@ -281,13 +281,14 @@ def _profile(name: str, **changes: Any) -> Profile:
     return load_profile(name).override(**{key: value for key, value in changes.items() if value is not None})
 
 
-def _progress_apart() -> AbstractContextManager[Any]:
-    """Keep standard output for the result: what the library says meanwhile goes to standard error."""
-    return redirect_stdout(sys.stderr)
+def _run_dir(given: Path | None, profile: Profile, system: str = "all") -> Path:
+    """Open the run directory; one system alone has its own by default, since one holds one configuration."""
+    from djinn.artifact.notebook import open_run_dir
 
-
-def _run_dir(given: Path | None, profile: Profile) -> Path:
-    return given or Path("artifact/runs") / profile.name
+    name = profile.name if system == "all" else f"{profile.name}-{system.replace(':', '-')}"
+    run_dir = given or Path("artifact/runs") / name
+    open_run_dir(run_dir, profile)
+    return run_dir
 
 
 def _variants(system: str, profile: Profile) -> list[str]:
