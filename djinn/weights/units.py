@@ -3,7 +3,8 @@
 The order is recorded once, by running the model on the meta device, where nothing is computed. While it runs, every
 operation that reads a parameter is seen, and the innermost module running at that moment is the parameter's reader:
 so a weight that a parent reads in its child's stead is fetched for the parent. A model that the meta device cannot run
-(its control flow depends on values) falls back to its repeated blocks in the order in which they are registered.
+(its control flow depends on values) falls back to its repeated blocks in the order in which they are registered; what
+lies outside them stays on the device, because nobody knows who reads it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def find_units(index: WeightIndex) -> list[Unit]:
     all_readers = {reader for readers in members for reader in readers}
     return [
         Unit(
-            name="+".join(readers) or "model",
+            name="+".join(readers) or "(root)",
             readers=readers,
             tensors=_layout([(name, index.tensors[name]) for name in parameters]),
             held=any(other != reader and _inside(other, reader) for reader in readers for other in all_readers),
@@ -109,12 +110,13 @@ class _ReadRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for value in tree_iter((args, kwargs)):
-            name = self._names.get(id(value))
-            # Looking at an attribute of a parameter (its dtype, its device) reads no weights.
-            if name is not None and getattr(func, "__name__", "") != "__get__":
-                self._report(name)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        # Looking at an attribute of a parameter (its dtype, its device) reads no weights, unless it is a view (its T).
+        if getattr(func, "__name__", "") != "__get__" or isinstance(result, torch.Tensor):
+            for value in tree_iter((args, kwargs)):
+                if (name := self._names.get(id(value))) is not None:
+                    self._report(name)
+        return result
 
 
 def _trace(model: nn.Module, names: dict[int, str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -155,19 +157,16 @@ def _trace(model: nn.Module, names: dict[int, str]) -> list[tuple[str, tuple[str
 @contextmanager
 def _meta_buffers(model: nn.Module) -> Iterator[None]:
     """Put the model's buffers on the meta device for a while: operations cannot mix it with another."""
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer.to("meta")
+        for module, saved in buffers:
+            for name, buffer in saved.items():
+                module._buffers[name] = None if buffer is None else buffer.to("meta")
         yield
     finally:
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+        for module, saved in buffers:
+            module._buffers.clear()  # of those, too, that the pass has added
+            module._buffers.update(saved)
 
 
 def _read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[str]]:
@@ -181,14 +180,15 @@ def _read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[
 
 
 def _read_by_block(model: nn.Module, names: dict[int, str]) -> dict[str, list[str]]:
-    """Return for each parameter the outermost element of a module list that holds it, else its own module."""
+    """Return for each parameter the outermost callable element of a module list that holds it, else the model."""
     blocks: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(_inside(name, block) for block in blocks):
-            blocks.extend(f"{name}.{child}" for child in module._modules)
+            # Lists and dicts of modules are not called themselves, so no hook of theirs would run.
+            blocks += [f"{name}.{key}" for key, block in module.named_children() if _is_callable(block)]
     readers: dict[str, list[str]] = {}
     for full, _, _, parameter in owners(model):
-        reader = next((block for block in blocks if _inside(full, block)), full.rpartition(".")[0])
+        reader = next((block for block in blocks if _inside(full, block)), "")
         known = readers.setdefault(names[id(parameter)], [])
         if reader not in known:
             known.append(reader)
@@ -201,6 +201,10 @@ def _group(readers: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
     for parameter, modules in readers.items():
         members.setdefault(tuple(modules), []).append(parameter)
     return members
+
+
+def _is_callable(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 def _inside(name: str, ancestor: str) -> bool:
