@@ -40,14 +40,16 @@ class DeepSpeed(PassCounter):
     def __init__(self, engine: Any, job: Job, settings: dict[str, str | int | float | bool], keep: object) -> None:
         self._engine = engine
         self._keep = keep
-        sizes = [(p.ds_numel * p.element_size(), p.ds_persist) for p in engine.module.parameters()]
+        weights = list(engine.module.parameters())
+        resident = [weight for weight in weights if weight.ds_persist]
+        streamed = [weight for weight in weights if not weight.ds_persist]
+        if not job.on_gpu:
+            # The link is the disk: weights in host memory never cross it, nor do those too small for DeepSpeed to swap.
+            streamed = [weight for weight in streamed if weight.ds_tensor.final_location == "nvme"]
         super().__init__(
             engine.module,
-            resident=sum(size for size, persists in sizes if persists),
-            # On a CPU the link is the disk, which parameters in host memory never cross again.
-            streamed=sum(size for size, persists in sizes if not persists)
-            if job.on_gpu or job.variant == "nvme"
-            else 0,
+            resident=sum(weight.ds_numel * weight.element_size() for weight in resident),
+            streamed=sum(weight.ds_numel * weight.element_size() for weight in streamed),
             settings=settings,
         )
 
