@@ -9,9 +9,11 @@ import pytest
 from djinn import hardware
 from djinn.bench import harness, process
 from djinn.bench.harness import Bench, Lane, run_baselines
+from djinn.bench.measure import MemoryPeak, measure
 from djinn.bench.process import WorkerError, WorkerProcess
 from djinn.bench.records import read_records
 from djinn.bench.statistics import tokens_agree
+from djinn.bench.systems import resident
 from djinn.errors import CheckpointError
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -31,20 +33,19 @@ def children():
 
 
 def test_real_systems_agree_and_a_second_call_measures_nothing(profile, tmp_path, monkeypatch):
-    profile = profile.override(systems=["djinn", "accelerate:disk", "resident"])
+    profile = profile.override(systems=["djinn", "accelerate:disk"])
     records = run_baselines(profile, tmp_path)
     assert [(record.system, record.run) for record in records] == [
-        (system, run) for run in range(2) for system in ("djinn", "accelerate", "resident")
+        (system, run) for run in range(2) for system in ("djinn", "accelerate")
     ]
     assert {record.status for record in records} == {"ok"}, [record.reason for record in records]
     assert set(tokens_agree(records).values()) == {True}
-    ours, theirs, reference = records[:3]
+    ours, theirs = records[:2]
     assert {record.model_bytes for record in records} == {21_708_288}
     assert ours.ring_bytes > 0
     assert ours.peak_device_bytes <= profile.budget
     assert ours.resident_bytes < ours.model_bytes
-    assert theirs.link_bytes > reference.link_bytes
-    assert reference.resident_bytes == reference.model_bytes
+    assert theirs.resident_bytes == 0
     for record in records:
         assert record.synthetic
         assert record.peak_host_bytes >= record.peak_anon_bytes > 0
@@ -55,19 +56,20 @@ def test_real_systems_agree_and_a_second_call_measures_nothing(profile, tmp_path
 
     monkeypatch.setattr(harness, "WorkerProcess", None)
     assert run_baselines(profile, tmp_path) == records
-    assert len(read_records(tmp_path / "results" / "baselines.jsonl")) == 6
+    assert len(read_records(tmp_path / "results" / "baselines.jsonl")) == 4
 
 
 @pytest.mark.skipif(
     hardware.installed("deepspeed") is None or shutil.which("g++") is None,
     reason="needs DeepSpeed and a C++ compiler for its extensions",
 )
-def test_deepspeed_for_real(profile, tmp_path):
-    records = run_baselines(profile.override(systems=["deepspeed:cpu", "djinn"], runs=1), tmp_path)
-    assert {record.status for record in records} == {"ok"}, [record.reason for record in records]
-    assert tokens_agree(records) == {"deepspeed:cpu": True, "djinn": True}
-    assert records[0].settings["stage3_prefetch_bucket_size"] > 0
-    assert records[0].peak_anon_bytes > records[0].model_bytes
+def test_deepspeed_for_real(profile, job, tmp_path):
+    (record,) = run_baselines(profile.override(systems=["deepspeed:cpu"], runs=1), tmp_path)
+    assert record.status == "ok", record.reason
+    reference = measure(resident.load(job), job, record.model_bytes, MemoryPeak())
+    assert record.tokens == reference["tokens"]
+    assert record.settings["stage3_prefetch_bucket_size"] > 0
+    assert record.peak_anon_bytes > record.model_bytes
 
 
 def test_one_systems_misfortune_is_a_record_and_the_others_go_on(fake, profile, tmp_path):
@@ -157,14 +159,6 @@ def test_a_real_worker_killed_while_it_works_is_out_of_memory(profile, tmp_path,
     with pytest.raises(WorkerError) as caught:
         worker.ask({"do": "run"}, 60)
     assert caught.value.status == "oom"
-
-
-def test_a_worker_does_not_outlive_a_closed_pipe(tmp_path):
-    worker = WorkerProcess(tmp_path / "log")
-    (child,) = children()
-    worker._process.stdin.close()
-    child.wait(60)
-    worker.kill()
 
 
 def test_a_missing_checkpoint_stops_the_comparison(profile, tmp_path):
