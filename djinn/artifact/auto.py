@@ -9,7 +9,7 @@ from djinn import hardware
 from djinn.config import Profile, load_profile, profile_names
 from djinn.errors import CheckpointError, UnavailableError
 from djinn.sizes import format_bytes
-from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC
+from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC, synthetic_folder
 from djinn.weights.synth import verify
 
 
@@ -98,8 +98,7 @@ def _on_disk(profile: Profile) -> int:
     """Return the bytes of the profile's synthetic checkpoint if it is complete on disk, else 0."""
     if not profile.synthetic or profile.weights == "memory":
         return 0
-    name = profile.model.removeprefix(SYNTHETIC)
-    folder = CHECKPOINT_DIR / f"{name}-{profile.dtype}-seed{profile.seed}"
+    folder = synthetic_folder(profile.model.removeprefix(SYNTHETIC), seed=profile.seed, dtype=profile.dtype)
     try:
         verify(folder)
     except CheckpointError:

@@ -7,6 +7,7 @@ notebook the runner looks for its sentinel and for cells that did not run.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -24,6 +25,9 @@ from djinn.errors import DjinnError
 
 NOTEBOOK_DIR = REPOSITORY / "notebooks"
 NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
+
+_PROGRESS_S = "10"
+"""Seconds between two states of a progress bar, as tqdm reads it: a log keeps every one of them."""
 
 
 def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: Any) -> Path:
@@ -75,6 +79,7 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     unfinished, failed = (executed.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     executed.parent.mkdir(parents=True, exist_ok=True)
     notebook.forget(run_dir, name)
+    os.environ.setdefault("TQDM_MININTERVAL", _PROGRESS_S)
     try:
         with _logged(run_dir / "logs" / f"{name}.log"):
             papermill.execute_notebook(

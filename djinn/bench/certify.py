@@ -34,7 +34,7 @@ from djinn.engine.workspace import Workload, workspace_bytes
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
 from djinn.weights.architectures import load_architecture
-from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC
+from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC, synthetic_folder
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
 from djinn.weights.units import find_units
 
@@ -177,8 +177,7 @@ def _checkpoint(profile: Profile) -> Path | None:
     """Return the folder where the profile's synthetic checkpoint is or will be; None for models from elsewhere."""
     if profile.weights == "memory" or not profile.synthetic:
         return None
-    name = profile.model.removeprefix(SYNTHETIC)
-    return CHECKPOINT_DIR / f"{name}-{profile.dtype}-seed{profile.seed}"
+    return synthetic_folder(profile.model.removeprefix(SYNTHETIC), seed=profile.seed, dtype=profile.dtype)
 
 
 def _size(folder: Path) -> int:

@@ -27,6 +27,11 @@ _WANTED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt
 _UNWANTED_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
+def synthetic_folder(architecture: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
+    """Return the folder where :func:`resolve` keeps a synthetic checkpoint, whether it is there or not."""
+    return CHECKPOINT_DIR / f"{architecture}-{dtype}-seed{seed}"
+
+
 def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
     """Return a folder with the ``config.json`` and safetensors files of ``model``, making or fetching it if need be.
 
@@ -45,7 +50,7 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
     """
     if model.startswith(SYNTHETIC):
         name = model.removeprefix(SYNTHETIC)
-        return synthesise(name, CHECKPOINT_DIR / f"{name}-{dtype}-seed{seed}", seed=seed, dtype=dtype)
+        return synthesise(name, synthetic_folder(name, seed=seed, dtype=dtype), seed=seed, dtype=dtype)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if is_synthetic(folder):
