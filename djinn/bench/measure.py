@@ -47,7 +47,13 @@ class MemoryPeak:
     def __init__(self) -> None:
         self.rss_bytes = 0
         self.anon_bytes = 0
+        self.bare_bytes = 0
         threading.Thread(target=self._watch, name="memory-peak", daemon=True).start()
+
+    def mark_bare(self) -> None:
+        """Take the anonymous memory held so far for the process's own: interpreter and libraries, no system."""
+        self.sample()
+        self.bare_bytes = self.anon_bytes
 
     def sample(self) -> None:
         """Look once more; anonymous memory includes shared memory, which cannot be taken back either."""
@@ -188,7 +194,11 @@ def _read_bytes() -> int:
 
 
 def _peak_device(system: System, job: Job, peak: MemoryPeak) -> int:
-    """Return the peak of device memory; on a CPU what a ring accounts for, else all anonymous memory."""
+    """Return the peak of device memory, bytes.
+
+    On a CPU the device is what the system added to the process's anonymous memory, less the weights that it keeps
+    aside in host memory: residents, ring, KV cache, activations and scratch of its libraries.
+    """
     if job.on_gpu:
         return torch.cuda.max_memory_reserved()
-    return system.resident_bytes + system.ring_bytes if system.ring_bytes else peak.anon_bytes
+    return max(peak.anon_bytes - peak.bare_bytes - system.host_bytes, 0)

@@ -67,6 +67,7 @@ class Worker:
                 torch.cuda.set_per_process_memory_fraction(min(profile.budget / total, 1.0))
         self._loader = loader(system)
         self._loader.check(self._job)
+        self._peak.mark_bare()
         return {}
 
     def load(self) -> dict[str, Any]:

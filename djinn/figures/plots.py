@@ -86,8 +86,8 @@ def device_memory(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
             legend.append(f"{words} {format_bytes(size)} ({line})")
     _bars(ax, runs.assign(peak=runs["peak_device_bytes"] / scale), "peak", spread=False)
     ax.set_xlabel(f"peak device memory, {unit}")
-    # Where there is no device, its memory is accounted for: see djinn/bench/measure.py.
-    on_cpu = " Without a GPU: djinn's residents and ring, the others' anonymous memory." if on_disk else ""
+    # Where there is no device, its memory is what djinn/bench/measure.py takes for it.
+    on_cpu = " Without a GPU: what the process grew by, less weights kept in host memory." if on_disk else ""
     explain(ax, "Device memory against model size", f"Largest peak of the runs (dots); {', '.join(legend)}.{on_cpu}")
     return figure_of(ax)
 

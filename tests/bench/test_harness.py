@@ -43,7 +43,7 @@ def test_real_systems_agree_and_a_second_call_measures_nothing(profile, tmp_path
     ours, theirs = records[:2]
     assert {record.model_bytes for record in records} == {21_708_288}
     assert ours.ring_bytes > 0
-    assert ours.peak_device_bytes <= profile.budget
+    assert ours.peak_device_bytes < ours.peak_anon_bytes
     assert ours.resident_bytes < ours.model_bytes
     assert theirs.resident_bytes == 0
     for record in records:

@@ -49,6 +49,8 @@ class System(ABC):
     resident_bytes: int
     """Weights that stay on the device."""
     ring_bytes: int = 0
+    host_bytes: int = 0
+    """Weights that it keeps in host memory, apart from the device."""
     settings: dict[str, str | int | float | bool]
     """What it was set to, as a record keeps it."""
 

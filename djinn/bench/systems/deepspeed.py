@@ -52,6 +52,8 @@ class DeepSpeed(PassCounter):
             streamed=sum(weight.ds_numel * weight.element_size() for weight in streamed),
             settings=settings,
         )
+        if not job.on_gpu and job.variant == "cpu":
+            self.host_bytes = sum(weight.ds_numel * weight.element_size() for weight in weights) - self.resident_bytes
 
     def close(self) -> None:
         """Release the engine; its swap files lie in the job's scratch folder, which goes with the job."""

@@ -29,6 +29,7 @@ class Djinn(System):
         stats = djinn.stats(self.model)
         self.resident_bytes = stats.resident_bytes
         self.ring_bytes = stats.ring_bytes
+        self.host_bytes = stats.host_bytes
         self.settings = {
             "host_bytes": stats.host_bytes,
             "disk_bytes": stats.disk_bytes,
