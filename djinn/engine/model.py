@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -90,6 +91,8 @@ def load(
         UnavailableError: no such device.
     """
     where = _device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
     chunk_bytes = parse_bytes(chunk)
     spill = Path(tempfile.mkdtemp(prefix="djinn-"))
     try:
@@ -101,7 +104,7 @@ def load(
         shutil.rmtree(spill, ignore_errors=True)
         raise
     _engines[index.model] = engine
-    weakref.finalize(index.model, engine.resources.close)
+    weakref.finalize(index.model, _release, engine.resources, os.getpid())
     return index.model
 
 
@@ -125,7 +128,7 @@ def plan(
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill:
         index = _index(model, Path(spill), dtype, 0)
         work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
-        return _plan(index, torch.device(device or "cpu"), work, budget, ring, host_memory)
+        return _plan(index, _device(device), work, budget, ring, host_memory)
 
 
 def stats(model: nn.Module) -> Stats:
@@ -167,9 +170,16 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         settle(engine.reader.fill(unit, image))
         _bind(named, unit, torch.from_numpy(image))
     nn.Module.to(model, "cpu")
+    del vars(model)["hf_device_map"]
     del _engines[model]
     engine.resources.close()
     return model
+
+
+def _release(resources: ExitStack, owner: int) -> None:
+    """Give everything back; but a forked child has neither the threads nor the right to its parent's files."""
+    if os.getpid() == owner:
+        resources.close()
 
 
 def _engine(model: nn.Module) -> Engine:
@@ -180,12 +190,10 @@ def _engine(model: nn.Module) -> Engine:
 
 
 def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
-    if device.type not in ("cpu", "cuda"):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r}: the devices are cpu and cuda")
-    return device
+    return torch.device(name)
 
 
 def _index(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> WeightIndex:
@@ -268,6 +276,9 @@ def _start(
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+        vars(model)["hf_device_map"] = {
+            "": "disk"
+        }  # so that generate() does not try to compile a forward pass with hooks
         streamer = Streamer(planned.streamed, planned.slots, copier, stats)
         undo.callback(streamer.detach)
         streamer.attach(model)
