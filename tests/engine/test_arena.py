@@ -1,0 +1,94 @@
+"""The arena: exact, whole pages back to back, and nothing left where filling it fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from djinn.engine.arena import Arena, PinnedMemory
+from djinn.engine.reader import Buffer, Reader, allocate, settle
+from djinn.engine.residents import load_residents
+from djinn.errors import CheckpointError
+from djinn.weights.index import read_header
+from djinn.weights.units import PAGE, Unit, _layout
+
+
+@pytest.fixture
+def reader() -> Iterator[Reader]:
+    made = Reader(4 * PAGE)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> list[Unit]:
+    path = tmp_path / "model.safetensors"
+    save_file({f"t{number}": torch.randn(100 * number + 1, 33) for number in range(6)}, path)
+    entries = list(read_header(path).items())
+    return [Unit(f"u{number}", (f"u{number}",), _layout(entries[number : number + 2])) for number in range(0, 6, 2)]
+
+
+def expected(unit: Unit) -> Buffer:
+    reader = Reader(PAGE, 1)
+    image = allocate(unit.image_bytes)
+    settle(reader.fill(unit, image))
+    reader.close()
+    return image
+
+
+def test_images_lie_back_to_back_on_whole_pages(units: list[Unit], reader: Reader) -> None:
+    """Invariant 9: no rounding up, no second copy."""
+    arena = Arena(units, reader, pin=False)
+    addresses = [arena.images[unit.name].ctypes.data for unit in units]
+    sizes = [unit.image_bytes for unit in units]
+    assert all(address % PAGE == 0 for address in addresses)
+    assert [address - addresses[0] for address in addresses] == [0, sizes[0], sizes[0] + sizes[1]]
+    assert arena._memory.buffer.nbytes == sum(sizes)
+    for unit in units:
+        for tensor in unit.tensors:
+            where = slice(tensor.offset, tensor.offset + tensor.entry.nbytes)
+            np.testing.assert_array_equal(arena.images[unit.name][where], expected(unit)[where])
+    arena.close()
+    assert arena.images == {}
+
+
+def test_an_arena_of_nothing_is_empty(reader: Reader) -> None:
+    arena = Arena([], reader, pin=False, progress=True)
+    assert arena._memory.buffer.nbytes == 0
+    arena.close()
+
+
+def test_a_file_that_cannot_be_read_is_named(units: list[Unit], reader: Reader, tmp_path: Path) -> None:
+    os.truncate(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match="ends at byte 5000"):
+        Arena(units, reader, pin=False)
+
+
+def test_progress_is_shown_on_request(units: list[Unit], reader: Reader, capsys: pytest.CaptureFixture[str]) -> None:
+    Arena(units, reader, pin=False).close()
+    assert capsys.readouterr().err == ""
+    Arena(units, reader, pin=False, progress=True).close()
+    assert "filling host memory: 100%" in capsys.readouterr().err
+
+
+def test_residents_are_one_block(units: list[Unit], reader: Reader) -> None:
+    images = load_residents(units, reader, torch.device("cpu"))
+    assert len({image.untyped_storage().data_ptr() for image in images.values()}) == 1
+    assert images["u0"].untyped_storage().nbytes() == sum(unit.image_bytes for unit in units)
+    for unit in units:
+        for tensor in unit.tensors:
+            where = slice(tensor.offset, tensor.offset + tensor.entry.nbytes)
+            np.testing.assert_array_equal(images[unit.name].numpy()[where], expected(unit)[where])
+
+
+def test_memory_that_was_given_back_is_empty() -> None:
+    memory = PinnedMemory(3 * PAGE)
+    memory.close()
+    memory.close()
+    assert memory.buffer.nbytes == 0
