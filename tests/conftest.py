@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 from fabricated import fabricated, failed
+from hypothesis import HealthCheck, settings
 from tiny_models import save_tiny
 
 from djinn.bench.records import append_record
 from djinn.config import load_profile
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("djinn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("djinn")
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def check(unit: Unit, image: np.ndarray, path: Path) -> None:
         np.testing.assert_array_equal(found, data[source.offset : source.offset + tensor.entry.nbytes], tensor.name)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.one_of(st.integers(1, 300), st.integers(1, 5 * PAGE)), min_size=1, max_size=8),
     first=st.sampled_from([4096, 2048, 2304, 2056, 2049]),
