@@ -101,11 +101,17 @@ def reference_label(records: Iterable[Record]) -> str | None:
     """Return the system whose tokens the others are held against, or None where no run is ok.
 
     It is ``resident`` if that ran; otherwise the first independent system that did, since two systems that share
-    nothing but the weights agree only if both are right: accelerate, then deepspeed, then djinn.
+    nothing but the weights agree only if both are right: accelerate, then deepspeed, then djinn. A system whose own
+    runs differ is no reference.
     """
     order = ("resident", "accelerate", "deepspeed", "djinn")
-    ran = [record for record in latest(records) if record.status == "ok"]
-    return system_label(min(ran, key=lambda record: order.index(record.system))) if ran else None
+    tokens: dict[tuple[int, str], set[tuple[int, ...]]] = {}
+    for record in latest(records):
+        if record.status == "ok":
+            key = (order.index(record.system), system_label(record))
+            tokens.setdefault(key, set()).add(tuple(record.tokens))
+    steady = [key for key, found in tokens.items() if len(found) == 1]
+    return min(steady)[1] if steady else None
 
 
 def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:

@@ -67,12 +67,12 @@ class Worker:
                 torch.cuda.set_per_process_memory_fraction(min(profile.budget / total, 1.0))
         self._loader = loader(system)
         self._loader.check(self._job)
-        self._peak.mark_bare()
         return {}
 
     def load(self) -> dict[str, Any]:
         """Load the system and return what a record says of it."""
-        self._model_bytes = weight_bytes(skeleton(self._job))
+        self._model_bytes = weight_bytes(skeleton(self._job))  # which imports the model's code
+        self._peak.mark_bare()
         start = time.perf_counter()
         self._system = self._loader.load(self._job)
         return {

@@ -102,6 +102,8 @@ def test_the_reference_is_resident_then_an_independent_system():
     assert reference_label([ours, theirs, record("resident")]) == "resident"
     assert reference_label([ours, theirs, record("resident", status="oom", reason="killed")]) == "accelerate:disk"
     assert reference_label([ours]) == "djinn"
+    unsteady = [record("resident", tokens=[1, 2]), record("resident", run=1, tokens=[1, 3])]
+    assert reference_label([ours, theirs, *unsteady]) == "accelerate:disk"
     assert reference_label([record(status="timeout", reason="slow")]) is None
 
 

@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +215,11 @@ def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedMode
     """Return the synthetic model, each parameter filled in host memory and partitioned before the next."""
     import deepspeed
     from transformers.initialization import no_init_weights
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+    from transformers.integrations import deepspeed as integration
 
-    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=settings):
+    # zero.Init makes arange return half precision, which rotary embeddings cannot bear; newer transformers undo it.
+    keep_arange = getattr(integration, "prevent_arange_dtype_change", nullcontext)
+    with no_init_weights(), keep_arange(), deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(config_of(job), dtype=job.dtype)
     model.tie_weights()
     for name, parameter in model.named_parameters():
