@@ -113,6 +113,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         tokens = output[0, profile.prompt_tokens :].tolist()
     wall_s = time.perf_counter() - start
     link_bytes = link.moved(system) - moved
+    system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
     ceiling = max(before, link.ceiling())
     peak.sample()
     return {
