@@ -24,7 +24,7 @@ from djinn.engine.reader import THREADS, read_rate
 
 # At these sizes neither link is slowed by its commands. The host memory page-locked beside a full arena is kept small.
 _LINK_CHUNK, _LINK_SAMPLE = 64 * 2**20, 512 * 2**20
-_DISK_CHUNK, _DISK_SAMPLE = 16 * 2**20, 2 * 10**9
+_DISK_CHUNK, _DISK_SAMPLE = 32 * 2**20, 3 * 10**9
 _SAMPLE_S = 0.02
 
 

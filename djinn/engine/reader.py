@@ -28,8 +28,8 @@ from djinn.weights.units import PAGE, Unit
 
 Buffer = NDArray[np.uint8]
 
-THREADS = 8
-"""Reads in flight: one leaves half of an NVMe disk's rate unused, and more than eight gained nothing."""
+THREADS = 16
+"""Reads in flight. A virtual disk's rate rose with the bytes in flight up to about 512 MiB: 16 of 32 MiB."""
 
 
 def allocate(nbytes: int) -> Buffer:
