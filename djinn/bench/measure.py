@@ -11,7 +11,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from djinn.engine.reader import THREADS, read_rate
 
 # At these sizes neither link is slowed by its commands. The host memory page-locked beside a full arena is kept small.
 _LINK_CHUNK, _LINK_SAMPLE = 64 * 2**20, 512 * 2**20
-_DISK_CHUNK, _DISK_SAMPLE = 32 * 2**20, 3 * 10**9
+_DISK_CHUNK, _DISK_SAMPLE = 16 * 2**20, 3 * 10**9
 _SAMPLE_S = 0.02
 
 
@@ -48,6 +49,7 @@ class MemoryPeak:
         self.rss_bytes = 0
         self.anon_bytes = 0
         self.bare_bytes = 0
+        self._looking = True
         threading.Thread(target=self._watch, name="memory-peak", daemon=True).start()
 
     def mark_bare(self) -> None:
@@ -62,9 +64,19 @@ class MemoryPeak:
         self.rss_bytes = max(self.rss_bytes, size["VmRSS"])
         self.anon_bytes = max(self.anon_bytes, size["RssAnon"] + size["RssShmem"])
 
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Leave out memory that the measurement itself takes and gives back."""
+        self._looking = False
+        try:
+            yield
+        finally:
+            self._looking = True
+
     def _watch(self) -> None:
         while True:
-            self.sample()
+            if self._looking:
+                self.sample()
             time.sleep(_SAMPLE_S)
 
 
@@ -96,7 +108,8 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     gc.collect()
     system.cool()
     drop_pages([*files, *(path for path in job.scratch.rglob("*") if path.is_file())])
-    before = link.ceiling()
+    with peak.looking_away():
+        before = link.ceiling()
     moved = link.moved(system)
     start = time.perf_counter()
     with torch.no_grad():
@@ -113,9 +126,10 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         tokens = output[0, profile.prompt_tokens :].tolist()
     wall_s = time.perf_counter() - start
     link_bytes = link.moved(system) - moved
-    system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
-    ceiling = max(before, link.ceiling())
     peak.sample()
+    system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
+    with peak.looking_away():
+        ceiling = max(before, link.ceiling())
     return {
         "ttft_s": times.stamps[0] - start,
         "per_token_s": [late - early for early, late in itertools.pairwise(times.stamps)],

@@ -29,7 +29,7 @@ from djinn.weights.units import PAGE, Unit
 Buffer = NDArray[np.uint8]
 
 THREADS = 16
-"""Reads in flight. A virtual disk's rate rose with the bytes in flight up to about 512 MiB: 16 of 32 MiB."""
+"""Reads in flight. A virtual disk's rate rose with the bytes in flight up to about 256 MiB: 16 of 16 MiB."""
 
 
 def allocate(nbytes: int) -> Buffer:
