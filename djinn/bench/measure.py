@@ -106,7 +106,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     files = [] if job.in_memory else sorted(Path(job.model).glob("*.safetensors"))
     link = GpuLink() if job.on_gpu else DiskLink(files)
     gc.collect()
-    system.cool()
+    system.begin()
     drop_pages([*files, *(path for path in job.scratch.rglob("*") if path.is_file())])
     with peak.looking_away():
         before = link.ceiling()

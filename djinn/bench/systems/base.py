@@ -61,8 +61,12 @@ class System(ABC):
     def cool(self) -> None:  # noqa: B027 (optional)
         """Make the next pass start cold. Most systems prefetch nothing across passes, so there is nothing to do."""
 
+    def begin(self) -> None:
+        """Begin a run, cold."""
+        self.cool()
+
     def timeline(self) -> list[Interval]:
-        """Return what the copy engine did since :meth:`cool`, if the system keeps account of it."""
+        """Return what the copy engine did since :meth:`begin`, if the system keeps account of it."""
         return []
 
     def close(self) -> None:  # noqa: B027 (optional)

@@ -36,7 +36,7 @@ class Djinn(System):
             "host_memory": profile.host_memory,
             "chunk": profile.chunk,
         }
-        self._cooled_at = 0
+        self._began_at = 0
         self._on_gpu = job.on_gpu
 
     def link_bytes(self) -> int:
@@ -47,11 +47,15 @@ class Djinn(System):
     def cool(self) -> None:
         """Empty the ring."""
         djinn.cool(self.model)
-        self._cooled_at = len(djinn.stats(self.model).timeline)
+
+    def begin(self) -> None:
+        """Begin a run, cold, and a timeline of its own."""
+        super().begin()
+        self._began_at = len(djinn.stats(self.model).timeline)
 
     def timeline(self) -> list[Interval]:
-        """Return the copy engine's intervals since the ring was last emptied."""
-        return djinn.stats(self.model).timeline[self._cooled_at :]
+        """Return the copy engine's intervals since the run began."""
+        return djinn.stats(self.model).timeline[self._began_at :]
 
 
 def check(job: Job) -> None:
