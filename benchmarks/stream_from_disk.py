@@ -22,6 +22,8 @@ import torch
 import djinn
 from djinn.bench.harness import Bench, Lane
 from djinn.bench.records import Record
+from djinn.bench.systems import loader
+from djinn.bench.systems.base import Job
 from djinn.config import Profile, load_profile
 from djinn.weights.checkpoint import resolve
 
@@ -59,19 +61,12 @@ def measure(profile: Profile, run_dir: Path) -> dict[str, list[Record]]:
 
 def hook_share(profile: Profile) -> float:
     """Return host time in hooks ÷ time of a pass."""
-    model = djinn.load(
-        resolve(profile.model),
-        budget=profile.budget,
-        device=profile.device,
-        ring=profile.ring,
-        host_memory=profile.host_memory,
-        chunk=profile.chunk,
-        prompt_tokens=profile.prompt_tokens,
-        new_tokens=2,
-    )
+    job = Job(profile=profile.override(new_tokens=2), variant="", model=str(resolve(profile.model)), scratch=Path())
+    model = loader("djinn").load(job).model
     stats = djinn.stats(model)
     start = time.perf_counter()
-    model.generate(torch.arange(5, 5 + profile.prompt_tokens)[None], max_new_tokens=2, min_new_tokens=2)
+    prompt = torch.arange(5, 5 + profile.prompt_tokens)[None]
+    model.generate(prompt, max_new_tokens=2, min_new_tokens=2)  # type: ignore[operator]
     return stats.hook_s / (time.perf_counter() - start)
 
 

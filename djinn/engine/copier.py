@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -54,12 +55,12 @@ class Copier(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Source:
-    """Where a streamed unit's image comes from: host memory, or its files."""
+    """Where a streamed unit's image comes from: host memory, or its files where there is no ``image``."""
 
-    def __init__(self, unit: Unit, image: Buffer | None) -> None:
-        self.unit = unit
-        self.image = image
+    unit: Unit
+    image: Buffer | None
 
 
 class Fill:

@@ -10,7 +10,7 @@ import torch
 
 from djinn.engine.arena import PinnedMemory
 from djinn.engine.reader import Reader, allocate, settle
-from djinn.weights.units import Unit
+from djinn.weights.units import PAGE, Unit
 
 
 def load_residents(units: Sequence[Unit], reader: Reader, device: torch.device) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def _copy_over(units: Sequence[Unit], block: torch.Tensor, starts: dict[str, int
     """Fill ``block`` through two page-locked buffers, so that one is read while the other is copied."""
     largest = max((unit.image_bytes for unit in units), default=0)
     memory = PinnedMemory(2 * largest)
-    memory.buffer[::4096] = 0
+    memory.buffer[::PAGE] = 0
     memory.pin()
     copied = [torch.cuda.Event(), torch.cuda.Event()]
     try:
