@@ -153,6 +153,15 @@ def numa_node_of(gpu_index: int) -> int | None:
     return gpus[gpu_index].numa_node if gpu_index < len(gpus) else None
 
 
+def local_cpus(gpu_index: int) -> set[int] | None:
+    """Return the processors of the NUMA node that the GPU hangs on; None where there is one node or it is unknown."""
+    nodes, local = _numa_nodes(), numa_node_of(gpu_index)
+    if len(nodes) < 2 or local is None:
+        return None
+    listed = next((node.cpus for node in nodes if node.index == local), "")
+    return _cpu_list(listed) or None
+
+
 def allowed_cpus() -> set[int] | None:
     """Return the processors this process may run on; None where the system does not say."""
     return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -236,6 +245,15 @@ def _pci_numa_node(bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) ->
     # NVML writes an eight-digit domain in capitals; sysfs has four digits in small letters.
     node = _read(devices / bus_id.lower()[-12:] / "numa_node")
     return int(node) if node is not None and int(node) >= 0 else None
+
+
+def _cpu_list(text: str) -> set[int]:
+    """Return the processors of the kernel's notation: "0-3,8" is 0, 1, 2, 3 and 8."""
+    cpus: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
 
 
 def _numa_nodes(root: Path = _NODES) -> tuple[NumaNode, ...]:

@@ -35,6 +35,7 @@ def fabricated(profile: Profile, system: str, run: int, **changes: object) -> Re
         "link": "disk",
         "ceiling_gbps": 1.35 + 0.03 * run,
         "link_utilisation": min(1.0, 1.25 / slow / 1.35),
+        "stall_s": 2 * slow if name == "djinn" else None,
         "effective_gbps": 1.32 / slow,
         "peak_device_bytes": 4_200_000_000 if name == "djinn" else None,
         "peak_host_bytes": 9_000_000_000,
@@ -47,7 +48,16 @@ def fabricated(profile: Profile, system: str, run: int, **changes: object) -> Re
 
 def failed(profile: Profile, system: str, run: int, status: str, reason: str) -> Record:
     """Return a record of a run that gave no numbers."""
-    numbers = ("load_s", "ttft_s", "wall_s", "link_bytes", "link_utilisation", "effective_gbps", "ceiling_gbps")
+    numbers = (
+        "load_s",
+        "ttft_s",
+        "wall_s",
+        "link_bytes",
+        "link_utilisation",
+        "stall_s",
+        "effective_gbps",
+        "ceiling_gbps",
+    )
     nothing: dict[str, object] = dict.fromkeys((*numbers, "peak_device_bytes", "peak_host_bytes", "peak_anon_bytes"))
     return fabricated(
         profile, system, run, **nothing, status=status, reason=reason, per_token_s=[], tokens=[], link=None

@@ -87,6 +87,11 @@ def test_no_cgroup_at_all(tmp_path: Path) -> None:
     assert hardware._cgroup_memory(tmp_path / "membership", tmp_path) == (None, None)
 
 
+def test_processors_of_a_node_are_read_from_the_kernels_list() -> None:
+    assert hardware._cpu_list("0-3,8,10-11") == {0, 1, 2, 3, 8, 10, 11}
+    assert hardware._cpu_list("") == set()
+
+
 def test_numa_nodes_come_in_order_with_their_memory(tmp_path: Path) -> None:
     for index, cpus in (10, "8-15"), (2, "0-7"):
         _write(tmp_path / f"node{index}/cpulist", cpus + "\n")

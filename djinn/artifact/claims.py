@@ -145,6 +145,13 @@ def link_utilisation(evidence: Evidence) -> float:
     return median(evidence.values("link_utilisation"))
 
 
+def disk_or_compute_bound(evidence: Evidence) -> float:
+    """The median run's link utilisation, or the share of it in which compute did not wait, whichever is larger."""
+    walls, stalls = evidence.values("wall_s"), evidence.values("stall_s")
+    running = [1 - stall / wall for stall, wall in zip(stalls, walls, strict=True)]
+    return max(link_utilisation(evidence), median(running))
+
+
 def link_gbps(evidence: Evidence) -> float:
     """The median run's bytes over the link per second of wall time, 10^9 bytes/s."""
     walls = evidence.values("wall_s")
@@ -191,6 +198,7 @@ METRICS: Mapping[str, Callable[..., float]] = {
         device_memory_over_budget,
         same_tokens,
         link_utilisation,
+        disk_or_compute_bound,
         link_gbps,
         ttft_s,
         oversubscription,

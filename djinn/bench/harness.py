@@ -36,6 +36,8 @@ class Lane:
     """Where the system offloads to."""
     variant: str = ""
     """What a record calls it: the target, or the point of a sweep."""
+    tuning: tuple[tuple[str, int | bool], ...] = ()
+    """Settings of the system's own, in place of those it would choose."""
     profile: Profile
     """What the system is asked for; in a sweep, the profile with the point's values."""
     timeline: Path | None = None
@@ -190,6 +192,7 @@ class Bench:
                 "scratch": str(scratch.absolute()),
                 "profile": lane.profile.model_dump(mode="json"),
                 "trace": lane.timeline is not None,
+                "tuning": dict(lane.tuning),
             }
             worker = self._workers[lane]
             worker.ask({"do": "check", **job}, _BUILD_S)

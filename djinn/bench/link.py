@@ -20,13 +20,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from djinn.engine.arena import PinnedMemory
+from djinn.errors import PlanError
 
 Kind = Literal["pinned to device", "pageable to device", "device to pinned", "memcpy"]
 
 _NBYTES = 256 * 2**20
 _REPEATS = 7
-_WARM_S = 0.05
-"""An idle link runs at half its rate for about 20 ms; it is kept busy for longer than that before it is timed."""
+_WARM_S = 0.25
+"""An idle link runs at half its rate for about 20 ms, and below its best for some time more; it is kept busy for
+longer than that before it is timed."""
 
 
 class LinkRate(BaseModel):
@@ -112,7 +114,8 @@ def _page_locked(nbytes: int) -> Iterator[Tensor]:
     memory = PinnedMemory(nbytes)
     memory.buffer[:] = 1
     try:
-        memory.pin()
+        if not memory.pin():
+            raise PlanError("host memory: the link's rate cannot be measured without page-locked memory")
         yield torch.from_numpy(memory.buffer)
     finally:
         torch.cuda.synchronize()

@@ -110,7 +110,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     drop_pages([*files, *(path for path in job.scratch.rglob("*") if path.is_file())])
     with peak.looking_away():
         before = link.ceiling()
-    moved = link.moved(system)
+    moved, stalled = link.moved(system), system.stall_s()
     start = time.perf_counter()
     with torch.no_grad():
         output = system.model.generate(  # type: ignore[operator]
@@ -125,7 +125,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         )
         tokens = output[0, profile.prompt_tokens :].tolist()
     wall_s = time.perf_counter() - start
-    link_bytes = link.moved(system) - moved
+    link_bytes, stalled_s = link.moved(system) - moved, system.stall_s()
     peak.sample()
     system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
     with peak.looking_away():
@@ -138,6 +138,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         "link_bytes": link_bytes,
         "ceiling_gbps": ceiling / 1e9,
         "link_utilisation": link_bytes / wall_s / ceiling,
+        "stall_s": None if stalled is None or stalled_s is None else stalled_s - stalled,
         "effective_gbps": model_bytes * profile.new_tokens / wall_s / 1e9,
         "peak_device_bytes": _peak_device(system, job, peak),
         "peak_host_bytes": peak.rss_bytes,
@@ -215,5 +216,7 @@ def _peak_device(system: System, job: Job, peak: MemoryPeak) -> int:
     aside in host memory: residents, ring, KV cache, activations and scratch of its libraries.
     """
     if job.on_gpu:
-        return torch.cuda.max_memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        beside = total - free - torch.cuda.memory_reserved()  # the context, and whoever else is on this GPU
+        return torch.cuda.max_memory_reserved() + beside
     return max(peak.anon_bytes - peak.bare_bytes - system.host_bytes, 0)

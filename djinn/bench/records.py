@@ -56,6 +56,8 @@ class Record(BaseModel):
     ceiling_gbps: float | None = Field(default=None, gt=0)
     """The link's raw rate, measured beside this run."""
     link_utilisation: float | None = Field(default=None, ge=0)
+    stall_s: float | None = Field(default=None, ge=0)
+    """The part of wall_s in which compute waited for weights, where the system knows it."""
     effective_gbps: float | None = Field(default=None, ge=0)
     peak_device_bytes: int | None = Field(default=None, ge=0)
     peak_host_bytes: int | None = Field(default=None, ge=0)

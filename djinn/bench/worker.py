@@ -34,6 +34,7 @@ from djinn.bench.records import Status
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job, Loader, System
 from djinn.bench.systems.common import skeleton, weight_bytes
+from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import DjinnError, PlanError, UnavailableError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -64,7 +65,8 @@ class Worker:
                 raise UnavailableError("device: the profile asks for cuda, and torch finds no GPU here")
             if system != "resident":
                 total = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(profile.budget / total, 1.0))
+                allowed = profile.budget - CUDA_CONTEXT_BYTES  # the allocator's limit leaves the context out
+                torch.cuda.set_per_process_memory_fraction(min(max(allowed / total, 0.0), 1.0))
         self._loader = loader(system)
         self._loader.check(self._job)
         return {}

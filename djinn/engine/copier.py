@@ -109,7 +109,6 @@ class CpuCopier:
 
     def submit(self, unit: int, after: int | None) -> None:
         source, slot = self._sources[unit], self._slots[unit]
-        self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
         target = self._ring[slot.offset : slot.offset + slot.nbytes]
         fill = self._fills[unit] = Fill()
         for piece in pieces(source.unit, self._reader.chunk_bytes):
@@ -130,6 +129,7 @@ class CpuCopier:
         end = fill.wait()
         now = time.perf_counter()
         nbytes = source.unit.weight_bytes
+        self._stats.count_copy(nbytes, from_disk=source.image is None)
         self._stats.add(Interval("copy", source.unit.name, fill.start_s, end, nbytes))
         if late:
             cause = "disk" if source.image is None else "link"

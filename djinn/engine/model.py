@@ -22,15 +22,19 @@ from djinn.engine.plan import Plan, Tier, make_plan
 from djinn.engine.reader import Reader, allocate, settle
 from djinn.engine.residents import load_residents
 from djinn.engine.stats import Stats
-from djinn.engine.workspace import Workload, workspace_bytes
+from djinn.engine.workspace import Workload, shortage_hook, what_fits, workspace_bytes
 from djinn.errors import ConfigError, PlanError, UnavailableError
-from djinn.hardware import usable_ram
+from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, owners, synthetic_index
 from djinn.weights.units import Unit, find_units
 
+RING_FLOOR_BYTES = 1_250_000_000
+"""A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens."""
+RING_FLOOR_SHARE = 0.125
+"""The most of the budget that such a ring may take: a resident byte is worth more than a byte of ring."""
 HOST_SHARE = 0.8
 """Share of the host memory that is free now which streamed weights may take, if no other limit is given."""
 
@@ -99,7 +103,7 @@ def load(
         index = _index(model, spill, dtype, seed)
         work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
         planned = _plan(index, where, work, budget, ring, host_memory)
-        engine = _start(index, planned, where, chunk_bytes, spill, trace=trace, progress=progress)
+        engine = _start(index, planned, work, where, chunk_bytes, spill, trace=trace, progress=progress)
     except BaseException:
         shutil.rmtree(spill, ignore_errors=True)
         raise
@@ -215,14 +219,23 @@ def _plan(
     free = usable_ram()
     on_device = budget_bytes if device.type == "cpu" else 0
     host_bytes = round(HOST_SHARE * free) - on_device if host_memory is None else parse_bytes(host_memory)
-    planned = make_plan(
-        find_units(index),
-        budget=budget_bytes,
-        workspace_bytes=workspace_bytes(index.model.config, index.model.dtype, device, work),
-        host_bytes=max(host_bytes, 0),
-        ring_bytes=None if ring is None else parse_bytes(ring),
-        has_disk=not index.synthetic,
-    )
+    units = find_units(index)
+
+    def plan_for(workload: Workload) -> Plan:
+        return make_plan(
+            units,
+            budget=budget_bytes,
+            workspace_bytes=workspace_bytes(index.model.config, index.model.dtype, device, workload),
+            host_bytes=max(host_bytes, 0),
+            ring_bytes=None if ring is None else parse_bytes(ring),
+            ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)) if device.type == "cuda" else 0,
+            has_disk=not index.synthetic,
+        )
+
+    try:
+        planned = plan_for(work)
+    except PlanError as error:
+        raise PlanError(f"{error}{what_fits(plan_for, work)}") from None
     needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
     if needed > free:
         raise PlanError(
@@ -235,6 +248,7 @@ def _plan(
 def _start(
     index: WeightIndex,
     planned: Plan,
+    work: Workload,
     device: torch.device,
     chunk_bytes: int,
     spill: Path,
@@ -255,11 +269,12 @@ def _start(
     named = _owners_by_name(model)
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, spill, ignore_errors=True)
-        reader = Reader(chunk_bytes)
+        reader = Reader(chunk_bytes, cpus=local_cpus(device.index or 0) if device.type == "cuda" else None)
         undo.callback(reader.close)
         residents = load_residents(planned.at(Tier.RESIDENT), reader, device)
         arena = Arena(planned.at(Tier.PINNED), reader, pin=device.type == "cuda", progress=progress)
         undo.callback(arena.close)
+        stats.page_locked = arena.pinned
         sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
         copier: Copier
         if device.type == "cuda":
@@ -282,6 +297,7 @@ def _start(
         streamer = Streamer(planned.streamed, planned.slots, copier, stats)
         undo.callback(streamer.detach)
         streamer.attach(model)
+        undo.callback(model.register_forward_hook(shortage_hook(work), always_call=True).remove)
         return Engine(planned, reader, copier, streamer, stats, undo.pop_all())
 
 

@@ -124,6 +124,7 @@ def make_plan(
     workspace_bytes: int,
     host_bytes: int,
     ring_bytes: int | None = None,
+    ring_floor: int = 0,
     has_disk: bool = True,
 ) -> Plan:
     """Place ``units``; see the module's text.
@@ -134,6 +135,7 @@ def make_plan(
         workspace_bytes: what KV cache, activations and scratch need of it.
         host_bytes: the largest arena.
         ring_bytes: ring size; by default three of the largest streamed unit.
+        ring_floor: what the default ring is made at least, if the streamed units are more than that.
         has_disk: whether the weights have files to be read from again.
 
     Raises:
@@ -148,7 +150,7 @@ def make_plan(
 
     def ring_without(unit: Unit) -> int:
         others = (other for other in streamable if other.name not in chosen and other is not unit)
-        return ring_bytes or _default_ring(others)
+        return ring_bytes or _default_ring(others, ring_floor)
 
     waiting = _singular(streamable)
     while waiting:
@@ -159,7 +161,7 @@ def make_plan(
         fixed += fits[0].image_bytes
         waiting.remove(fits[0])
     rest = [unit for unit in units if unit.name not in chosen]
-    ring = ring_bytes or min(_default_ring(rest), max(budget - fixed, 0))
+    ring = ring_bytes or min(_default_ring(rest, ring_floor), max(budget - fixed, 0))
     _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes)
     chosen |= _spread(rest, budget - fixed - ring)
     streamed = [unit for unit in units if unit.name not in chosen]
@@ -239,8 +241,9 @@ def _spread(units: Sequence[Unit], capacity: int) -> set[str]:
     return chosen
 
 
-def _default_ring(units: Iterable[Unit]) -> int:
-    return OVERLAP_UNITS * max((unit.image_bytes for unit in units), default=0)
+def _default_ring(units: Iterable[Unit], floor: int) -> int:
+    sizes = [unit.image_bytes for unit in units]
+    return max(OVERLAP_UNITS * max(sizes, default=0), min(floor, sum(sizes)))
 
 
 def _total(units: Iterable[Unit]) -> int:

@@ -38,8 +38,11 @@ class Stats:
     """Bytes of weights streamed from disk in every pass."""
     traced: bool = False
     """Whether copies and compute are put on the timeline."""
+    page_locked: bool = True
+    """Whether host memory is page-locked where a GPU copies from it; if not, copies run at a fraction of the link."""
     link_bytes: int = 0
-    """Weight bytes whose copy into the ring was started, from host memory or disk."""
+    """Weight bytes that came into the ring and were there when compute came to read them; counted then, so that what
+    is prefetched beyond the last visit does not count."""
     disk_read_bytes: int = 0
     """Those of them that came from disk."""
     passes: int = 0
@@ -55,7 +58,7 @@ class Stats:
     timeline: list[Interval] = field(default_factory=list)
 
     def count_copy(self, nbytes: int, *, from_disk: bool) -> None:
-        """Count a unit's copy."""
+        """Count a unit that has arrived."""
         self.link_bytes += nbytes
         self.disk_read_bytes += nbytes if from_disk else 0
 

@@ -1,14 +1,21 @@
-"""Device memory beside the weights: KV cache, activations, logits, libraries' scratch. Estimated from the config."""
+"""Device memory beside the weights: KV cache, activations, logits, libraries, the CUDA context. From the config."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
+from djinn.errors import PlanError
+
 CUDA_LIBRARIES_BYTES = 128 * 2**20
 """cuBLAS workspaces (32 MiB per stream and handle on Hopper) and the allocator's rounding."""
+
+CUDA_CONTEXT_BYTES = 640 * 10**6
+"""What the driver takes outside of torch's allocator for the context and for kernels as they are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,5 +52,44 @@ def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workloa
 
 def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, work: Workload) -> int:
     """Return the device memory to keep free of weights."""
-    libraries = CUDA_LIBRARIES_BYTES if device.type == "cuda" else 0
+    libraries = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES if device.type == "cuda" else 0
     return kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work) + libraries
+
+
+def largest(fits: Callable[[int], bool], below: int) -> int:
+    """Return the largest number under ``below`` that fits, 0 if not even 1 does; what is smaller fits too."""
+    low = 0
+    while below - low > 1:
+        middle = (low + below) // 2
+        low, below = (middle, below) if fits(middle) else (low, middle)
+    return low
+
+
+def what_fits(plan_for: Callable[[Workload], object], work: Workload) -> str:
+    """Return words on the longest prompt and largest batch that ``plan_for`` takes; none if no workload would help."""
+
+    def fits(**change: int) -> bool:
+        try:
+            plan_for(replace(work, **change))
+        except PlanError:
+            return False
+        return True
+
+    prompt = largest(lambda tokens: fits(prompt_tokens=tokens), work.prompt_tokens)
+    batch = largest(lambda size: fits(batch=size), work.batch)
+    words = [f"a prompt of {prompt} tokens"] * (prompt > 0) + [f"a batch of {batch}"] * (batch > 0)
+    return f"; it would fit {' or '.join(words)}" if words else ""
+
+
+def shortage_hook(work: Workload) -> Callable[..., None]:
+    """Return a forward hook, to be called always, that says on an out-of-memory error what memory was kept for."""
+
+    def explain(*_: object) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, torch.OutOfMemoryError):
+            error.add_note(
+                f"djinn kept device memory for prompt_tokens={work.prompt_tokens}, new_tokens={work.new_tokens} and "
+                f"batch={work.batch}: load the model with what you need, or ask for less; it can still be used"
+            )
+
+    return explain

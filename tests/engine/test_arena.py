@@ -58,6 +58,60 @@ def test_images_lie_back_to_back_on_whole_pages(units: list[Unit], reader: Reade
     assert arena.images == {}
 
 
+class Driver:
+    """Registers memory until ``refuses_after`` calls have been made."""
+
+    def __init__(self, refuses_after: int) -> None:
+        self.registered: dict[int, int] = {}
+        self.calls = 0
+        self._refuses_after = refuses_after
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        self.calls += 1
+        if self.calls > self._refuses_after:
+            return 2
+        self.registered[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.registered[address]
+        return 0
+
+
+def test_memory_is_page_locked_in_parts_of_whole_units(
+    units: list[Unit], reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(refuses_after=10)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr("djinn.engine.arena.PART_BYTES", units[0].image_bytes + 1)
+    arena = Arena(units, reader, pin=True)
+    sizes = [unit.image_bytes for unit in units]
+    assert arena.pinned
+    assert driver.registered == {
+        arena.images[units[0].name].ctypes.data: sizes[0] + sizes[1],
+        arena.images[units[2].name].ctypes.data: sizes[2],
+    }
+    arena.close()
+    assert driver.registered == {}
+
+
+def test_page_locking_that_is_refused_half_way_leaves_nothing_locked(
+    units: list[Unit], reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(refuses_after=1)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr("djinn.engine.arena.PART_BYTES", 1)
+    with pytest.warns(RuntimeWarning, match="SEVERAL TIMES SLOWER; raise the memlock limit"):
+        arena = Arena(units, reader, pin=True)
+    assert not arena.pinned
+    assert (driver.registered, driver.calls) == ({}, 2)
+    for unit in units:
+        for tensor in unit.tensors:
+            where = slice(tensor.offset, tensor.offset + tensor.entry.nbytes)
+            np.testing.assert_array_equal(arena.images[unit.name][where], expected(unit)[where])
+    arena.close()
+
+
 def test_an_arena_of_nothing_is_empty(reader: Reader) -> None:
     arena = Arena([], reader, pin=False, progress=True)
     assert arena._memory.buffer.nbytes == 0

@@ -16,7 +16,7 @@ from djinn.engine import model as engine_model
 from djinn.engine.cuda import CudaCopier
 from djinn.engine.plan import Plan, Tier
 from djinn.engine.reader import allocate
-from djinn.engine.workspace import CUDA_LIBRARIES_BYTES
+from djinn.engine.workspace import CUDA_CONTEXT_BYTES, CUDA_LIBRARIES_BYTES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ def no_garbage() -> Iterator[None]:
 
 def streaming(folder: Path, tiers: str, **options: object) -> PreTrainedModel:
     """Return a streaming model that keeps about 40% of its weights, the ring included."""
-    all_of_it = djinn.plan(folder, budget="1 GB", host_memory="1 GB", **WORK)  # type: ignore[arg-type]
+    all_of_it = djinn.plan(folder, budget="2 GB", host_memory="1 GB", **WORK)  # type: ignore[arg-type]
     budget = all_of_it.workspace_bytes + round(0.4 * sum(unit.image_bytes for unit in all_of_it.units))
     planned = djinn.plan(folder, budget=budget, host_memory="1 GB", **WORK)  # type: ignore[arg-type]
     host = {"disk": 1, "pinned": 10**9, "both": planned.pinned_bytes // 2}[tiers]
@@ -119,7 +119,7 @@ def test_queues_of_any_speed_give_equal_bits(tiny_checkpoint: Tiny, tiers: str) 
     model = streaming(tiny_checkpoint("llama"), tiers)
     wanted = logits(resident(tiny_checkpoint("llama")))
     delayed(model, seed=1)
-    found = [logits(model) for _ in range(60)]  # compared at the end, so that no pass waits for the one before
+    found = [logits(model) for _ in range(200)]  # compared at the end, so that no pass waits for the one before
     assert all(torch.equal(output, wanted) for output in found)
     assert djinn.stats(model).reloads == 0
 
@@ -180,7 +180,10 @@ def test_device_memory_is_within_the_budget_and_given_back(tiny_checkpoint: Tiny
     assert taken <= made.resident_bytes + made.ring_bytes + 2**16, "buffers are small"
     torch.cuda.reset_peak_memory_stats()
     model.generate(prompt(16), do_sample=False, max_new_tokens=16)
-    assert torch.cuda.max_memory_allocated() - before <= made.device_bytes - CUDA_LIBRARIES_BYTES + 2**20
+    assert (
+        torch.cuda.max_memory_allocated() - before
+        <= made.device_bytes - CUDA_CONTEXT_BYTES - CUDA_LIBRARIES_BYTES + 2**20
+    )
     del model
     gc.collect()
     assert torch.cuda.memory_allocated() <= before
@@ -209,8 +212,7 @@ def test_bytes_are_counted_by_tier(tiny_checkpoint: Tiny) -> None:
         logits(model)
     stats = djinn.stats(model)
     for counted, units in ((stats.link_bytes, made.streamed), (stats.disk_read_bytes, made.at(Tier.DISK))):
-        per_pass = sum(unit.weight_bytes for unit in units)
-        assert 3 * per_pass <= counted <= 3 * per_pass + made.ring_bytes
+        assert counted == 3 * sum(unit.weight_bytes for unit in units)
 
 
 @pytest.mark.parametrize("tiers", TIERS)
@@ -240,7 +242,45 @@ def test_an_exception_in_a_pass_leaves_a_model_that_works(tiny_checkpoint: Tiny,
 
 
 def test_weights_made_in_memory_stream() -> None:
-    model = djinn.load("synthetic:llama-tiny", budget="140 MB", host_memory="1 GB", **WORK)
+    budget = djinn.plan("synthetic:llama-tiny", budget="2 GB", host_memory="1 GB", **WORK).workspace_bytes + 6 * 10**6
+    model = djinn.load("synthetic:llama-tiny", budget=budget, host_memory="1 GB", **WORK)
     assert plan_of(model).streamed
     streamed = logits(model)
     assert torch.equal(logits(djinn.detach(model).cuda()), streamed)
+
+
+def test_models_side_by_side_give_their_own_bits(tiny_checkpoint: Tiny) -> None:
+    first, second = streaming(tiny_checkpoint("llama"), "pinned"), streaming(tiny_checkpoint("llama"), "both")
+    other = streaming(tiny_checkpoint("gpt2"), "pinned")
+    llama, gpt2 = logits(resident(tiny_checkpoint("llama"))), logits(resident(tiny_checkpoint("gpt2")))
+    for _ in range(3):
+        assert torch.equal(logits(first), llama)
+        assert torch.equal(logits(other), gpt2)
+        assert torch.equal(logits(second), llama)
+
+
+def test_memory_that_runs_out_in_prefill_is_explained_and_the_model_works_again(tiny_checkpoint: Tiny) -> None:
+    model = streaming(tiny_checkpoint("llama"), "pinned")
+    wanted = logits(model)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**25) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as caught, torch.no_grad():
+            model(torch.zeros(4096, 16, dtype=torch.long, device="cuda"))
+        assert "kept device memory for prompt_tokens=16" in caught.value.__notes__[0]
+        del caught
+        assert torch.equal(logits(model), wanted)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_page_locked_memory_is_given_back(tiny_checkpoint: Tiny) -> None:
+    model = streaming(tiny_checkpoint("llama"), "pinned")
+    image = copier_of(model)._sources[0].image
+    assert image is not None
+    lying_there = torch.from_numpy(image)
+    assert lying_there.is_pinned()
+    del model
+    gc.collect()
+    assert not lying_there.is_pinned()

@@ -153,6 +153,32 @@ def test_an_exception_in_a_pass_leaves_a_model_that_works(tiny_checkpoint: Tiny,
         assert torch.equal(logits(model), wanted)
 
 
+def test_memory_that_runs_out_is_explained_and_the_model_works_again(tiny_checkpoint: Tiny) -> None:
+    model = streaming(tiny_checkpoint("llama"))
+    wanted = logits(model)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    handle = model.get_submodule("model.layers.2.mlp").register_forward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        logits(model)
+    assert "kept device memory for prompt_tokens=" in caught.value.__notes__[0]
+    handle.remove()
+    assert torch.equal(logits(model), wanted)
+
+
+def test_a_workload_that_does_not_fit_is_refused_with_one_that_does(tiny_checkpoint: Tiny) -> None:
+    folder = tiny_checkpoint("llama")
+    budget = budget_for(folder)
+    with pytest.raises(PlanError, match=r"it would fit a prompt of \d+ tokens") as caught:
+        djinn.plan(folder, budget=budget, prompt_tokens=10**6, new_tokens=1)
+    longest = int(str(caught.value).split("a prompt of ")[1].split()[0])
+    djinn.plan(folder, budget=budget, prompt_tokens=longest, new_tokens=1)
+    with pytest.raises(PlanError):
+        djinn.plan(folder, budget=budget, prompt_tokens=longest + 1, new_tokens=1)
+
+
 def test_modules_called_on_their_own_or_not_at_all(tiny_checkpoint: Tiny) -> None:
     """Invariant 8: slower, counted, never wrong."""
     model, whole = streaming(tiny_checkpoint("llama")), resident(tiny_checkpoint("llama"))
@@ -297,16 +323,16 @@ def test_a_read_error_while_loading_leaves_nothing(copy: Path, monkeypatch: pyte
 def test_cooling_drops_what_was_prefetched(tiny_checkpoint: Tiny) -> None:
     model = streaming(tiny_checkpoint("llama"))
     wanted = logits(model)
-    for _ in range(3):
+    per_pass = djinn.stats(model).link_bytes
+    for passes in (2, 3, 4):
         djinn.cool(model)
-        crossed = djinn.stats(model).link_bytes
         djinn.cool(model)
-        assert djinn.stats(model).link_bytes == crossed
         assert torch.equal(logits(model), wanted)
+        assert djinn.stats(model).link_bytes == passes * per_pass
 
 
 def test_bytes_and_passes_are_counted(tiny_checkpoint: Tiny) -> None:
-    """Every pass moves the streamed weights once; what moved beyond that was prefetched for the next one."""
+    """Every pass moves the streamed weights once; what was prefetched for the next one is not counted yet."""
     model = streaming(tiny_checkpoint("llama"), 10**5)
     made = plan_of(model)
     streamed = sum(unit.weight_bytes for unit in made.streamed)
@@ -315,8 +341,7 @@ def test_bytes_and_passes_are_counted(tiny_checkpoint: Tiny) -> None:
         logits(model)
         stats = djinn.stats(model)
         assert (stats.passes, stats.visits, stats.reloads, stats.skips) == (passes, passes * len(made.streamed), 0, 0)
-        assert passes * streamed <= stats.link_bytes <= passes * streamed + made.ring_bytes
-        assert passes * from_disk <= stats.disk_read_bytes <= passes * from_disk + made.ring_bytes
+        assert (stats.link_bytes, stats.disk_read_bytes) == (passes * streamed, passes * from_disk)
     assert stats.model_bytes == made.model_bytes
     assert (stats.resident_bytes, stats.ring_bytes) == (made.resident_bytes, made.ring_bytes)
 

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import GPT2Config, OPTConfig
 
-from djinn.engine.workspace import CUDA_LIBRARIES_BYTES, Workload, activation_bytes, kv_cache_bytes, workspace_bytes
+from djinn.engine.workspace import (
+    CUDA_CONTEXT_BYTES,
+    CUDA_LIBRARIES_BYTES,
+    Workload,
+    activation_bytes,
+    kv_cache_bytes,
+    largest,
+    what_fits,
+    workspace_bytes,
+)
+from djinn.errors import PlanError
 from djinn.weights.architectures import load_architecture
 
 BF16 = torch.bfloat16
@@ -59,4 +71,27 @@ def test_a_gpu_also_keeps_room_for_its_libraries() -> None:
     config = load_architecture("llama-tiny")
     on_cpu = workspace_bytes(config, BF16, torch.device("cpu"), work)
     assert on_cpu == kv_cache_bytes(config, BF16, work) + activation_bytes(config, BF16, work)
-    assert workspace_bytes(config, BF16, torch.device("cuda"), work) == on_cpu + CUDA_LIBRARIES_BYTES
+    beside = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
+    assert workspace_bytes(config, BF16, torch.device("cuda"), work) == on_cpu + beside
+
+
+@given(limit=st.integers(0, 1000), below=st.integers(1, 1000))
+def test_the_largest_that_fits_is_found(limit: int, below: int) -> None:
+    assert largest(lambda size: size <= limit, below) == min(limit, below - 1)
+
+
+def test_what_fits_is_said_in_words() -> None:
+    def plan_for(work: Workload) -> None:
+        if work.batch * work.prompt_tokens > 1000:
+            raise PlanError("too much")
+
+    work = Workload(prompt_tokens=400, new_tokens=1, batch=3)
+    assert what_fits(plan_for, work) == "; it would fit a prompt of 333 tokens or a batch of 2"
+    assert what_fits(plan_for, Workload(prompt_tokens=2000, new_tokens=1, batch=1)) == (
+        "; it would fit a prompt of 1000 tokens"
+    )
+
+    def never(work: Workload) -> None:
+        raise PlanError("whatever the workload")
+
+    assert what_fits(never, work) == ""

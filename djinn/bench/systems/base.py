@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,8 @@ class Job:
     """A folder of this job's own, removed after it: a baseline's second copy of the weights goes here."""
     trace: bool = False
     """Whether the copy engine's timeline is wanted; on a GPU its events cost host time in every visit."""
+    tuning: dict[str, int | bool] = field(default_factory=dict)
+    """Settings of the system's own that replace those it would choose: a point of a grid."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,6 +66,10 @@ class System(ABC):
     def begin(self) -> None:
         """Begin a run, cold."""
         self.cool()
+
+    def stall_s(self) -> float | None:
+        """Return the seconds since loading in which compute waited for weights; None where nobody knows."""
+        return None
 
     def timeline(self) -> list[Interval]:
         """Return what the copy engine did since :meth:`begin`, if the system keeps account of it."""

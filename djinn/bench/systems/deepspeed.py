@@ -142,7 +142,7 @@ def configuration(parameters: Sequence[int], layer: int, job: Job) -> dict[str, 
     settings["bf16"] = {"enabled": job.profile.dtype == "bfloat16"}
     settings["fp16"] = {"enabled": job.profile.dtype == "float16"}
     zero = settings["zero_optimization"]
-    zero |= tuned_settings(parameters, layer, job)
+    zero |= tuned_settings(parameters, layer, job) | job.tuning
     offload = zero["offload_param"]
     # Page-locking serves copies to a GPU; on a CPU there are none.
     offload |= {"device": job.variant, "pin_memory": job.on_gpu}

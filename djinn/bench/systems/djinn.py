@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import djinn
+from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
 from djinn.engine.stats import Interval
 
@@ -12,6 +13,7 @@ class Djinn(System):
 
     def __init__(self, job: Job) -> None:
         profile = job.profile
+        link = pinned_h2d_rate(profile.chunk) if job.on_gpu else 0.0  # before it carries anything else
         self.model = djinn.load(
             job.model,
             budget=profile.budget,
@@ -35,7 +37,10 @@ class Djinn(System):
             "disk_bytes": stats.disk_bytes,
             "host_memory": profile.host_memory,
             "chunk": profile.chunk,
+            "page_locked": stats.page_locked,
         }
+        if job.on_gpu:
+            self.settings["planned_pass_s"] = (stats.host_bytes + stats.disk_bytes) / link
         self._began_at = 0
         self._on_gpu = job.on_gpu
 
@@ -52,6 +57,11 @@ class Djinn(System):
         """Begin a run, cold, and a timeline of its own."""
         super().begin()
         self._began_at = len(djinn.stats(self.model).timeline)
+
+    def stall_s(self) -> float | None:
+        """Return the seconds of stalls since loading; on a GPU only a traced model knows them."""
+        stats = djinn.stats(self.model)
+        return None if self._on_gpu and not stats.traced else stats.stall_s
 
     def timeline(self) -> list[Interval]:
         """Return the copy engine's intervals since the run began."""
