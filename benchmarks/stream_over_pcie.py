@@ -21,6 +21,7 @@ import argparse
 import itertools
 import json
 import statistics
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import djinn
 from djinn.bench.harness import Bench, Lane
+from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.records import Record
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job
@@ -151,12 +153,38 @@ def trace(base: Profile) -> dict[str, Any]:
         running.pop().__exit__(None, None, None)
 
     handles = [model.register_forward_pre_hook(begin, prepend=True), model.register_forward_hook(end)]
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        model.generate(prompt, max_new_tokens=4, min_new_tokens=4, **greedy)  # type: ignore[operator]
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler, torch.no_grad():
+        step = model(prompt, use_cache=True, logits_to_keep=1)
+        for _ in range(3):
+            token = step.logits[:, -1:].argmax(-1)
+            token.item()  # as generate() does between passes
+            step = model(token, past_key_values=step.past_key_values, use_cache=True)
         torch.cuda.synchronize()
     for handle in handles:
         handle.remove()
-    return {"hook_us_per_visit": per_visit * 1e6, **summarise(list(profiler.events() or []))}
+    return {
+        "hook_us_per_visit": per_visit * 1e6,
+        "prefill": prefill(model, prompt),
+        **summarise(list(profiler.events() or [])),
+    }
+
+
+def prefill(model: Any, prompt: torch.Tensor) -> dict[str, list[float]]:
+    """Return the rate of passes over a whole prompt in a row, GB/s, with the ceiling before and after, three times."""
+    stats = djinn.stats(model)
+    rates: dict[str, list[float]] = {"ceiling_gbps": [pinned_h2d_rate(64 * 2**20) / 1e9], "link_gbps": []}
+    for _ in range(3):
+        with torch.no_grad():
+            model(prompt, logits_to_keep=1)  # fills the ring and leaves it full, as every pass after it does
+            torch.cuda.synchronize()
+            start, crossed = time.perf_counter(), stats.link_bytes
+            for _ in range(6):
+                model(prompt, logits_to_keep=1)
+            torch.cuda.synchronize()
+        rates["link_gbps"].append((stats.link_bytes - crossed) / (time.perf_counter() - start) / 1e9)
+        djinn.cool(model)
+        rates["ceiling_gbps"].append(pinned_h2d_rate(64 * 2**20) / 1e9)
+    return rates
 
 
 def summarise(events: list[Any]) -> dict[str, Any]:
@@ -164,10 +192,12 @@ def summarise(events: list[Any]) -> dict[str, Any]:
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     passes = [event.time_range for event in host if event.name == "djinn: pass"]
     calls: dict[str, Counter[str]] = {"inside passes": Counter(), "between passes": Counter()}
+    spent: Counter[str] = Counter()
     for event in host:
         if event.name.startswith("cuda"):
             inside = any(span.start <= event.time_range.start <= span.end for span in passes)
             calls["inside passes" if inside else "between passes"][event.name] += 1
+            spent[event.name] += event.time_range.elapsed_us()
     copies = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
@@ -179,6 +209,7 @@ def summarise(events: list[Any]) -> dict[str, Any]:
     return {
         "passes": len(passes),
         "calls": {where: dict(counter) for where, counter in calls.items()},
+        "host_us": dict(spent),
         "host_syncs_inside_passes": sum(calls["inside passes"][name] for name in HOST_SYNCS),
         "copies": len(copies),
         "copy_busy_us": sum(end - start for start, end in copies),

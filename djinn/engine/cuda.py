@@ -9,10 +9,11 @@ Shared with ROCm builds of torch, whose streams and events have the same names.
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,9 @@ from djinn.weights.units import PAGE
 
 STAGING_BUFFERS = THREADS
 """Page-locked buffers between disk and link: one for every reading thread; copying one takes a tenth of reading it."""
+
+
+_HOST_TO_DEVICE = 1  # cudaMemcpyKind, and hipMemcpyKind
 
 
 class CudaCopier:
@@ -55,8 +59,9 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(ring.device)
         self._ready = [torch.cuda.Event() for _ in sources]
         self._free = [torch.cuda.Event() for _ in sources]
+        self._copy = _memcpy_async()
         self._copies = [
-            _chunks(ring[slot.offset : slot.offset + slot.nbytes], source.image, chunk_bytes)
+            _commands(ring[slot.offset : slot.offset + slot.nbytes], source.image, chunk_bytes)
             for source, slot in zip(sources, slots, strict=True)
         ]
         self._disk: _DiskStream | None = None
@@ -74,9 +79,8 @@ class CudaCopier:
             stream.wait_event(self._free[after])
         if self._trace is not None:
             self._trace.mark(unit, "copy_start", stream)
-        with torch.cuda.stream(stream):
-            # One call for all chunks: the host's time in hooks is mostly time spent issuing copies.
-            torch._foreach_copy_(*self._copies[unit], non_blocking=True)
+        for target, image, nbytes in self._copies[unit]:
+            self._copy(target, image, nbytes, stream.cuda_stream)
         if self._trace is not None:
             self._trace.mark(unit, "copy_end", stream)
         self._ready[unit].record(stream)
@@ -129,13 +133,35 @@ class CudaCopier:
         self.ring = torch.empty(0, dtype=torch.uint8)
 
 
-def _chunks(
-    target: torch.Tensor, image: Buffer | None, chunk_bytes: int
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """Return device and host views of the unit, one of each per copy command; made once: hooks allocate nothing."""
+def _commands(target: torch.Tensor, image: Buffer | None, chunk_bytes: int) -> list[tuple[int, int, int]]:
+    """Return (device address, host address, bytes) of each copy command of a unit; made once, not in hooks."""
     if image is None:
-        return (), ()
-    return target.split(chunk_bytes), torch.from_numpy(image).split(chunk_bytes)
+        return []
+    starts = range(0, image.nbytes, chunk_bytes)
+    return [
+        (target.data_ptr() + start, image.ctypes.data + start, min(chunk_bytes, image.nbytes - start))
+        for start in starts
+    ]
+
+
+def _memcpy_async() -> Callable[[int, int, int, int], None]:
+    """Return ``copy(device address, host address, bytes, stream)``, the runtime's own, which torch has loaded.
+
+    ``Tensor.copy_`` spends many times longer on the host, looking for the memory in its own page-locked blocks.
+    """
+    if torch.version.hip is not None:
+        name, symbol = "libamdhip64.so", "hipMemcpyAsync"
+    else:
+        name, symbol = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}", "cudaMemcpyAsync"
+    function = getattr(ctypes.CDLL(name), symbol)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+
+    def copy(target: int, image: int, nbytes: int, stream: int) -> None:
+        error = function(target, image, nbytes, _HOST_TO_DEVICE, stream)
+        if error != 0:
+            raise RuntimeError(f"{symbol} of {nbytes} bytes failed with error {error}")
+
+    return copy
 
 
 @dataclass
