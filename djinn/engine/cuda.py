@@ -57,6 +57,8 @@ class CudaCopier:
         self._slots = slots
         self._stats = stats
         self._stream = torch.cuda.Stream(ring.device)
+        self._device_index = ring.device.index if ring.device.index is not None else torch.cuda.current_device()
+        self._compute: dict[int, torch.cuda.Stream] = {}
         self._ready = [torch.cuda.Event() for _ in sources]
         self._free = [torch.cuda.Event() for _ in sources]
         self._copy = _memcpy_async()
@@ -90,8 +92,7 @@ class CudaCopier:
             self._disk.wait(unit)
         source = self._sources[unit]
         self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
-        # The compute stream is asked for here, never inside the copy stream's context: there it would be that one.
-        compute = torch.cuda.current_stream(self.ring.device)
+        compute = self._compute_stream()
         if self._trace is not None:
             self._trace.mark(unit, "arrive", compute)
         compute.wait_event(self._ready[unit])
@@ -99,11 +100,21 @@ class CudaCopier:
             self._trace.mark(unit, "compute_start", compute)
 
     def release(self, unit: int) -> None:
-        compute = torch.cuda.current_stream(self.ring.device)
+        compute = self._compute_stream()
         if self._trace is not None:
             self._trace.mark(unit, "compute_end", compute)
             self._trace.close_visit(unit, self._sources[unit])
         self._free[unit].record(compute)
+
+    def _compute_stream(self) -> torch.cuda.Stream:
+        """Return the stream that the caller computes on; never asked for in a copy stream's context.
+
+        ``torch.cuda.current_stream`` makes a new object each time, which takes longer than all else in a hook.
+        """
+        handle = torch._C._cuda_getCurrentRawStream(self._device_index)
+        if handle not in self._compute:
+            self._compute[handle] = torch.cuda.current_stream(self.ring.device)
+        return self._compute[handle]
 
     def settle(self) -> None:
         if self._disk is not None:

@@ -36,7 +36,8 @@ THREADS = 16
 
 def allocate(nbytes: int) -> Buffer:
     """Return exactly ``nbytes`` of zeroed anonymous memory, page-aligned, in huge pages where the kernel has them."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
+    # Private, because memory that could be shared is kept in small pages: slow to touch, to lock and to copy from.
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
