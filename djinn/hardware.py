@@ -153,6 +153,14 @@ def numa_node_of(gpu_index: int) -> int | None:
     return gpus[gpu_index].numa_node if gpu_index < len(gpus) else None
 
 
+def gpu_used_bytes(gpu_index: int = 0) -> int | None:
+    """Return the memory in use on a GPU, whoever uses it; None without NVML. Makes no CUDA context."""
+    with nvml() as library:
+        handle = library and nvml_handle(library, gpu_index)
+        memory = handle and library and _asked(library.nvmlDeviceGetMemoryInfo, handle)
+        return memory.used if memory else None
+
+
 def local_cpus(gpu_index: int) -> set[int] | None:
     """Return the processors of the NUMA node that the GPU hangs on; None where there is one node or it is unknown."""
     nodes, local = _numa_nodes(), numa_node_of(gpu_index)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, StoppingCriteria
 
+from djinn import hardware
 from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
 from djinn.engine.reader import THREADS, read_rate
@@ -49,13 +50,18 @@ class MemoryPeak:
         self.rss_bytes = 0
         self.anon_bytes = 0
         self.bare_bytes = 0
+        self.bare_device_bytes = 0
         self._looking = True
         threading.Thread(target=self._watch, name="memory-peak", daemon=True).start()
 
     def mark_bare(self) -> None:
-        """Take the anonymous memory held so far for the process's own: interpreter and libraries, no system."""
+        """Take the anonymous memory held so far for the process's own: interpreter and libraries, no system.
+
+        Device memory held so far is the driver's and other processes': this one has no context there yet.
+        """
         self.sample()
         self.bare_bytes = self.anon_bytes
+        self.bare_device_bytes = hardware.gpu_used_bytes() or 0
 
     def sample(self) -> None:
         """Look once more; anonymous memory includes shared memory, which cannot be taken back either."""
@@ -217,6 +223,7 @@ def _peak_device(system: System, job: Job, peak: MemoryPeak) -> int:
     """
     if job.on_gpu:
         free, total = torch.cuda.mem_get_info()
-        beside = total - free - torch.cuda.memory_reserved()  # the context, and whoever else is on this GPU
-        return torch.cuda.max_memory_reserved() + beside
+        used = hardware.gpu_used_bytes() or total - free
+        context = used - peak.bare_device_bytes - torch.cuda.memory_reserved()
+        return torch.cuda.max_memory_reserved() + max(context, 0)
     return max(peak.anon_bytes - peak.bare_bytes - system.host_bytes, 0)

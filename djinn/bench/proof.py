@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import djinn
+from djinn.bench.systems.common import deterministic_attention
 from djinn.engine.workspace import Workload, workspace_bytes
 from djinn.weights.synth import synthesise
 
@@ -53,6 +54,7 @@ def prove(device: Literal["cpu", "cuda"]) -> Proof:
     Raises:
         DjinnError: the small model cannot be made or loaded.
     """
+    deterministic_attention()
     with tempfile.TemporaryDirectory(prefix="djinn-proof-") as scratch:
         folder = synthesise(MODEL, Path(scratch) / MODEL, progress=False)
         config = AutoConfig.from_pretrained(folder)

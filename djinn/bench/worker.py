@@ -33,7 +33,7 @@ from djinn.bench.measure import MemoryPeak, measure
 from djinn.bench.records import Status
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job, Loader, System
-from djinn.bench.systems.common import skeleton, weight_bytes
+from djinn.bench.systems.common import deterministic_attention, skeleton, weight_bytes
 from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import DjinnError, PlanError, UnavailableError
 
@@ -63,6 +63,7 @@ class Worker:
         if self._job.on_gpu:
             if not torch.cuda.is_available():
                 raise UnavailableError("device: the profile asks for cuda, and torch finds no GPU here")
+            deterministic_attention()
             if system != "resident":
                 total = torch.cuda.get_device_properties(0).total_memory
                 allowed = profile.budget - CUDA_CONTEXT_BYTES  # the allocator's limit leaves the context out

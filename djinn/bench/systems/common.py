@@ -21,6 +21,11 @@ _FILLERS = 8
 _SPARE_BYTES = 256 * 10**6
 
 
+def deterministic_attention() -> None:
+    """Keep torch from choosing cuDNN's attention for this process: on an H100 its results differ from run to run."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def config_of(job: Job) -> PretrainedConfig:
     """Return the model's config."""
     if job.in_memory:

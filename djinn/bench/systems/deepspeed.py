@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -215,13 +215,14 @@ def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedMode
     """Return the synthetic model, each parameter filled in host memory and partitioned before the next."""
     import deepspeed
     from transformers.initialization import no_init_weights
-    from transformers.integrations import deepspeed as integration
 
-    # zero.Init makes arange return half precision, which rotary embeddings cannot bear; newer transformers undo it.
-    keep_arange = getattr(integration, "prevent_arange_dtype_change", nullcontext)
-    with no_init_weights(), keep_arange(), deepspeed.zero.Init(config_dict_or_path=settings):
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(config_of(job), dtype=job.dtype)
     model.tie_weights()
+    # zero.Init makes arange return half precision, and with it the frequencies of rotary embeddings: other tokens.
+    exact = dict(skeleton(job).named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.data = exact[name].to(buffer.device)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             weights = torch.empty(parameter.shape, dtype=parameter.dtype)
