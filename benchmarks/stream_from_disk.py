@@ -9,7 +9,7 @@ resumes. Prints, from the records:
 - the same model with more host memory: time per pass against the share of the weights that is still read from disk.
 
 Then, in this process, raw direct reads and streamed passes of the same number of bytes take turns, because a virtual
-disk may drift by half within a minute. Samples go to RUN_DIR/results/beside_raw.jsonl; prints what a pass reads per
+disk may drift by half within a minute. Samples go to RUN_DIR/results/beside_raw.json; prints what a pass reads per
 second ÷ the mean of the raw rates before and after it, the share of the pass in which compute waited for the disk
 (little waiting means that compute is the limit, not the disk), and the share of host time in hooks.
 """
@@ -67,7 +67,7 @@ def measure(profile: Profile, run_dir: Path) -> dict[str, list[Record]]:
 
 
 def beside_raw(profile: Profile, path: Path, pairs: int) -> list[dict[str, float]]:
-    """Return one sample per streamed pass, each between two raw reads of as many bytes; also appended to ``path``."""
+    """Return one sample per streamed pass, each between two raw reads of as many bytes; also written to ``path``."""
     job = Job(profile=profile, variant="", model=str(resolve(profile.model)), scratch=Path())
     model = loader("djinn").load(job).model
     stats = djinn.stats(model)
@@ -94,13 +94,12 @@ def beside_raw(profile: Profile, path: Path, pairs: int) -> list[dict[str, float
             "stall_s": stats.stall_s - stalled,
             "hook_s": stats.hook_s - hooked,
         }
-        with path.open("a") as file:
-            file.write(json.dumps(sample) + "\n")
         print(
             f"pass {pass_s:.1f} s, {stats.disk_bytes / pass_s / 1e9:.2f} GB/s from disk, raw {before / 1e9:.2f} before "
             f"and {after / 1e9:.2f} after, waited {sample['stall_s'] / pass_s:.0%}"
         )
         samples.append(sample)
+        path.write_text(json.dumps(samples, indent=1) + "\n")
         before = after
     return samples
 
@@ -138,7 +137,7 @@ def main() -> None:
     profile = load_profile(options.profile).override(runs=options.runs)
     report(measure(profile, options.run_dir))
     frugal = profile.override(host_memory=next(iter(HOST_MEMORY.values())))
-    samples = beside_raw(frugal, options.run_dir / "results" / "beside_raw.jsonl", options.pairs)
+    samples = beside_raw(frugal, options.run_dir / "results" / "beside_raw.json", options.pairs)
     of_raw = [2 * s["disk_bytes"] / s["pass_s"] / (s["raw_before"] + s["raw_after"]) for s in samples]
     waited = [s["stall_s"] / s["pass_s"] for s in samples]
     hooked = [s["hook_s"] / s["pass_s"] for s in samples]
