@@ -33,7 +33,7 @@ import torch
 
 from djinn.codec.backends import backend
 from djinn.codec.decode import Decoder
-from djinn.codec.encode import coded_bytes, encode
+from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import ALIGNMENT, Layout, sections
 from djinn.codec.metadata import Metadata
 
@@ -129,7 +129,7 @@ def bits_per_weight(name: str, device: str) -> Result:
     return {
         "bits": 8 * layout.nbytes / layout.elements,
         "escapes": layout.escapes / layout.elements,
-        "worth_it": coded_bytes(weights) is not None,
+        "worth_it": layout_of(weights) is not None,
         "exact": is_exact(out, weights),
     }
 
@@ -226,7 +226,7 @@ def encode_on_gpu(size: str) -> Result:
     part = weights.reshape(-1)[: 2**22 + 77]
     return {
         "gbps": weights.nbytes / host_seconds(partial(encode, weights)) / 1e9,
-        "coded_bytes_gbps": weights.nbytes / host_seconds(partial(coded_bytes, weights)) / 1e9,
+        "layout_gbps": weights.nbytes / host_seconds(partial(layout_of, weights)) / 1e9,
         "exact": torch.equal(forced(part)[0].cpu(), forced(part.cpu())[0]),
     }
 
@@ -272,7 +272,7 @@ def rates_on_cpu(threads: int) -> Result:
     decoders = [Decoder(layout, blob, out) for (blob, layout), out in zip(coded, outs, strict=True)]
     works: dict[str, list[Run]] = {
         "encode": [partial(encode, weights) for weights in tensors],
-        "coded_bytes": [partial(coded_bytes, weights) for weights in tensors],
+        "layout": [partial(layout_of, weights) for weights in tensors],
         "decode": list(decoders),
         "checksum": [partial(Metadata.of, blob, layout, (layout.elements,)) for blob, layout in coded],
     }

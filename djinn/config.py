@@ -73,6 +73,8 @@ class Profile(_Frozen):
     host_memory: Bytes
     """The most page-locked host memory for streamed weights; what does not fit stays on disk."""
     chunk: Bytes
+    coding: Literal["none", "lossless"] = "none"
+    """Whether djinn codes bfloat16 weights without loss while it loads them, and decodes them on the device."""
     prompt_tokens: int = Field(ge=1)
     new_tokens: int = Field(ge=1)
     batch: int = Field(default=1, ge=1)

@@ -145,6 +145,7 @@ class Bench:
             "model": profile.model,
             "synthetic": self._synthetic,
             "device_name": self._device_name,
+            "coding": profile.coding if lane.system == "djinn" else "none",
             "run": run,
             "budget_bytes": profile.budget,
             "chunk_bytes": profile.chunk if lane.system == "djinn" else None,

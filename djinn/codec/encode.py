@@ -30,14 +30,14 @@ def encode(weights: torch.Tensor, min_gain: float = MIN_GAIN) -> tuple[torch.Ten
     return blob, layout
 
 
-def coded_bytes(weights: torch.Tensor, min_gain: float = MIN_GAIN) -> int | None:
-    """Return the bytes of the blob that `encode` would make, in half of its time or so; None where raw is."""
+def layout_of(weights: torch.Tensor, min_gain: float = MIN_GAIN) -> Layout | None:
+    """Return the layout of the blob that `encode` would make, in half of its time or so; None where raw is better."""
     if not _codable(weights):
         return None
     flat = weights.detach().reshape(-1)
     _, escapes = backend(flat.device).survey(flat)
     layout = Layout(len(flat), int(escapes.sum()))
-    return layout.nbytes if _gains(layout, min_gain) else None
+    return layout if _gains(layout, min_gain) else None
 
 
 def _codable(weights: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from tqdm import tqdm
 
-from djinn.engine.reader import Buffer, Reader, allocate, settle
+from djinn.engine.reader import Buffer, Filler, allocate, settle
 from djinn.sizes import format_bytes
 from djinn.weights.units import Unit
 
@@ -68,7 +68,7 @@ class Arena:
         CheckpointError: a file that cannot be read.
     """
 
-    def __init__(self, units: Sequence[Unit], reader: Reader, *, pin: bool, progress: bool = False) -> None:
+    def __init__(self, units: Sequence[Unit], filler: Filler, *, pin: bool, progress: bool = False) -> None:
         ends = list(itertools.accumulate((unit.image_bytes for unit in units), initial=0))
         self._memory = PinnedMemory(ends[-1])
         self.pinned = pin
@@ -76,7 +76,7 @@ class Arena:
             unit.name: self._memory.buffer[start : start + unit.image_bytes]
             for unit, start in zip(units, ends, strict=False)
         }
-        futures = [reader.fill(unit, self.images[unit.name]) for unit in units]
+        futures = [filler.fill(unit, self.images[unit.name]) for unit in units]
         try:
             with tqdm(
                 total=sum(unit.weight_bytes for unit in units),

@@ -16,7 +16,7 @@ import torch
 
 from djinn.engine.reader import Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
-from djinn.engine.stats import Interval, Stats
+from djinn.engine.stats import Interval, Lane, Stats
 from djinn.weights.units import Unit
 
 
@@ -61,6 +61,11 @@ class Source:
 
     unit: Unit
     image: Buffer | None
+
+
+def reading_lane(unit: Unit) -> Lane:
+    """Return what reads a unit's slot: the layer itself, or the decoder."""
+    return "decode" if unit.coded else "compute"
 
 
 class Fill:
@@ -141,7 +146,8 @@ class CpuCopier:
         begin = self._read_from.pop(unit, None)
         if begin is not None:
             source = self._sources[unit]
-            self._stats.add(Interval("compute", source.unit.name, begin, time.perf_counter(), source.unit.weight_bytes))
+            lane = reading_lane(source.unit)
+            self._stats.add(Interval(lane, source.unit.name, begin, time.perf_counter(), source.unit.weight_bytes))
 
     def settle(self) -> None:
         for fill in self._fills.values():

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from djinn.engine.arena import PinnedMemory
-from djinn.engine.copier import Fill, Source
+from djinn.engine.copier import Fill, Source, reading_lane
 from djinn.engine.reader import THREADS, Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
 from djinn.engine.stats import Interval, Stats
@@ -272,7 +272,8 @@ class _Trace:
             if "copy_start" in at:
                 self._stats.add(Interval("copy", name, at["copy_start"], at["copy_end"], nbytes))
             if "compute_end" in at and "compute_start" in at:
-                self._stats.add(Interval("compute", name, at["compute_start"], at["compute_end"], nbytes))
+                lane = reading_lane(source.unit)
+                self._stats.add(Interval(lane, name, at["compute_start"], at["compute_end"], nbytes))
                 stall = at["compute_start"] - at["arrive"]
                 self._stats.stall_s += stall
                 cause = "disk" if source.image is None else "link"

@@ -8,12 +8,13 @@ on over the end of a pass, so the next token's first units move while the host s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from djinn.engine.coding import Scratch
 from djinn.engine.copier import Copier
 from djinn.engine.ring import Slot
 from djinn.engine.stats import Stats
@@ -28,8 +29,18 @@ class Streamer:
     and copies have been submitted for all visits before ``submitted``: released <= cursor <= submitted.
     """
 
-    def __init__(self, units: tuple[Unit, ...], slots: tuple[Slot, ...], copier: Copier, stats: Stats) -> None:
+    def __init__(
+        self,
+        units: tuple[Unit, ...],
+        slots: tuple[Slot, ...],
+        copier: Copier,
+        stats: Stats,
+        decodings: Mapping[str, Callable[[], None]],
+        scratch: Scratch,
+    ) -> None:
         self._units = units
+        self._decodings = decodings
+        self._scratch = scratch
         self._slots = slots
         self._copier = copier
         self._stats = stats
@@ -49,6 +60,16 @@ class Streamer:
                 self._handles.append(modules[reader].register_forward_pre_hook(self._acquire_hook(index), prepend=True))
                 self._handles.append(modules[reader].register_forward_hook(self._release_hook(index), always_call=True))
 
+    def attach_residents(self, model: nn.Module, units: Sequence[Unit]) -> None:
+        """Hook the readers of coded units that stay on the device: they have only to be decoded."""
+        modules = dict(model.named_modules())
+        for unit in units:
+            for reader in unit.readers:
+                decode = self._decode_hook(unit.name)
+                self._handles.append(modules[reader].register_forward_pre_hook(decode, prepend=True))
+                leave = modules[reader].register_forward_hook(self._leave_hook(unit.name), always_call=True)
+                self._handles.append(leave)
+
     def detach(self) -> None:
         """Take every hook off again."""
         for handle in self._handles:
@@ -58,16 +79,33 @@ class Streamer:
     def cool(self) -> None:
         """Forget all that was prefetched, so that the next pass begins with a cold ring."""
         self._copier.settle()
-        self._reading.clear()
+        self._forget_readers()
         if self._units:
             self._restart(0)
 
     def _begin_pass(self, *_: object) -> None:
         self._stats.passes += 1
         # An interrupt (not an Exception) that ended the last pass has run no release hook: nothing is read any more.
-        self._reading.clear()
+        self._forget_readers()
         self._release_until(self._cursor)
         self._advance()
+
+    def _forget_readers(self) -> None:
+        self._reading.clear()
+        self._scratch.clear()
+
+    def _decode_hook(self, unit: str) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            self._scratch.enter(unit)
+            self._decodings[unit]()
+
+        return enter
+
+    def _leave_hook(self, unit: str) -> Callable[..., None]:
+        def leave(*_: object) -> None:
+            self._scratch.leave(unit)
+
+        return leave
 
     def _acquire_hook(self, unit: int) -> Callable[..., None]:
         def acquire(*_: object) -> None:
@@ -99,10 +137,19 @@ class Streamer:
             self._advance()
             if self._cursor == self._submitted:
                 self._refuse_nesting(unit)
+        decode = self._decodings.get(self._units[unit].name)
+        if decode is not None:
+            self._scratch.enter(self._units[unit].name)
         self._wait(unit)
-        self._reading[unit] = _Reading(self._cursor)
         self._cursor += 1
         self._stats.visits += 1
+        if decode is None:
+            self._reading[unit] = _Reading(self._cursor - 1)
+        else:
+            # Once it is decoded nothing reads the slot any more: it is free long before the unit has been used.
+            decode()
+            self._reading[unit] = _Reading(None)
+            self._release_unread()
         self._stats.hook_s += time.perf_counter() - begin - (self._stats.stall_s - stalled)
 
     def release(self, unit: int) -> None:
@@ -114,8 +161,9 @@ class Streamer:
         reading.depth -= 1
         if reading.depth == 0:
             del self._reading[unit]
-            self._release_until(min((other.visit for other in self._reading.values()), default=self._cursor))
-            self._advance()
+            if reading.visit is None:
+                self._scratch.leave(self._units[unit].name)
+            self._release_unread()
         self._stats.hook_s += time.perf_counter() - begin
 
     def _wait(self, unit: int) -> None:
@@ -124,6 +172,12 @@ class Streamer:
         except BaseException:
             self.cool()  # so that the next pass asks for the unit again
             raise
+
+    def _release_unread(self) -> None:
+        """Release all visits before the first whose slot is still being read, and start what waited for that."""
+        visits = [reading.visit for reading in self._reading.values() if reading.visit is not None]
+        self._release_until(min(visits, default=self._cursor))
+        self._advance()
 
     def _release_until(self, visit: int) -> None:
         """Release visits in their order, so that waiting for one means waiting for all before it."""
@@ -175,7 +229,7 @@ class Streamer:
 
 @dataclass
 class _Reading:
-    """A unit that is being read: its visit, and how many of its readers are running."""
+    """A unit that is being read: its visit, None once its slot is free, and how many of its readers are running."""
 
-    visit: int
+    visit: int | None
     depth: int = 1

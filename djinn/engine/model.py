@@ -6,15 +6,18 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from djinn.engine.arena import Arena
+from djinn.engine.coding import Coder, Scratch, decoding
 from djinn.engine.copier import Copier, CpuCopier, Source
 from djinn.engine.cuda import CudaCopier
 from djinn.engine.hooks import Streamer
@@ -28,8 +31,8 @@ from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, owners, synthetic_index
-from djinn.weights.units import Unit, find_units
+from djinn.weights.index import FileSpan, WeightIndex, checkpoint_index, empty_model, owners, synthetic_index
+from djinn.weights.units import PlacedTensor, find_units
 
 RING_FLOOR_BYTES = 1_250_000_000
 """A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens."""
@@ -44,7 +47,7 @@ class Engine:
     """What streams one model's weights. Holds no reference to the model, so that dropping the model frees it all."""
 
     plan: Plan
-    reader: Reader
+    coder: Coder
     copier: Copier
     streamer: Streamer
     stats: Stats
@@ -68,6 +71,7 @@ def load(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    coding: Literal["none", "lossless"] = "none",
     trace: bool = False,
     progress: bool = False,
 ) -> PreTrainedModel:
@@ -85,6 +89,9 @@ def load(
         prompt_tokens, new_tokens, batch: the longest generation to keep device memory for.
         dtype: of synthetic weights; a checkpoint keeps its own.
         seed: of synthetic weights.
+        coding: ``"lossless"`` codes bfloat16 weights while they are loaded, to about 0.7 of their size, and rebuilds
+            their exact bits on the device. All of them then have to fit the device and host memory. A model that fits
+            the budget as it is stays raw.
         trace: keep a timeline of copies, compute and stalls in :func:`stats`.
         progress: show a bar while host memory is filled.
 
@@ -98,15 +105,21 @@ def load(
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
     chunk_bytes = parse_bytes(chunk)
-    spill = Path(tempfile.mkdtemp(prefix="djinn-"))
-    try:
+    work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
+    with ExitStack() as undo:
+        spill = Path(tempfile.mkdtemp(prefix="djinn-"))
+        undo.callback(shutil.rmtree, spill, ignore_errors=True)
         index = _index(model, spill, dtype, seed)
-        work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
+        reader = Reader(chunk_bytes, cpus=local_cpus(where.index or 0) if where.type == "cuda" else None)
+        undo.callback(reader.close)
+        coder = Coder(reader, where)
+        undo.callback(coder.close)
+        if coding == "lossless" and index.nbytes + _workspace(index, where, work) > parse_bytes(budget):
+            index = coder.index(index)
         planned = _plan(index, where, work, budget, ring, host_memory)
-        engine = _start(index, planned, work, where, chunk_bytes, spill, trace=trace, progress=progress)
-    except BaseException:
-        shutil.rmtree(spill, ignore_errors=True)
-        raise
+        engine = _start(
+            index, planned, work, where, reader, coder, chunk_bytes, trace=trace, progress=progress, undo=undo
+        )
     _engines[index.model] = engine
     weakref.finalize(index.model, _release, engine.resources, os.getpid())
     return index.model
@@ -170,9 +183,10 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         )
     named = _owners_by_name(model)
     for unit in engine.plan.units:
-        image = allocate(unit.image_bytes)
-        settle(engine.reader.fill(unit, image))
-        _bind(named, unit, torch.from_numpy(image))
+        raw = unit.raw()
+        image = allocate(raw.image_bytes)
+        settle(engine.coder.fill(raw, image))
+        _bind(named, raw.tensors, torch.from_numpy(image))
     nn.Module.to(model, "cpu")
     del vars(model)["hf_device_map"]
     del _engines[model]
@@ -225,11 +239,11 @@ def _plan(
         return make_plan(
             units,
             budget=budget_bytes,
-            workspace_bytes=workspace_bytes(index.model.config, index.model.dtype, device, workload),
+            workspace_bytes=_workspace(index, device, workload),
             host_bytes=max(host_bytes, 0),
             ring_bytes=None if ring is None else parse_bytes(ring),
             ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)) if device.type == "cuda" else 0,
-            has_disk=not index.synthetic,
+            has_disk=all(isinstance(entry.source, FileSpan) for entry in index.tensors.values()),
         )
 
     try:
@@ -245,18 +259,24 @@ def _plan(
     return planned
 
 
+def _workspace(index: WeightIndex, device: torch.device, work: Workload) -> int:
+    return workspace_bytes(index.model.config, index.model.dtype, device, work)
+
+
 def _start(
     index: WeightIndex,
     planned: Plan,
     work: Workload,
     device: torch.device,
+    reader: Reader,
+    coder: Coder,
     chunk_bytes: int,
-    spill: Path,
     *,
     trace: bool,
     progress: bool,
+    undo: ExitStack,
 ) -> Engine:
-    """Allocate, fill, bind and hook; leave nothing allocated if any of it fails."""
+    """Allocate, fill, bind and hook; ``undo`` learns how to take each step back."""
     model = index.model
     stats = Stats(
         model_bytes=planned.model_bytes,
@@ -267,38 +287,43 @@ def _start(
         traced=trace,
     )
     named = _owners_by_name(model)
-    with ExitStack() as undo:
-        undo.callback(shutil.rmtree, spill, ignore_errors=True)
-        reader = Reader(chunk_bytes, cpus=local_cpus(device.index or 0) if device.type == "cuda" else None)
-        undo.callback(reader.close)
-        residents = load_residents(planned.at(Tier.RESIDENT), reader, device)
-        arena = Arena(planned.at(Tier.PINNED), reader, pin=device.type == "cuda", progress=progress)
-        undo.callback(arena.close)
-        stats.page_locked = arena.pinned
-        sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
-        copier: Copier
-        if device.type == "cuda":
-            ring = torch.empty(planned.ring_bytes, dtype=torch.uint8, device=device)
-            copier = CudaCopier(sources, planned.slots, ring, reader, stats, chunk_bytes)
+    residents = load_residents(planned.at(Tier.RESIDENT), coder, device)
+    arena = Arena(planned.at(Tier.PINNED), coder, pin=device.type == "cuda", progress=progress)
+    undo.callback(arena.close)
+    coder.close()  # there is nothing left to code
+    stats.page_locked = arena.pinned
+    sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
+    copier: Copier
+    if device.type == "cuda":
+        ring = torch.empty(planned.ring_bytes, dtype=torch.uint8, device=device)
+        copier = CudaCopier(sources, planned.slots, ring, reader, stats, chunk_bytes)
+    else:
+        copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
+    undo.callback(copier.close)
+    slots = {
+        unit.name: copier.ring[slot.offset : slot.offset + slot.nbytes]
+        for unit, slot in zip(planned.streamed, planned.slots, strict=True)
+    }
+    scratch = Scratch(planned.scratch_bytes, device)
+    decodings = {}
+    for unit in planned.units:
+        image = residents[unit.name] if unit.name in residents else slots[unit.name]
+        if unit.coded:
+            decodings[unit.name] = decoding(unit, image, scratch)
+            _bind(named, unit.decoded, scratch.buffer)
         else:
-            copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
-        undo.callback(copier.close)
-        for unit in planned.at(Tier.RESIDENT):
-            _bind(named, unit, residents[unit.name])
-        for unit, slot in zip(planned.streamed, planned.slots, strict=True):
-            _bind(named, unit, copier.ring[slot.offset : slot.offset + slot.nbytes])
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
-        vars(model)["hf_device_map"] = {
-            "": "disk"
-        }  # so that generate() does not try to compile a forward pass with hooks
-        streamer = Streamer(planned.streamed, planned.slots, copier, stats)
-        undo.callback(streamer.detach)
-        streamer.attach(model)
-        undo.callback(model.register_forward_hook(shortage_hook(work), always_call=True).remove)
-        return Engine(planned, reader, copier, streamer, stats, undo.pop_all())
+            _bind(named, unit.tensors, image)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    vars(model)["hf_device_map"] = {"": "disk"}  # so that generate() does not try to compile a pass with hooks
+    streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
+    undo.callback(streamer.detach)
+    streamer.attach(model)
+    streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
+    undo.callback(model.register_forward_hook(shortage_hook(work), always_call=True).remove)
+    return Engine(planned, coder, copier, streamer, stats, undo.pop_all())
 
 
 def _owners_by_name(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -310,10 +335,10 @@ def _owners_by_name(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _bind(named: dict[str, list[tuple[nn.Module, str]]], unit: Unit, image: torch.Tensor) -> None:
-    """Make the unit's parameters views of ``image`` (uint8, ``unit.image_bytes``), tied ones still one object."""
-    for tensor in unit.tensors:
-        raw = image[tensor.offset : tensor.offset + tensor.entry.nbytes]
+def _bind(named: dict[str, list[tuple[nn.Module, str]]], tensors: Sequence[PlacedTensor], image: torch.Tensor) -> None:
+    """Make parameters views of ``image`` (uint8, raw weights at the tensors' places), tied ones still one object."""
+    for tensor in tensors:
+        raw = image[tensor.offset : tensor.offset + tensor.entry.raw_bytes]
         parameter = nn.Parameter(raw.view(tensor.entry.dtype).view(tensor.entry.shape), requires_grad=False)
         for module, local in named[tensor.name]:
             module._parameters[local] = parameter

@@ -51,7 +51,9 @@ class Plan:
     budget: int
     ring_bytes: int
     workspace_bytes: int
-    """Device memory kept for KV cache, activations and scratch."""
+    """Device memory kept for KV cache and activations."""
+    scratch_bytes: int
+    """Device memory that coded units are decoded into, one at a time."""
     model_bytes: int
 
     @property
@@ -81,7 +83,7 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """Device memory in all."""
-        return self.resident_bytes + self.ring_bytes + self.workspace_bytes
+        return self.resident_bytes + self.ring_bytes + self.scratch_bytes + self.workspace_bytes
 
     @property
     def oversubscription(self) -> float:
@@ -96,6 +98,11 @@ class Plan:
         streamed = self.pinned_bytes + self.disk_bytes
         return max(streamed / rates.link, self.disk_bytes / rates.disk)
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether any unit is coded."""
+        return self.scratch_bytes > 0
+
     def table(self) -> str:
         """Return the plan for people: a line per place."""
         rows = [
@@ -107,7 +114,8 @@ class Plan:
                 f"{len(self.at(Tier.RESIDENT))} units that never cross the link again",
             ),
             ("  ring", self.ring_bytes, "streamed units on their way"),
-            ("  workspace", self.workspace_bytes, "KV cache, activations, scratch"),
+            *([("  scratch", self.scratch_bytes, "where coded units are decoded, one at a time")] * self.is_coded),
+            ("  workspace", self.workspace_bytes, "KV cache, activations, libraries"),
             ("pinned", self.pinned_bytes, f"{len(self.at(Tier.PINNED))} units in host memory, streamed each pass"),
             ("disk", self.disk_bytes, f"{len(self.at(Tier.DISK))} units read each pass"),
         ]
@@ -142,11 +150,12 @@ def make_plan(
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
     """
     tiny = TINY_SHARE * max((unit.weight_bytes for unit in units), default=0)
-    all_fit = _total(units) + workspace_bytes <= budget  # then there is no need of a ring either
+    scratch = max((unit.decoded_bytes for unit in units), default=0)
+    all_fit = _total(units) + scratch + workspace_bytes <= budget  # then there is no need of a ring either
     must_stay = [unit for unit in units if all_fit or unit.held or unit.weight_bytes < tiny]
     chosen = _names(must_stay)
     streamable = [unit for unit in units if unit.name not in chosen]
-    fixed = _total(must_stay) + workspace_bytes
+    fixed = _total(must_stay) + workspace_bytes + scratch
 
     def ring_without(unit: Unit) -> int:
         others = (other for other in streamable if other.name not in chosen and other is not unit)
@@ -162,14 +171,14 @@ def make_plan(
         waiting.remove(fits[0])
     rest = [unit for unit in units if unit.name not in chosen]
     ring = ring_bytes or min(_default_ring(rest, ring_floor), max(budget - fixed, 0))
-    _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes)
+    _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch)
     chosen |= _spread(rest, budget - fixed - ring)
     streamed = [unit for unit in units if unit.name not in chosen]
     pinned = _spread(streamed, host_bytes)
     if not has_disk and len(pinned) < len(streamed):
         raise PlanError(
             f"host memory: the streamed weights need {format_bytes(_total(streamed))}, but {format_bytes(host_bytes)} "
-            "are allowed, and weights made in memory have no disk tier; raise host_memory or budget"
+            "are allowed, and weights that are made or coded in memory have no disk tier; raise host_memory or budget"
         )
 
     def tier(unit: Unit) -> Tier:
@@ -185,7 +194,8 @@ def make_plan(
         budget=budget,
         ring_bytes=ring,
         workspace_bytes=workspace_bytes,
-        model_bytes=sum(unit.weight_bytes for unit in units),
+        scratch_bytes=scratch,
+        model_bytes=sum(unit.raw_bytes for unit in units),
     )
 
 

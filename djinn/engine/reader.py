@@ -19,13 +19,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from djinn.errors import CheckpointError
 from djinn.weights import synthetic
-from djinn.weights.index import FileSpan, TensorEntry
+from djinn.weights.index import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, Unit
 
 Buffer = NDArray[np.uint8]
@@ -68,6 +69,14 @@ def pieces(unit: Unit, chunk_bytes: int) -> list[Piece]:
     return cut
 
 
+class Filler(Protocol):
+    """What makes images of units."""
+
+    def fill(self, unit: Unit, image: Buffer) -> list[Future[int]]:
+        """Start filling ``image`` (uint8, ``unit.image_bytes``, page-aligned); return futures of bytes."""
+        ...
+
+
 class Reader:
     """A pool of threads that fill images from files or seeds, and the files they keep open.
 
@@ -94,7 +103,7 @@ class Reader:
         source = piece.entry.source
         if isinstance(source, FileSpan):
             self._read_file(source.path, source.offset + piece.start, piece.nbytes, image, piece.offset)
-        else:
+        elif isinstance(source, Seeded):
             synthetic.fill(
                 image[piece.offset : piece.offset + piece.nbytes],
                 name=source.name,
@@ -103,6 +112,8 @@ class Reader:
                 seed=source.seed,
                 start=piece.start,
             )
+        else:
+            raise TypeError(f"tensor {piece.name} is coded while it is loaded, which a reader does not do")
         return piece.nbytes
 
     def _read_file(self, path: Path, offset: int, nbytes: int, image: Buffer, at: int) -> None:

@@ -9,11 +9,11 @@ from concurrent.futures import Future
 import torch
 
 from djinn.engine.arena import PinnedMemory
-from djinn.engine.reader import Reader, allocate, settle
+from djinn.engine.reader import Filler, allocate, settle
 from djinn.weights.units import PAGE, Unit
 
 
-def load_residents(units: Sequence[Unit], reader: Reader, device: torch.device) -> dict[str, torch.Tensor]:
+def load_residents(units: Sequence[Unit], filler: Filler, device: torch.device) -> dict[str, torch.Tensor]:
     """Return each unit's image (uint8, ``unit.image_bytes``) on ``device``, read in parallel.
 
     Raises:
@@ -25,16 +25,16 @@ def load_residents(units: Sequence[Unit], reader: Reader, device: torch.device) 
         host = allocate(ends[-1])
         futures: list[Future[int]] = []
         for unit in units:
-            futures += reader.fill(unit, host[starts[unit.name] : starts[unit.name] + unit.image_bytes])
+            futures += filler.fill(unit, host[starts[unit.name] : starts[unit.name] + unit.image_bytes])
         settle(futures)
         block = torch.from_numpy(host)
     else:
         block = torch.empty(ends[-1], dtype=torch.uint8, device=device)
-        _copy_over(units, block, starts, reader)
+        _copy_over(units, block, starts, filler)
     return {unit.name: block[starts[unit.name] : starts[unit.name] + unit.image_bytes] for unit in units}
 
 
-def _copy_over(units: Sequence[Unit], block: torch.Tensor, starts: dict[str, int], reader: Reader) -> None:
+def _copy_over(units: Sequence[Unit], block: torch.Tensor, starts: dict[str, int], filler: Filler) -> None:
     """Fill ``block`` through two page-locked buffers, so that one is read while the other is copied."""
     largest = max((unit.image_bytes for unit in units), default=0)
     memory = PinnedMemory(2 * largest)
@@ -46,7 +46,7 @@ def _copy_over(units: Sequence[Unit], block: torch.Tensor, starts: dict[str, int
             side = number % 2
             copied[side].synchronize()
             host = memory.buffer[side * largest : side * largest + unit.image_bytes]
-            settle(reader.fill(unit, host))
+            settle(filler.fill(unit, host))
             block[starts[unit.name] : starts[unit.name] + unit.image_bytes].copy_(
                 torch.from_numpy(host), non_blocking=True
             )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Lane = Literal["copy", "compute", "stall"]
+Lane = Literal["copy", "decode", "compute", "stall"]
 TIMELINE_LIMIT = 100_000
 """Intervals kept; about 15 MB. What comes after is counted in the totals alone."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Something that took time: a unit's copy, the compute that read it, or the wait in between.
+    """Something that took time: a unit's copy, the decoding or compute that read its slot, or the wait in between.
 
     Times are seconds of one clock whose zero is arbitrary; ``cause`` says what a stall waited for.
     """

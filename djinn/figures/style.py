@@ -48,7 +48,7 @@ LOOKS = {
 }
 """Every system that a profile may list, as ``system`` or ``system:variant``."""
 
-LANES = {"copy": "#0072B2", "compute": "#009E73", "stall": "#D55E00"}
+LANES = {"copy": "#0072B2", "decode": "#CC79A7", "compute": "#009E73", "stall": "#D55E00"}
 """The lanes of the timeline, top to bottom."""
 
 _RC: dict[Any, Any] = {

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from djinn.codec.layout import Layout
 from djinn.errors import CheckpointError
 
 DTYPES = {
@@ -64,17 +65,35 @@ class Seeded:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Bytes made by coding those of another source."""
+
+    raw: FileSpan | Seeded
+
+
+@dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: what it is and where its bytes come from."""
+    """One tensor: what it is, where its bytes come from, and how they are coded, if they are."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: FileSpan | Seeded
+    source: FileSpan | Seeded | Encoded
+    layout: Layout | None = None
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Bytes that are kept and travel: those of the blob where the tensor is coded."""
+        return self.raw_bytes if self.layout is None else self.layout.nbytes
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the weights as a model computes with them."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def raw(self) -> TensorEntry:
+        """The tensor before it was coded; itself where it is not coded while loading."""
+        return TensorEntry(self.dtype, self.shape, self.source.raw) if isinstance(self.source, Encoded) else self
 
 
 @dataclass(frozen=True)
@@ -91,7 +110,7 @@ class WeightIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, ties counted once."""
-        return sum(entry.nbytes for entry in self.tensors.values())
+        return sum(entry.raw_bytes for entry in self.tensors.values())
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

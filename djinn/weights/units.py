@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,8 +57,43 @@ class Unit:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the tensors themselves, without padding."""
+        """Bytes of the tensors as they travel, without padding."""
         return sum(tensor.entry.nbytes for tensor in self.tensors)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the weights as a model computes with them."""
+        return sum(tensor.entry.raw_bytes for tensor in self.tensors)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the image has to be decoded before it is read."""
+        return any(tensor.entry.layout is not None for tensor in self.tensors)
+
+    @property
+    def decoded(self) -> tuple[PlacedTensor, ...]:
+        """The tensors at their places in the decoded image: aligned, each in whole tiles of the code."""
+        placed = []
+        end = 0
+        for tensor in self.tensors:
+            placed.append(replace(tensor, offset=end))
+            layout = tensor.entry.layout
+            nbytes = tensor.entry.raw_bytes if layout is None else layout.decoded_bytes
+            end = _round_up(end + nbytes, ALIGNMENT)
+        return tuple(placed)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size of the decoded image; 0 where nothing is coded."""
+        if not self.coded:
+            return 0
+        last = self.decoded[-1]
+        layout = last.entry.layout
+        return last.offset + (last.entry.raw_bytes if layout is None else layout.decoded_bytes)
+
+    def raw(self) -> Unit:
+        """Return the unit as it was before its tensors were coded."""
+        return replace(self, tensors=_layout([(tensor.name, tensor.entry.raw) for tensor in self.tensors]))
 
 
 def find_units(index: WeightIndex) -> list[Unit]:

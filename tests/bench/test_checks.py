@@ -63,7 +63,16 @@ PROOF = Proof(
     logits_equal=True,
     tokens_equal=True,
 )
-PLAN = Plan(units=(), tiers=(), slots=(), budget=24 * 10**9, ring_bytes=0, workspace_bytes=0, model_bytes=138 * 10**9)
+PLAN = Plan(
+    units=(),
+    tiers=(),
+    slots=(),
+    budget=24 * 10**9,
+    ring_bytes=0,
+    workspace_bytes=0,
+    scratch_bytes=0,
+    model_bytes=138 * 10**9,
+)
 LINK = [LinkRate(kind="pinned to device", chunk_bytes=2**26, gbps=54.8)]
 DISK = [DiskRate(kind="read", mode=mode, threads=1, gbps=1.5) for mode in ("buffered", "direct")]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from djinn.codec import reference
 from djinn.codec.cpu import BLOCK
 from djinn.codec.decode import Decoder, decode
-from djinn.codec.encode import coded_bytes, encode
+from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import MIN_GAIN, TILE, Layout, sections
 
 
@@ -117,16 +117,16 @@ def test_the_last_tile_is_filled_up_with_its_commonest_exponent() -> None:
 def test_bits_per_weight(name: str) -> None:
     most, _ = DISTRIBUTIONS[name]
     weights = spread(name)
-    nbytes = coded_bytes(weights)
-    assert nbytes is not None
-    assert 10.5 < 8 * nbytes / weights.numel() <= most
+    measured = layout_of(weights)
+    assert measured is not None
+    assert 10.5 < 8 * measured.nbytes / weights.numel() <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn])
 def test_other_dtypes_stay_raw(dtype: torch.dtype) -> None:
     weights = torch.zeros(100_000).to(dtype)
     assert encode(weights) is None
-    assert coded_bytes(weights) is None
+    assert layout_of(weights) is None
 
 
 @pytest.mark.parametrize(
@@ -134,15 +134,15 @@ def test_other_dtypes_stay_raw(dtype: torch.dtype) -> None:
 )
 def test_what_does_not_gain_stays_raw(weights: torch.Tensor) -> None:
     assert encode(weights) is None
-    assert coded_bytes(weights) is None
+    assert layout_of(weights) is None
 
 
 def test_the_least_gain_is_exact() -> None:
     weights = normal(10 * TILE)
-    blob, layout = forced(weights)
+    _, layout = forced(weights)
     gain = 1 - layout.nbytes / layout.raw_bytes
     assert gain > MIN_GAIN
-    assert coded_bytes(weights) == len(blob)
+    assert layout_of(weights) == layout
     assert encode(weights, min_gain=gain - 1e-9) is not None
     assert encode(weights, min_gain=gain + 1e-9) is None
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from djinn.engine.coding import Scratch
 from djinn.engine.hooks import Streamer
 from djinn.engine.ring import Slot, schedule
 from djinn.engine.stats import Stats
@@ -146,7 +147,7 @@ def streaming(sizes: list[int], ring_bytes: int, seed: int = 0) -> tuple[Streame
     device = SimulatedDevice(slots, ring_bytes, seed)
     stats = Stats(model_bytes=sum(sizes), resident_bytes=0, ring_bytes=ring_bytes, host_bytes=sum(sizes), disk_bytes=0)
     units = tuple(named_unit(number, size) for number, size in enumerate(sizes))
-    return Streamer(units, slots, device, stats), device, stats
+    return Streamer(units, slots, device, stats, {}, Scratch(0, torch.device("cpu"))), device, stats
 
 
 def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:

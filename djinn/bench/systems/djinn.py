@@ -26,6 +26,7 @@ class Djinn(System):
             batch=profile.batch,
             dtype=job.dtype,
             seed=profile.seed,
+            coding=profile.coding,
             trace=job.trace,
         )
         stats = djinn.stats(self.model)

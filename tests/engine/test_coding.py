@@ -1,0 +1,191 @@
+"""Coded weights in the engine: equal bits, fewer bytes, and scratch that nobody reads too late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import djinn
+from djinn.engine import model as engine_model
+from djinn.engine.coding import LEAST_BYTES, Coder, Scratch
+from djinn.engine.plan import Plan, Tier
+from djinn.engine.reader import Reader
+from djinn.errors import PlanError
+from djinn.weights.index import Encoded, checkpoint_index
+
+WORK = {"prompt_tokens": 16, "new_tokens": 8, "device": "cpu", "host_memory": "1 GB", "coding": "lossless"}
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that sums have one order
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose matrices are large enough to be coded, with biases that stay raw in the same units."""
+    folder = tmp_path_factory.mktemp("coded")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        vocab_size=1024,
+        attention_bias=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def coded(folder: Path, device: str, share: float, **options: object) -> PreTrainedModel:
+    """Return a coded model whose budget holds ``share`` of the raw weights, besides the workspace."""
+    work = WORK | {"device": device}
+    del work["coding"]
+    whole = djinn.plan(folder, budget="3 GB", **work)  # type: ignore[arg-type]
+    budget = whole.workspace_bytes + round(share * whole.model_bytes)
+    return djinn.load(folder, budget=budget, **WORK | {"device": device} | options)  # type: ignore[arg-type]
+
+
+def plan_of(model: PreTrainedModel) -> Plan:
+    return engine_model._engines[model].plan
+
+
+def resident(folder: Path, device: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+
+
+def logits(model: PreTrainedModel, length: int = 7) -> torch.Tensor:
+    prompt = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(length))
+    with torch.no_grad():
+        return model(prompt.to(model.device)).logits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_output_is_the_resident_models_bit_for_bit(checkpoint: Path, device: str, share: float) -> None:
+    """Invariant 7: streamed units and coded residents alike."""
+    model, whole = coded(checkpoint, device, share), resident(checkpoint, device)
+    made = plan_of(model)
+    assert any(unit.coded for unit in made.streamed)
+    assert any(unit.coded for unit in made.at(Tier.RESIDENT))
+    for length in (1, 16, 7):
+        assert torch.equal(logits(model, length), logits(whole, length))
+    prompt = torch.arange(5, 12, device=model.device)[None]
+    greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    assert torch.equal(model.generate(prompt, **greedy), whole.generate(prompt, **greedy))
+    stats = djinn.stats(model)
+    assert (stats.reloads, stats.skips) == (0, 0)
+    assert stats.link_bytes == stats.passes * sum(unit.weight_bytes for unit in made.streamed)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fewer_bytes_cross_and_more_stays(checkpoint: Path, device: str) -> None:
+    packed, raw = coded(checkpoint, device, 0.6), coded(checkpoint, device, 0.6, coding="none")
+    assert plan_of(packed).model_bytes == plan_of(raw).model_bytes
+    assert plan_of(packed).device_bytes <= plan_of(packed).budget
+    streamed = sum(unit.raw_bytes for unit in plan_of(packed).streamed)
+    assert streamed < sum(unit.raw_bytes for unit in plan_of(raw).streamed)
+    assert sum(unit.weight_bytes for unit in plan_of(packed).streamed) < 0.72 * streamed
+
+
+def test_a_model_that_fits_stays_raw(checkpoint: Path) -> None:
+    model = djinn.load(checkpoint, budget="1 GB", **WORK)  # type: ignore[arg-type]
+    assert not any(unit.coded for unit in plan_of(model).units)
+
+
+def test_what_is_coded_cannot_stay_on_disk(checkpoint: Path) -> None:
+    with pytest.raises(PlanError, match="made or coded in memory have no disk tier"):
+        coded(checkpoint, "cpu", 0.3, host_memory="1 MB")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_detaching_brings_the_raw_weights_back(checkpoint: Path, device: str) -> None:
+    model, whole = coded(checkpoint, device, 0.3), resident(checkpoint, "cpu")
+    logits(model)
+    djinn.detach(model)
+    wanted = dict(whole.named_parameters())
+    assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_an_exception_in_a_pass_leaves_a_model_that_works(checkpoint: Path, error: BaseException) -> None:
+    model = coded(checkpoint, "cpu", 0.6)
+    wanted = logits(model)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    for name in ("model.embed_tokens", "model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj", "lm_head"):
+        handle = model.get_submodule(name).register_forward_hook(fail)
+        with pytest.raises(type(error)):
+            logits(model)
+        handle.remove()
+        assert torch.equal(logits(model), wanted)
+
+
+def test_a_unit_read_inside_another_is_refused(checkpoint: Path) -> None:
+    """Both would be decoded into the same scratch; the recorded pass did not do it."""
+    model = coded(checkpoint, "cpu", 0.6)
+    wanted = logits(model)
+    outer, inner = model.model.layers[0].mlp.gate_proj, model.model.layers[1].mlp.gate_proj
+    forward = outer.forward
+
+    def nested(x: torch.Tensor) -> torch.Tensor:
+        return forward(x) + 0 * inner(x)
+
+    outer.forward = nested
+    with pytest.raises(PlanError, match=r"is read inside|which the recorded pass did not do"):
+        logits(model)
+    del outer.forward
+    assert torch.equal(logits(model), wanted)
+
+
+def test_only_what_gains_is_coded(checkpoint: Path, tmp_path: Path) -> None:
+    reader = Reader(2**20)
+    coder = Coder(reader, torch.device("cpu"))
+    index = coder.index(checkpoint_index(checkpoint, tmp_path))
+    for name, entry in index.tensors.items():
+        assert (entry.layout is not None) == (entry.raw_bytes >= LEAST_BYTES), name
+        assert isinstance(entry.source, Encoded) == (entry.layout is not None)
+        assert entry.raw.nbytes == entry.raw_bytes
+    coder.close()
+    reader.close()
+
+
+def test_scratch_knows_who_reads_it() -> None:
+    scratch = Scratch(1, torch.device("cpu"))
+    scratch.enter("a")
+    scratch.enter("a")
+    scratch.leave("b")
+    scratch.leave("a")
+    with pytest.raises(PlanError, match="unit b is read inside a"):
+        scratch.enter("b")
+    scratch.leave("a")
+    scratch.enter("b")
+    scratch.clear()
+    scratch.enter("c")
+
+
+def test_parameters_look_as_ever(checkpoint: Path) -> None:
+    model = coded(checkpoint, "cpu", 0.3)
+    parameters = dict(model.named_parameters())
+    assert all(isinstance(value, nn.Parameter) and not value.requires_grad for value in parameters.values())
+    shapes = {name: value.shape for name, value in resident(checkpoint, "cpu").named_parameters()}
+    assert {name: value.shape for name, value in parameters.items()} == shapes
