@@ -9,6 +9,7 @@ The model is a Llama-2-70B cut to 16 layers with synthetic weights, 28 GB, made 
 - ``deepspeed``: ZeRO-3 with pinned parameters in host memory and 24 GB of device memory, over a grid of its settings;
 - ``accelerate``: as shipped, and with its weights pinned by hand, in the budget in which no layer stays;
 - ``chunks``, ``rings``: djinn over chunk and ring sizes;
+- ``coded``: djinn with losslessly coded weights, in both budgets of ``djinn``;
 - ``trace``: a profiler's view of passes in this process: host synchronisations, time in hooks, gaps between copies.
 
 Every run measures the pinned copy rate beside itself. Records go to RUN_DIR/results/benchmark.jsonl and the trace's
@@ -62,7 +63,7 @@ GRID: dict[str, dict[str, int | bool]] = {
         "stage3_param_persistence_threshold": 0,
     },
 }
-PARTS = ("djinn", "chunks", "deepspeed", "accelerate", "rings", "trace")
+PARTS = ("djinn", "coded", "chunks", "deepspeed", "accelerate", "rings", "trace")
 HOST_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
 
@@ -86,17 +87,23 @@ def lanes(part: str, base: Profile) -> list[Lane]:
             ours("24 GB", budget=f"{PAPER_BUDGET} B"),
             ours("24 GB, ring 20 GB", budget=f"{PAPER_BUDGET} B", ring="20 GB"),
         ]
+    if part == "coded":
+        room = NONE_RESIDENT + 2 * MATRIX  # for the scratch that matrices are decoded into
+        return [
+            ours("coded, no layer resident", budget=f"{room} B", coding="lossless"),
+            ours("coded, 24 GB", budget=f"{PAPER_BUDGET} B", coding="lossless"),
+        ]
     if part == "chunks":
-        sizes = ("1 MiB", "4 MiB", "16 MiB", "64 MiB", "128 MiB", "512 MiB")
+        sizes = ("1 MiB", "4 MiB", "16 MiB", "64 MiB")
         return [ours(f"chunk={size}", chunk=size, **short) for size in sizes]
     if part == "rings":
-        sizes_mb = (500, 1000, 1500, 3000, 6000)
+        sizes_mb = (500, 1500, 6000)
         return [
             ours(f"ring={size} MB", ring=f"{size} MB", budget=f"{BASE_BYTES + size * 10**6} B", **short)
             for size in sizes_mb
         ]
     if part == "deepspeed":
-        roomy = base.override(budget=f"{PAPER_BUDGET} B", runs=2)
+        roomy = base.override(budget=f"{PAPER_BUDGET} B", runs=2, new_tokens=8)
         return [
             Lane(system="deepspeed", target="cpu", variant=f"cpu, {name}", tuning=tuple(tuning.items()), profile=roomy)
             for name, tuning in GRID.items()
