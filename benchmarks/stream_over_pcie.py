@@ -94,10 +94,10 @@ def lanes(part: str, base: Profile) -> list[Lane]:
             ours("coded, 24 GB", budget=f"{PAPER_BUDGET} B", coding="lossless"),
         ]
     if part == "chunks":
-        sizes = ("1 MiB", "4 MiB", "16 MiB", "64 MiB")
+        sizes = ("4 MiB", "16 MiB", "64 MiB")
         return [ours(f"chunk={size}", chunk=size, **short) for size in sizes]
     if part == "rings":
-        sizes_mb = (500, 1500, 6000)
+        sizes_mb = (500, 6000)
         return [
             ours(f"ring={size} MB", ring=f"{size} MB", budget=f"{BASE_BYTES + size * 10**6} B", **short)
             for size in sizes_mb

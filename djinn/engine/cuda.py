@@ -9,11 +9,10 @@ Shared with ROCm builds of torch, whose streams and events have the same names.
 
 from __future__ import annotations
 
-import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,6 +20,7 @@ import torch
 
 from djinn.engine.arena import PinnedMemory
 from djinn.engine.copier import Fill, Source, reading_lane
+from djinn.engine.memcpy import Command, prepare
 from djinn.engine.reader import THREADS, Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
 from djinn.engine.stats import Interval, Stats
@@ -28,9 +28,6 @@ from djinn.weights.units import PAGE
 
 STAGING_BUFFERS = THREADS
 """Page-locked buffers between disk and link: one for every reading thread; copying one takes a tenth of reading it."""
-
-
-_HOST_TO_DEVICE = 1  # cudaMemcpyKind, and hipMemcpyKind
 
 
 class CudaCopier:
@@ -61,9 +58,13 @@ class CudaCopier:
         self._compute: dict[int, torch.cuda.Stream] = {}
         self._ready = [torch.cuda.Event() for _ in sources]
         self._free = [torch.cuda.Event() for _ in sources]
-        self._copy = _memcpy_async()
-        self._copies = [
-            _commands(ring[slot.offset : slot.offset + slot.nbytes], source.image, chunk_bytes)
+        self._issue = [
+            prepare(
+                _commands(ring[slot.offset : slot.offset + slot.nbytes], source.image, chunk_bytes),
+                page_locked=stats.page_locked,
+            )
+            if source.image is not None
+            else None
             for source, slot in zip(sources, slots, strict=True)
         ]
         self._disk: _DiskStream | None = None
@@ -72,8 +73,9 @@ class CudaCopier:
         self._trace = _Trace(stats) if stats.traced else None
 
     def submit(self, unit: int, after: int | None) -> None:
-        source = self._sources[unit]
-        if self._disk is not None and source.image is None:
+        issue = self._issue[unit]
+        if issue is None:
+            assert self._disk is not None
             self._disk.submit(unit, after)
             return
         stream = self._stream
@@ -81,8 +83,7 @@ class CudaCopier:
             stream.wait_event(self._free[after])
         if self._trace is not None:
             self._trace.mark(unit, "copy_start", stream)
-        for target, image, nbytes in self._copies[unit]:
-            self._copy(target, image, nbytes, stream.cuda_stream)
+        issue(stream.cuda_stream)
         if self._trace is not None:
             self._trace.mark(unit, "copy_end", stream)
         self._ready[unit].record(stream)
@@ -140,39 +141,17 @@ class CudaCopier:
         torch.cuda.synchronize(self.ring.device)
         if self._disk is not None:
             self._disk.close()
-        self._copies.clear()
+        self._issue.clear()
         self.ring = torch.empty(0, dtype=torch.uint8)
 
 
-def _commands(target: torch.Tensor, image: Buffer | None, chunk_bytes: int) -> list[tuple[int, int, int]]:
-    """Return (device address, host address, bytes) of each copy command of a unit; made once, not in hooks."""
-    if image is None:
-        return []
+def _commands(target: torch.Tensor, image: Buffer, chunk_bytes: int) -> list[Command]:
+    """Return a unit's copy commands, each of at most ``chunk_bytes``; made once, not in hooks."""
     starts = range(0, image.nbytes, chunk_bytes)
     return [
         (target.data_ptr() + start, image.ctypes.data + start, min(chunk_bytes, image.nbytes - start))
         for start in starts
     ]
-
-
-def _memcpy_async() -> Callable[[int, int, int, int], None]:
-    """Return ``copy(device address, host address, bytes, stream)``, the runtime's own, which torch has loaded.
-
-    ``Tensor.copy_`` spends many times longer on the host, looking for the memory in its own page-locked blocks.
-    """
-    if torch.version.hip is not None:
-        name, symbol = "libamdhip64.so", "hipMemcpyAsync"
-    else:
-        name, symbol = f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}", "cudaMemcpyAsync"
-    function = getattr(ctypes.CDLL(name), symbol)
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-
-    def copy(target: int, image: int, nbytes: int, stream: int) -> None:
-        error = function(target, image, nbytes, _HOST_TO_DEVICE, stream)
-        if error != 0:
-            raise RuntimeError(f"{symbol} of {nbytes} bytes failed with error {error}")
-
-    return copy
 
 
 @dataclass

@@ -52,8 +52,16 @@ def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workloa
 
 
 def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, work: Workload) -> int:
-    """Return the device memory to keep free of weights."""
-    libraries = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES if device.type == "cuda" else 0
+    """Return the device memory to keep free of weights.
+
+    A CPU's torch (2.13) copies the output projection for every sequence whose last position alone goes through it,
+    as it does in ``generate``.
+    """
+    if device.type == "cuda":
+        libraries = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
+    else:
+        text = config.get_text_config()
+        libraries = work.batch * text.vocab_size * text.hidden_size * dtype.itemsize
     return kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work) + libraries
 
 

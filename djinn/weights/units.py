@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Unit:
     """Tensors that travel together. Their **image** is the same in the arena and in the ring, so one copy moves it.
 
     ``readers`` are the modules that read it, in order; ``held`` says that a reader runs other units while it needs
-    this one, so that it cannot be streamed and stays on the device.
+    this one, so that it cannot be streamed and stays on the device. Sizes are cached: hooks ask for them.
     """
 
     name: str
@@ -49,28 +50,28 @@ class Unit:
     tensors: tuple[PlacedTensor, ...]
     held: bool = False
 
-    @property
+    @cached_property
     def image_bytes(self) -> int:
         """Size of the image, whole pages."""
         last = self.tensors[-1]
         return _round_up(last.offset + last.entry.nbytes, PAGE)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of the tensors as they travel, without padding."""
         return sum(tensor.entry.nbytes for tensor in self.tensors)
 
-    @property
+    @cached_property
     def raw_bytes(self) -> int:
         """Bytes of the weights as a model computes with them."""
         return sum(tensor.entry.raw_bytes for tensor in self.tensors)
 
-    @property
+    @cached_property
     def coded(self) -> bool:
         """Whether the image has to be decoded before it is read."""
         return any(tensor.entry.layout is not None for tensor in self.tensors)
 
-    @property
+    @cached_property
     def decoded(self) -> tuple[PlacedTensor, ...]:
         """The tensors at their places in the decoded image: aligned, each in whole tiles of the code."""
         placed = []
@@ -82,7 +83,7 @@ class Unit:
             end = _round_up(end + nbytes, ALIGNMENT)
         return tuple(placed)
 
-    @property
+    @cached_property
     def decoded_bytes(self) -> int:
         """Size of the decoded image; 0 where nothing is coded."""
         if not self.coded:

@@ -19,6 +19,7 @@ from djinn.errors import PlanError
 from djinn.weights.index import Encoded, checkpoint_index
 
 WORK = {"prompt_tokens": 16, "new_tokens": 8, "device": "cpu", "host_memory": "1 GB", "coding": "lossless"}
+RING = "6 MB"  # a GPU's own choice would hold this whole model
 DEVICES = [
     "cpu",
     pytest.param(
@@ -60,7 +61,7 @@ def coded(folder: Path, device: str, share: float, **options: object) -> PreTrai
     del work["coding"]
     whole = djinn.plan(folder, budget="3 GB", **work)  # type: ignore[arg-type]
     budget = whole.workspace_bytes + round(share * whole.model_bytes)
-    return djinn.load(folder, budget=budget, **WORK | {"device": device} | options)  # type: ignore[arg-type]
+    return djinn.load(folder, budget=budget, ring=RING, **WORK | {"device": device} | options)  # type: ignore[arg-type]
 
 
 def plan_of(model: PreTrainedModel) -> Plan:

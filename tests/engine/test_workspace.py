@@ -66,13 +66,14 @@ def test_other_names_of_the_intermediate_size(config: OPTConfig | GPT2Config, in
     assert activation_bytes(config, BF16, work) == (2 * 64 + 4 * intermediate) * 2 + 10 * (2 + 8)
 
 
-def test_a_gpu_also_keeps_room_for_its_libraries() -> None:
+def test_every_device_keeps_room_for_its_libraries() -> None:
     work = Workload(prompt_tokens=8, new_tokens=8, batch=1)
     config = load_architecture("llama-tiny")
     on_cpu = workspace_bytes(config, BF16, torch.device("cpu"), work)
-    assert on_cpu == kv_cache_bytes(config, BF16, work) + activation_bytes(config, BF16, work)
+    either = kv_cache_bytes(config, BF16, work) + activation_bytes(config, BF16, work)
+    assert on_cpu == either + 1024 * 256 * 2, "the output projection, which torch copies there"
     beside = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
-    assert workspace_bytes(config, BF16, torch.device("cuda"), work) == on_cpu + beside
+    assert workspace_bytes(config, BF16, torch.device("cuda"), work) == either + beside
 
 
 @given(limit=st.integers(0, 1000), below=st.integers(1, 1000))
