@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from djinn import hardware
-from djinn.bench.harness import Bench, Lane
+from djinn.bench.harness import Bench, Lane, Order
 from djinn.bench.pcie import trace
 from djinn.bench.records import Record
 from djinn.config import Profile
@@ -31,10 +31,12 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
         OSError: ``run_dir`` cannot be written.
     """
     lanes = sweep_lanes(profile, run_dir / "results" / "timeline.jsonl")
+    # Where points take turns, each turn loads the model again, unless all fit in memory at once.
+    order: Order = "by run" if profile.interleave else "by lane"
     with Bench("sweep", profile, run_dir, keep=_fit_together(lanes, profile)) as bench:
-        missing = bench.missing(lanes, runs=profile.sweep.runs, order="by run")
+        missing = bench.missing(lanes, runs=profile.sweep.runs, order=order)
         with trace(run_dir / "results" / "pcie.csv") if missing else nullcontext():
-            return bench.measure(lanes, runs=profile.sweep.runs, order="by run")
+            return bench.measure(lanes, runs=profile.sweep.runs, order=order)
 
 
 def sweep_lanes(profile: Profile, timeline: Path) -> list[Lane]:

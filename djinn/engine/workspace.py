@@ -14,9 +14,9 @@ from djinn.errors import PlanError
 CUDA_LIBRARIES_BYTES = 128 * 2**20
 """cuBLAS workspaces (32 MiB per stream and handle on Hopper) and the allocator's rounding."""
 
-CUDA_CONTEXT_BYTES = 900 * 10**6
-"""What the driver takes outside of torch's allocator: 645 MB for the context and up to 855 MB with kernels and cuBLAS
-loaded, measured on an H100 with CUDA 13."""
+CUDA_CONTEXT_BYTES = 1050 * 10**6
+"""What the driver takes outside of torch's allocator, with kernels and cuBLAS loaded: up to 855 MB on an H100 and
+1,015 MB on an H200, both with CUDA 13."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,13 @@ def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.
     """Return the device memory to keep free of weights.
 
     A CPU's torch (2.13) copies the output projection for every sequence whose last position alone goes through it,
-    as it does in ``generate``.
+    as it does in ``generate``; a tenth more is for what the allocator keeps around such copies.
     """
     if device.type == "cuda":
         libraries = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
     else:
         text = config.get_text_config()
-        libraries = work.batch * text.vocab_size * text.hidden_size * dtype.itemsize
+        libraries = 11 * work.batch * text.vocab_size * text.hidden_size * dtype.itemsize // 10
     return kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work) + libraries
 
 

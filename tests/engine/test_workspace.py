@@ -71,7 +71,7 @@ def test_every_device_keeps_room_for_its_libraries() -> None:
     config = load_architecture("llama-tiny")
     on_cpu = workspace_bytes(config, BF16, torch.device("cpu"), work)
     either = kv_cache_bytes(config, BF16, work) + activation_bytes(config, BF16, work)
-    assert on_cpu == either + 1024 * 256 * 2, "the output projection, which torch copies there"
+    assert on_cpu == either + 11 * 1024 * 256 * 2 // 10, "the output projection, which torch copies there"
     beside = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
     assert workspace_bytes(config, BF16, torch.device("cuda"), work) == either + beside
 
