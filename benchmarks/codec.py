@@ -32,10 +32,10 @@ from typing import Any
 import torch
 
 from djinn.codec.backends import backend
+from djinn.codec.checksums import checksums
 from djinn.codec.decode import Decoder
 from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import ALIGNMENT, Layout, sections
-from djinn.codec.metadata import Metadata
 
 Result = dict[str, Any]
 Run = Callable[[], object]
@@ -274,7 +274,7 @@ def rates_on_cpu(threads: int) -> Result:
         "encode": [partial(encode, weights) for weights in tensors],
         "layout": [partial(layout_of, weights) for weights in tensors],
         "decode": list(decoders),
-        "checksum": [partial(Metadata.of, blob, layout, (layout.elements,)) for blob, layout in coded],
+        "checksum": [partial(checksums, blob, layout) for blob, layout in coded],
     }
     result: Result = {}
     with ThreadPoolExecutor(threads) as pool:

@@ -1,22 +1,26 @@
 """Run language models larger than device memory by streaming their weights.
 
 ``djinn.load`` returns an ordinary Hugging Face model that streams; ``djinn.plan`` says what it would do;
-``djinn.stats`` what it did; ``djinn.cool`` empties the ring; ``djinn.detach`` undoes it all.
+``djinn.stats`` what it did; ``djinn.cool`` empties the ring; ``djinn.detach`` undoes it all. ``djinn.pack`` codes a
+checkpoint without loss, so that fewer bytes cross the link; ``djinn.unpack`` gives the original files back.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from djinn.engine.model import cool, detach, load, plan, stats
+    from djinn.engine.model import cool, detach, load, stats
+    from djinn.engine.planning import plan
+    from djinn.weights.pack import pack, unpack
 
 __version__ = "0.1.0"
-__all__ = ["cool", "detach", "load", "plan", "stats"]
+__all__ = ["cool", "detach", "load", "pack", "plan", "stats", "unpack"]
+
+_HOMES = {"plan": "djinn.engine.planning", "pack": "djinn.weights.pack", "unpack": "djinn.weights.pack"}
 
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import, and the command line's help needs neither.
     if name in __all__:
-        from djinn.engine import model
-
-        return getattr(model, name)
+        return getattr(import_module(_HOMES.get(name, "djinn.engine.model")), name)
     raise AttributeError(f"module 'djinn' has no attribute {name!r}")

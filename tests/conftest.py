@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from fabricated import fabricated, failed
 from hypothesis import HealthCheck, settings
 from tiny_models import save_tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from djinn.bench.records import append_record
 from djinn.config import load_profile
@@ -62,3 +64,21 @@ def fabricated_run(tmp_path: Path) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny model by name (see ``tiny_models``), written once; not to be changed."""
     return cache(lambda name: save_tiny(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def codable_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose matrices are large enough to be coded, with biases beside them; not to be changed."""
+    folder = tmp_path_factory.mktemp("codable")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        vocab_size=1024,
+        attention_bias=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20MB")
+    return folder

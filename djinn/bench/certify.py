@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,14 +30,15 @@ from djinn.bench.disk import DiskRate
 from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof, prove
 from djinn.config import Profile, load_profile, profile_names
-from djinn.engine.plan import Plan, make_plan
-from djinn.engine.workspace import Workload, workspace_bytes
+from djinn.engine.plan import Plan
+from djinn.engine.planning import as_coded, estimating, place
+from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
 from djinn.weights.architectures import load_architecture
 from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC, synthetic_folder
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
-from djinn.weights.units import find_units
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 
 RESULT = Path("results") / "certify.json"
 
@@ -186,18 +188,18 @@ def _size(folder: Path) -> int:
 
 def _plan(profile: Profile) -> Plan:
     """Plan the profile's model, from a synthetic model's config alone, so that no checkpoint has to be there yet."""
-    with tempfile.TemporaryDirectory(prefix="djinn-") as spill:
-        index = _index(profile, Path(spill))
-        work = Workload(prompt_tokens=profile.prompt_tokens, new_tokens=profile.new_tokens, batch=profile.batch)
-        device = torch.device(profile.device)
-        return make_plan(
-            find_units(index),
-            budget=profile.budget,
-            workspace_bytes=workspace_bytes(index.model.config, index.model.dtype, device, work),
-            host_bytes=profile.host_memory,
-            ring_bytes=profile.ring,
-            has_disk=profile.weights == "disk",
-        )
+    work = Workload(prompt_tokens=profile.prompt_tokens, new_tokens=profile.new_tokens, batch=profile.batch)
+    device = torch.device(profile.device)
+    with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
+        index = as_coded(_index(profile, Path(spill)), device, work, profile.budget, profile.coding, layout)
+    if profile.weights == "disk":
+        index = replace(index, tensors={name: _in_a_file(entry) for name, entry in index.tensors.items()})
+    return place(index, device, work, profile.budget, profile.ring, profile.host_memory)
+
+
+def _in_a_file(entry: TensorEntry) -> TensorEntry:
+    """Return a tensor as it will be once the checkpoint is written; where in its file does not matter to a plan."""
+    return replace(entry, source=FileSpan(Path(), 0)) if isinstance(entry.source, Seeded) else entry
 
 
 def _index(profile: Profile, spill: Path) -> WeightIndex:

@@ -1,35 +1,67 @@
 """Coded weights in the engine: which tensors are coded, how their images are made, and how they are decoded.
 
-Weights are coded while they are loaded, tensor by tensor, on the device that will compute with them. Sizes have to be
-known before anything is placed, so they are measured first; both passes give the same blobs. A coded unit is decoded
-into scratch that all coded units share, just before it is read: compute runs in order, so the next unit's decoding
-comes after the last one's use.
+A packed checkpoint is coded already. The weights of any other are coded while they are loaded, tensor by tensor, on the
+device that will compute with them; sizes have to be known before anything is placed, so they are measured first, and
+both passes give the same blobs. A coded unit is decoded into scratch that all coded units share, just before it is
+read: compute runs in order, so the next unit's decoding comes after the last one's use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
 
-from djinn.codec.decode import Decoder
-from djinn.codec.encode import encode, layout_of
+from djinn.codec.checksums import verify
+from djinn.codec.decode import Decoder, decode
+from djinn.codec.encode import LEAST_BYTES, encode, layout_of
+from djinn.codec.layout import Layout
 from djinn.engine.arena import PinnedMemory
-from djinn.engine.reader import Buffer, Reader, settle
+from djinn.engine.reader import Buffer, Piece, Reader, allocate, settle
 from djinn.errors import PlanError
-from djinn.weights.index import Encoded, TensorEntry, WeightIndex
+from djinn.weights.index import WeightIndex
+from djinn.weights.tensors import Decoded, Encoded, FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, PlacedTensor, Unit, find_units
 
-LEAST_BYTES = 2**20
-"""Smaller tensors stay raw: decoding one costs a kernel of its own and saves next to nothing."""
+_SAMPLE_BYTES = 2**20
+"""Of a tensor, from which its size when coded is estimated."""
+
+
+def coded(index: WeightIndex, layout: Callable[[TensorEntry], Layout | None]) -> WeightIndex:
+    """Return ``index`` with every tensor coded that gains by it and can be decoded just before it is read.
+
+    ``layout`` says of a raw tensor what its code would be, None where raw is better. What is packed is never coded
+    anew: it stays as it is stored, or becomes raw where it cannot be decoded just before it is read.
+    """
+    units = find_units(index)
+    readers = [reader for unit in units for reader in unit.readers]
+    tensors = dict(index.tensors)
+    for unit in units:
+        # Scratch holds one unit: what is read around or beside others has to lie elsewhere.
+        apart = unit.held or any(readers.count(reader) > 1 for reader in unit.readers)
+        for tensor in unit.tensors:
+            entry = tensor.entry
+            if apart:
+                tensors[tensor.name] = entry.raw
+            elif entry.crc32 is None and entry.dtype == torch.bfloat16 and entry.nbytes >= LEAST_BYTES:
+                assert isinstance(entry.source, FileSpan | Seeded), "nothing has been coded yet"
+                found = layout(entry)
+                if found is not None:
+                    tensors[tensor.name] = replace(entry, source=Encoded(entry.source), layout=found)
+    return replace(index, tensors=tensors)
+
+
+def uncoded(index: WeightIndex) -> WeightIndex:
+    """Return ``index`` with every tensor raw; what is packed is decoded when it is loaded."""
+    return replace(index, tensors={name: entry.raw for name, entry in index.tensors.items()})
 
 
 class Coder:
-    """Makes images of units, raw ones as :class:`Reader` does, coded ones by coding what it reads.
+    """Makes images of units: of raw and packed tensors as :class:`Reader` does, of others by coding or decoding.
 
-    Holds one page-locked buffer of the largest raw tensor, as long as there is something to code.
+    Holds one page-locked buffer of the largest tensor that it codes or decodes. What is packed is verified.
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
@@ -37,43 +69,56 @@ class Coder:
         self._device = device
         self._staging = PinnedMemory(0)
 
-    def index(self, index: WeightIndex) -> WeightIndex:
-        """Return ``index`` with every tensor coded that gains by it and can be decoded just before it is read.
+    def layout(self, entry: TensorEntry) -> Layout | None:
+        """Return the layout of a raw tensor's blob, None where raw is better; reads all of it.
 
         Raises:
             CheckpointError: a file that cannot be read.
             UnavailableError: a GPU without Triton.
         """
-        units = find_units(index)
-        readers = [reader for unit in units for reader in unit.readers]
-        tensors = dict(index.tensors)
-        for unit in units:
-            # Scratch holds one unit: what is read around or beside others has to lie elsewhere.
-            if unit.held or any(readers.count(reader) > 1 for reader in unit.readers):
-                continue
-            for tensor in unit.tensors:
-                tensors[tensor.name] = self._with_layout(tensor.entry)
-        return replace(index, tensors=tensors)
+        return layout_of(self._weights(entry, ""))
+
+    def estimate(self, entry: TensorEntry) -> Layout | None:
+        """Return about what :meth:`layout` would, from the tensor's first MiB."""
+        nbytes = min(_SAMPLE_BYTES, entry.nbytes)
+        sample = allocate(nbytes)
+        self._reader.read(Piece("", entry, 0, nbytes, 0), sample)
+        found = layout_of(torch.from_numpy(sample).view(entry.dtype))
+        if found is None:
+            return None
+        elements = entry.raw_bytes // entry.dtype.itemsize
+        return Layout(elements, found.escapes * elements // found.elements)
 
     def fill(self, unit: Unit, image: Buffer) -> list[Future[int]]:
-        """Start filling ``image`` (uint8, ``unit.image_bytes``, page-aligned); return futures of bytes."""
-        if not unit.coded:
-            return self._reader.fill(unit, image)
+        """Start filling ``image`` (uint8, ``unit.image_bytes``, page-aligned); return futures of bytes.
+
+        Their errors are CheckpointError: a file that cannot be read, or a tensor that changed since it was packed.
+        """
         done: list[Future[int]] = []
-        host = torch.from_numpy(image)
         for tensor in unit.tensors:
-            target = host[tensor.offset : tensor.offset + tensor.entry.nbytes]
-            weights = self._weights(tensor.entry.raw)
-            if tensor.entry.layout is None:
-                target.copy_(weights.view(-1).view(torch.uint8))
-            else:
-                coded = encode(weights)
-                assert coded is not None, "the same weights gained when they were measured"
-                target.copy_(coded[0])
-            future: Future[int] = Future()
-            future.set_result(tensor.entry.nbytes)
-            done.append(future)
+            if isinstance(tensor.entry.source, Encoded | Decoded):
+                target = torch.from_numpy(image[tensor.offset : tensor.offset + tensor.entry.nbytes])
+                target.copy_(self._made(tensor))
+                future: Future[int] = Future()
+                future.set_result(tensor.entry.nbytes)
+                done.append(future)
+                continue
+            pieces = self._reader.fill(replace(unit, tensors=(tensor,)), image)
+            done += pieces
+            if tensor.entry.crc32 is not None:
+                # The threads take what they are given in order, so none waits for a piece that none has taken.
+                done.append(self._reader.pool.submit(_verified, tensor, image, pieces))
         return done
+
+    def check(self, units: Iterable[Unit]) -> None:
+        """Read units that will be read from disk in every pass, and verify them once.
+
+        Raises:
+            CheckpointError: as for :meth:`fill`.
+        """
+        for unit in units:
+            if any(tensor.entry.crc32 is not None for tensor in unit.tensors):
+                settle(self.fill(unit, allocate(unit.image_bytes)))
 
     def close(self) -> None:
         """Give the buffer back, and the device memory that coding took."""
@@ -81,24 +126,48 @@ class Coder:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _with_layout(self, entry: TensorEntry) -> TensorEntry:
-        if entry.dtype != torch.bfloat16 or entry.nbytes < LEAST_BYTES or isinstance(entry.source, Encoded):
-            return entry
-        layout = layout_of(self._weights(entry))
-        return entry if layout is None else replace(entry, source=Encoded(entry.source), layout=layout)
+    def _made(self, tensor: PlacedTensor) -> torch.Tensor:
+        """Return the bytes (uint8, on the device) of a tensor that is coded or decoded while it is loaded."""
+        weights = self._weights(tensor.entry.raw, tensor.name)
+        if tensor.entry.layout is None:
+            return weights.reshape(-1).view(torch.uint8)
+        made = encode(weights)
+        assert made is not None, "the same weights gained when they were measured"
+        return made[0]
 
-    def _weights(self, entry: TensorEntry) -> torch.Tensor:
+    def _weights(self, entry: TensorEntry, name: str) -> torch.Tensor:
         """Return a raw tensor on the device; valid until the next call."""
-        unit = Unit("", (), (PlacedTensor("", entry, 0),))
+        if not isinstance(entry.source, Decoded):
+            return self._stored(entry, name).view(entry.dtype).view(entry.shape)
+        packed = entry.source.coded
+        assert packed.layout is not None
+        weights = torch.empty(packed.layout.decoded_bytes, dtype=torch.uint8, device=self._device)
+        decode(self._stored(packed, name), packed.layout, weights)
+        return weights[: entry.raw_bytes].view(entry.dtype).view(entry.shape)
+
+    def _stored(self, entry: TensorEntry, name: str) -> torch.Tensor:
+        """Return the bytes (uint8, on the device) of a tensor as it is stored; valid until the next call."""
+        unit = Unit("", (), (PlacedTensor(name, entry, 0),))
         if self._staging.buffer.nbytes < unit.image_bytes + PAGE:
             self._staging.close()
             self._staging = PinnedMemory(unit.image_bytes + PAGE)
             self._staging.buffer[::PAGE] = 0
             if self._device.type == "cuda":
                 self._staging.pin()
-        settle(self._reader.fill(unit, self._staging.buffer))
-        raw = torch.from_numpy(self._staging.buffer[: entry.nbytes])
-        return raw.to(self._device).view(entry.dtype).view(entry.shape)
+        settle(self.fill(unit, self._staging.buffer))
+        return torch.from_numpy(self._staging.buffer[: entry.nbytes]).to(self._device)
+
+
+def _verified(tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]) -> int:
+    """Verify a packed tensor once its ``pieces`` have come; return 0, since they have counted its bytes."""
+    for piece in pieces:
+        piece.result()
+    entry = tensor.entry
+    assert entry.crc32 is not None
+    assert isinstance(entry.source, FileSpan)
+    stored = torch.from_numpy(image[tensor.offset : tensor.offset + entry.nbytes])
+    verify(stored, entry.layout, entry.crc32, f"{entry.source.path}: tensor {tensor.name}")
+    return 0
 
 
 class Scratch:

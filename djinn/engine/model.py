@@ -1,4 +1,4 @@
-"""``load``: an ordinary Hugging Face model whose weights stream; ``plan``: what that would be, without loading."""
+"""``load``: an ordinary Hugging Face model whose weights stream; ``detach`` undoes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -21,25 +20,17 @@ from djinn.engine.coding import Coder, Scratch, decoding
 from djinn.engine.copier import Copier, CpuCopier, Source
 from djinn.engine.cuda import CudaCopier
 from djinn.engine.hooks import Streamer
-from djinn.engine.plan import Plan, Tier, make_plan
+from djinn.engine.plan import Plan, Tier
+from djinn.engine.planning import Coding, as_coded, device_of, index_of, place_here
 from djinn.engine.reader import Reader, allocate, settle
 from djinn.engine.residents import load_residents
 from djinn.engine.stats import Stats
-from djinn.engine.workspace import Workload, shortage_hook, what_fits, workspace_bytes
+from djinn.engine.workspace import Workload, shortage_hook
 from djinn.errors import ConfigError, PlanError, UnavailableError
 from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
-from djinn.weights import checkpoint
-from djinn.weights.architectures import load_architecture
-from djinn.weights.index import FileSpan, WeightIndex, checkpoint_index, empty_model, owners, synthetic_index
-from djinn.weights.units import PlacedTensor, find_units
-
-RING_FLOOR_BYTES = 1_250_000_000
-"""A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens."""
-RING_FLOOR_SHARE = 0.125
-"""The most of the budget that such a ring may take: a resident byte is worth more than a byte of ring."""
-HOST_SHARE = 0.8
-"""Share of the host memory that is free now which streamed weights may take, if no other limit is given."""
+from djinn.weights.index import WeightIndex, owners
+from djinn.weights.units import PlacedTensor
 
 
 @dataclass
@@ -71,7 +62,7 @@ def load(
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
-    coding: Literal["none", "lossless"] = "none",
+    coding: Coding | None = None,
     trace: bool = False,
     progress: bool = False,
 ) -> PreTrainedModel:
@@ -90,8 +81,9 @@ def load(
         dtype: of synthetic weights; a checkpoint keeps its own.
         seed: of synthetic weights.
         coding: ``"lossless"`` codes bfloat16 weights while they are loaded, to about 0.7 of their size, and rebuilds
-            their exact bits on the device. All of them then have to fit the device and host memory. A model that fits
-            the budget as it is stays raw.
+            their exact bits on the device. Weights coded here have to fit the device and host memory; those of a
+            packed checkpoint are coded already, and stay on disk as they are. ``"none"`` decodes a packed checkpoint
+            while it is loaded. By default weights stay as they are stored. A model that fits the budget is raw.
         trace: keep a timeline of copies, compute and stalls in :func:`stats`.
         progress: show a bar while host memory is filled.
 
@@ -101,7 +93,7 @@ def load(
         PlanError: a ring, budget or host memory that cannot work; says what would.
         UnavailableError: no such device.
     """
-    where = _device(device)
+    where = device_of(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
     chunk_bytes = parse_bytes(chunk)
@@ -109,43 +101,19 @@ def load(
     with ExitStack() as undo:
         spill = Path(tempfile.mkdtemp(prefix="djinn-"))
         undo.callback(shutil.rmtree, spill, ignore_errors=True)
-        index = _index(model, spill, dtype, seed)
+        index = index_of(model, spill, dtype, seed)
         reader = Reader(chunk_bytes, cpus=local_cpus(where.index or 0) if where.type == "cuda" else None)
         undo.callback(reader.close)
         coder = Coder(reader, where)
         undo.callback(coder.close)
-        if coding == "lossless" and index.nbytes + _workspace(index, where, work) > parse_bytes(budget):
-            index = coder.index(index)
-        planned = _plan(index, where, work, budget, ring, host_memory)
+        index = as_coded(index, where, work, budget, coding, coder.layout)
+        planned = place_here(index, where, work, budget, ring, host_memory)
         engine = _start(
             index, planned, work, where, reader, coder, chunk_bytes, trace=trace, progress=progress, undo=undo
         )
     _engines[index.model] = engine
     weakref.finalize(index.model, _release, engine.resources, os.getpid())
     return index.model
-
-
-def plan(
-    model: str | Path,
-    *,
-    budget: int | str,
-    device: str | None = None,
-    ring: int | str | None = None,
-    host_memory: int | str | None = None,
-    prompt_tokens: int = 512,
-    new_tokens: int = 128,
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Plan:
-    """Return the plan that :func:`load` would follow with the same arguments; reads no weights.
-
-    Raises:
-        ConfigError, CheckpointError, PlanError: as :func:`load`.
-    """
-    with tempfile.TemporaryDirectory(prefix="djinn-") as spill:
-        index = _index(model, Path(spill), dtype, 0)
-        work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
-        return _plan(index, _device(device), work, budget, ring, host_memory)
 
 
 def stats(model: nn.Module) -> Stats:
@@ -207,62 +175,6 @@ def _engine(model: nn.Module) -> Engine:
         raise ConfigError(f"this {type(model).__name__} does not stream; djinn.load returns models that do") from None
 
 
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r}: the devices are cpu and cuda")
-    return torch.device(name)
-
-
-def _index(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> WeightIndex:
-    name = str(model)
-    if name.startswith("synthetic:"):
-        return synthetic_index(empty_model(load_architecture(name.removeprefix("synthetic:")), dtype), seed)
-    return checkpoint_index(checkpoint.resolve(name), spill)
-
-
-def _plan(
-    index: WeightIndex,
-    device: torch.device,
-    work: Workload,
-    budget: int | str,
-    ring: int | str | None,
-    host_memory: int | str | None,
-) -> Plan:
-    budget_bytes = parse_bytes(budget)
-    free = usable_ram()
-    on_device = budget_bytes if device.type == "cpu" else 0
-    host_bytes = round(HOST_SHARE * free) - on_device if host_memory is None else parse_bytes(host_memory)
-    units = find_units(index)
-
-    def plan_for(workload: Workload) -> Plan:
-        return make_plan(
-            units,
-            budget=budget_bytes,
-            workspace_bytes=_workspace(index, device, workload),
-            host_bytes=max(host_bytes, 0),
-            ring_bytes=None if ring is None else parse_bytes(ring),
-            ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)) if device.type == "cuda" else 0,
-            has_disk=all(isinstance(entry.source, FileSpan) for entry in index.tensors.values()),
-        )
-
-    try:
-        planned = plan_for(work)
-    except PlanError as error:
-        raise PlanError(f"{error}{what_fits(plan_for, work)}") from None
-    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
-    if needed > free:
-        raise PlanError(
-            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "
-            "lower host_memory or budget"
-        )
-    return planned
-
-
-def _workspace(index: WeightIndex, device: torch.device, work: Workload) -> int:
-    return workspace_bytes(index.model.config, index.model.dtype, device, work)
-
-
 def _start(
     index: WeightIndex,
     planned: Plan,
@@ -290,6 +202,7 @@ def _start(
     residents = load_residents(planned.at(Tier.RESIDENT), coder, device)
     arena = Arena(planned.at(Tier.PINNED), coder, pin=device.type == "cuda", progress=progress)
     undo.callback(arena.close)
+    coder.check(planned.at(Tier.DISK))
     coder.close()  # there is nothing left to code
     stats.page_locked = arena.pinned
     sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]

@@ -133,7 +133,6 @@ def make_plan(
     host_bytes: int,
     ring_bytes: int | None = None,
     ring_floor: int = 0,
-    has_disk: bool = True,
 ) -> Plan:
     """Place ``units``; see the module's text.
 
@@ -144,7 +143,6 @@ def make_plan(
         host_bytes: the largest arena.
         ring_bytes: ring size; by default three of the largest streamed unit.
         ring_floor: what the default ring is made at least, if the streamed units are more than that.
-        has_disk: whether the weights have files to be read from again.
 
     Raises:
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
@@ -174,12 +172,14 @@ def make_plan(
     _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch)
     chosen |= _spread(rest, budget - fixed - ring)
     streamed = [unit for unit in units if unit.name not in chosen]
-    pinned = _spread(streamed, host_bytes)
-    if not has_disk and len(pinned) < len(streamed):
+    made = [unit for unit in streamed if not unit.on_disk]
+    if _total(made) > host_bytes:
         raise PlanError(
-            f"host memory: the streamed weights need {format_bytes(_total(streamed))}, but {format_bytes(host_bytes)} "
-            "are allowed, and weights that are made or coded in memory have no disk tier; raise host_memory or budget"
+            f"host memory: streamed weights that are made or coded in memory have no disk tier and need "
+            f"{format_bytes(_total(made))}, but {format_bytes(host_bytes)} are allowed; raise host_memory or budget"
         )
+    filed = [unit for unit in streamed if unit.on_disk]
+    pinned = _names(made) | _spread(filed, host_bytes - _total(made))
 
     def tier(unit: Unit) -> Tier:
         if unit.name in chosen:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from djinn.errors import CheckpointError
 from djinn.weights import synthetic
-from djinn.weights.index import FileSpan, Seeded, TensorEntry
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, Unit
 
 Buffer = NDArray[np.uint8]

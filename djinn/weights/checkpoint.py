@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from djinn.errors import CheckpointError, UnavailableError
+from djinn.weights.header import read_header
+from djinn.weights.packed import is_packed
 from djinn.weights.synth import read_manifest, synthesise, verify
 
 CHECKPOINT_DIR = Path(__file__).resolve().parent.parent.parent / "artifact" / "checkpoints"
@@ -53,9 +55,10 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
         return synthesise(name, synthetic_folder(name, seed=seed, dtype=dtype), seed=seed, dtype=dtype)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if is_synthetic(folder):
-            verify(folder)
-        return _checked(folder)
+        _checked(folder)
+        if is_synthetic(folder) and not is_packed(read_header(next(folder.glob("*.safetensors")))):
+            verify(folder)  # what is packed has other sizes, and checksums of its own
+        return folder
     if match := _HUB_ID.fullmatch(model):
         return _checked(_fetched(match["repo"], match["revision"]))
     raise CheckpointError(

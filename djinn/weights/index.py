@@ -8,13 +8,11 @@ experts) are read, and written anew, to ``spill``.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,75 +23,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from djinn.codec.layout import Layout
 from djinn.errors import CheckpointError
-
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of the dtypes that torch has."""
-
-_MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors format (its Rust reader refuses larger headers)."""
-
-
-@dataclass(frozen=True)
-class FileSpan:
-    """Bytes of a file, from ``offset``."""
-
-    path: Path
-    offset: int
-
-
-@dataclass(frozen=True)
-class Seeded:
-    """Bytes made on demand by :func:`djinn.weights.synthetic.fill` under this tensor name and seed."""
-
-    name: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Bytes made by coding those of another source."""
-
-    raw: FileSpan | Seeded
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor: what it is, where its bytes come from, and how they are coded, if they are."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    source: FileSpan | Seeded | Encoded
-    layout: Layout | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept and travel: those of the blob where the tensor is coded."""
-        return self.raw_bytes if self.layout is None else self.layout.nbytes
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes of the weights as a model computes with them."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def raw(self) -> TensorEntry:
-        """The tensor before it was coded; itself where it is not coded while loading."""
-        return TensorEntry(self.dtype, self.shape, self.source.raw) if isinstance(self.source, Encoded) else self
+from djinn.weights.files import read_checkpoint, read_shard
+from djinn.weights.pack_shard import hollow_shard, unpack_shard
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -113,86 +46,6 @@ class WeightIndex:
         return sum(entry.raw_bytes for entry in self.tensors.values())
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors that a safetensors file declares, checked against the file's real size.
-
-    Raises:
-        CheckpointError: not a safetensors file, truncated, or tensors that overlap or lie outside the file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: not a safetensors file, or cut off inside its header ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: the header is not valid JSON: {error}") from None
-    try:
-        return _checked(path, header, 8 + length, size)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header is not safetensors': {error!r}") from None
-
-
-def _checked(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
-    header.pop("__metadata__", None)
-    tensors: dict[str, TensorEntry] = {}
-    end = 0
-    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-        begin, stop = item["data_offsets"]
-        if item["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} has dtype {item['dtype']}, which this torch does not have")
-        entry = TensorEntry(DTYPES[item["dtype"]], tuple(item["shape"]), FileSpan(path, start + begin))
-        if stop - begin != entry.nbytes:
-            raise CheckpointError(
-                f"{path}: tensor {name} spans {stop - begin} bytes, but {item['dtype']} {list(entry.shape)} needs "
-                f"{entry.nbytes}"
-            )
-        if begin < end:
-            raise CheckpointError(f"{path}: tensor {name} begins at {begin}, inside the tensor that ends at {end}")
-        if start + stop > size:
-            raise CheckpointError(
-                f"{path}: tensor {name} ends at byte {start + stop}, but the file has {size}: it is truncated; "
-                "download or write it again"
-            )
-        tensors[name] = entry
-        end = stop
-    return tensors
-
-
-def read_checkpoint(folder: Path) -> dict[str, TensorEntry]:
-    """Return every tensor of the safetensors checkpoint in ``folder`` under its name in the files.
-
-    Raises:
-        CheckpointError: no checkpoint there, a shard that is missing or outside the folder, a tensor that its shard
-            does not have, or a damaged file.
-    """
-    index_path = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.is_file():  # first, as transformers does
-        return read_header(single)
-    if not index_path.is_file():
-        raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-    try:
-        weight_map: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
-        shards = sorted({os.fspath(shard) for shard in weight_map.values()})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{index_path}: not a safetensors index: {error!r}") from None
-    headers: dict[str, dict[str, TensorEntry]] = {}
-    for shard in shards:
-        path = folder / shard
-        if not path.parent.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{index_path}: names {shard!r}, which is outside the checkpoint folder")
-        if not path.is_file():
-            raise CheckpointError(f"{index_path}: names {shard}, which is not there")
-        headers[shard] = read_header(path)
-    for name, shard in weight_map.items():
-        if name not in headers[shard]:
-            raise CheckpointError(f"{index_path}: places {name} in {shard}, which does not have it")
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
 def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
     """Return the index of the checkpoint in ``folder``; converted weights are written to ``spill``.
 
@@ -201,6 +54,50 @@ def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
             the config asks for.
     """
     files = read_checkpoint(folder)
+    if any(entry.crc32 is not None for entry in files.values()):
+        # transformers knows the original names, shapes and dtypes; only weights that it converts does it read.
+        original = spill / "original"
+        _restore(folder, files, original, hollow_shard)
+        model, where = _on_disk(original, spill)
+        if any(Path(place["safetensors_file"]).parent == spill for place in where.values()):
+            _restore(folder, files, original, partial(unpack_shard, device=torch.device("cpu"), on_done=lambda _: None))
+            model, where = _on_disk(original, spill)
+    else:
+        model, where = _on_disk(folder, spill)
+    spilled: dict[str, dict[str, TensorEntry]] = {}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        place = where[name]
+        path = Path(place["safetensors_file"])
+        if path.parent == spill:
+            entry = spilled.setdefault(str(path), read_shard(path))[place["weight_name"]]
+        else:
+            entry = files[place["weight_name"]]
+        for what, found, wanted in (
+            ("shape", list(entry.shape), list(parameter.shape)),
+            ("dtype", entry.dtype, parameter.dtype),
+        ):
+            if found != wanted:
+                raise CheckpointError(f"{path}: tensor {name} has {what} {found}, but config.json asks for {wanted}")
+        tensors[name] = entry
+    return WeightIndex(_ready(model), tensors, synthetic=False)
+
+
+def _restore(
+    folder: Path, files: Mapping[str, TensorEntry], original: Path, write: Callable[[Path, Path], None]
+) -> None:
+    """Make ``original`` what the packed checkpoint in ``folder`` was; ``write`` makes a shard from a packed one."""
+    original.mkdir(exist_ok=True)
+    shards = {entry.source.path for entry in files.values() if isinstance(entry.source, FileSpan)}
+    for shard in shards:
+        write(shard, original / shard.name)
+    for path in folder.iterdir():
+        if path.suffix == ".json" and not (original / path.name).exists():
+            (original / path.name).symlink_to(path.absolute())
+
+
+def _on_disk(folder: Path, spill: Path) -> tuple[PreTrainedModel, dict[str, dict[str, str]]]:
+    """Return the model on the meta device, and where transformers found each parameter: file, name there, dtype."""
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -224,23 +121,7 @@ def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
     for module in model.modules():
         vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
     _tie(model)
-    spilled: dict[str, dict[str, TensorEntry]] = {}
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        place = where[name]
-        path = Path(place["safetensors_file"])
-        if path.parent == spill:
-            entry = spilled.setdefault(str(path), read_header(path))[place["weight_name"]]
-        else:
-            entry = files[place["weight_name"]]
-        for what, found, wanted in (
-            ("shape", list(entry.shape), list(parameter.shape)),
-            ("dtype", entry.dtype, parameter.dtype),
-        ):
-            if found != wanted:
-                raise CheckpointError(f"{path}: tensor {name} has {what} {found}, but config.json asks for {wanted}")
-        tensors[name] = entry
-    return WeightIndex(_ready(model), tensors, synthetic=False)
+    return model, where
 
 
 def synthetic_index(model: PreTrainedModel, seed: int) -> WeightIndex:

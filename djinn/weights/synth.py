@@ -93,7 +93,7 @@ def synthesise(architecture: str, out: Path, *, seed: int = 0, dtype: str = "bfl
     wanted = Manifest(architecture=architecture, config_digest=config_digest, dtype=dtype, seed=seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out):
             manifest = _continued(out, wanted)
             if not (manifest.complete and all(_is_whole(out, file, manifest) for file in manifest.files)):
                 _write(out, manifest, progress)
@@ -164,7 +164,8 @@ def checkpoint_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; another that asks for it waits."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

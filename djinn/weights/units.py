@@ -20,7 +20,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from djinn.weights.index import FileSpan, TensorEntry, WeightIndex, owners
+from djinn.weights.index import WeightIndex, owners
+from djinn.weights.tensors import FileSpan, TensorEntry
 
 PAGE = 4096
 """Direct reads need file offset, address and length in multiples of this."""
@@ -67,6 +68,11 @@ class Unit:
         return sum(tensor.entry.raw_bytes for tensor in self.tensors)
 
     @cached_property
+    def on_disk(self) -> bool:
+        """Whether the image is in files as it is, so that it can be read from them in every pass."""
+        return all(isinstance(tensor.entry.source, FileSpan) for tensor in self.tensors)
+
+    @cached_property
     def coded(self) -> bool:
         """Whether the image has to be decoded before it is read."""
         return any(tensor.entry.layout is not None for tensor in self.tensors)
@@ -93,7 +99,7 @@ class Unit:
         return last.offset + (last.entry.raw_bytes if layout is None else layout.decoded_bytes)
 
     def raw(self) -> Unit:
-        """Return the unit as it was before its tensors were coded."""
+        """Return the unit with its tensors raw."""
         return replace(self, tensors=_layout([(tensor.name, tensor.entry.raw) for tensor in self.tensors]))
 
 

@@ -15,7 +15,7 @@ from djinn.engine.arena import Arena, PinnedMemory
 from djinn.engine.reader import Buffer, Reader, allocate, settle
 from djinn.engine.residents import load_residents
 from djinn.errors import CheckpointError
-from djinn.weights.index import read_header
+from djinn.weights.files import read_shard
 from djinn.weights.units import PAGE, Unit, _layout
 
 
@@ -30,7 +30,7 @@ def reader() -> Iterator[Reader]:
 def units(tmp_path: Path) -> list[Unit]:
     path = tmp_path / "model.safetensors"
     save_file({f"t{number}": torch.randn(100 * number + 1, 33) for number in range(6)}, path)
-    entries = list(read_header(path).items())
+    entries = list(read_shard(path).items())
     return [Unit(f"u{number}", (f"u{number}",), _layout(entries[number : number + 2])) for number in range(0, 6, 2)]
 
 

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
+from djinn.codec.encode import LEAST_BYTES
 from djinn.engine import model as engine_model
-from djinn.engine.coding import LEAST_BYTES, Coder, Scratch
+from djinn.engine.coding import Coder, Scratch
+from djinn.engine.coding import coded as as_coded
 from djinn.engine.plan import Plan, Tier
 from djinn.engine.reader import Reader
-from djinn.errors import PlanError
-from djinn.weights.index import Encoded, checkpoint_index
+from djinn.errors import ConfigError, PlanError
+from djinn.weights.index import checkpoint_index
+from djinn.weights.tensors import Encoded
 
 WORK = {"prompt_tokens": 16, "new_tokens": 8, "device": "cpu", "host_memory": "1 GB", "coding": "lossless"}
 RING = "6 MB"  # a GPU's own choice would hold this whole model
@@ -37,22 +40,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama whose matrices are large enough to be coded, with biases that stay raw in the same units."""
-    folder = tmp_path_factory.mktemp("coded")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=1536,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        vocab_size=1024,
-        attention_bias=True,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def checkpoint(codable_checkpoint: Path) -> Path:
+    return codable_checkpoint
 
 
 def coded(folder: Path, device: str, share: float, **options: object) -> PreTrainedModel:
@@ -111,6 +101,20 @@ def test_a_model_that_fits_stays_raw(checkpoint: Path) -> None:
     assert not any(unit.coded for unit in plan_of(model).units)
 
 
+def test_a_plan_of_coded_weights_is_about_what_loading_finds(checkpoint: Path) -> None:
+    made = plan_of(coded(checkpoint, "cpu", 0.5))
+    planned = djinn.plan(checkpoint, budget=made.budget, ring=RING, **WORK)  # type: ignore[arg-type]
+    assert planned.is_coded
+    assert planned.scratch_bytes == made.scratch_bytes
+    for place in ("resident_bytes", "pinned_bytes"):
+        assert getattr(planned, place) == pytest.approx(getattr(made, place), rel=0.1)
+
+
+def test_a_coding_that_there_is_not_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="coding 'lossy': it is none or lossless"):
+        djinn.load(checkpoint, **WORK | {"budget": "1 GB", "coding": "lossy"})  # type: ignore[arg-type]
+
+
 def test_what_is_coded_cannot_stay_on_disk(checkpoint: Path) -> None:
     with pytest.raises(PlanError, match="made or coded in memory have no disk tier"):
         coded(checkpoint, "cpu", 0.3, host_memory="1 MB")
@@ -161,7 +165,7 @@ def test_a_unit_read_inside_another_is_refused(checkpoint: Path) -> None:
 def test_only_what_gains_is_coded(checkpoint: Path, tmp_path: Path) -> None:
     reader = Reader(2**20)
     coder = Coder(reader, torch.device("cpu"))
-    index = coder.index(checkpoint_index(checkpoint, tmp_path))
+    index = as_coded(checkpoint_index(checkpoint, tmp_path), coder.layout)
     for name, entry in index.tensors.items():
         assert (entry.layout is not None) == (entry.raw_bytes >= LEAST_BYTES), name
         assert isinstance(entry.source, Encoded) == (entry.layout is not None)

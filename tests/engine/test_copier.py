@@ -18,7 +18,7 @@ from djinn.engine.reader import Reader, allocate, settle
 from djinn.engine.ring import schedule
 from djinn.engine.stats import TIMELINE_LIMIT, Interval, Stats
 from djinn.errors import CheckpointError
-from djinn.weights.index import read_header
+from djinn.weights.files import read_shard
 from djinn.weights.units import PAGE, Unit, _layout
 
 
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def units(path: Path) -> list[Unit]:
-    return [Unit(name, (name,), _layout([(name, entry)])) for name, entry in sorted(read_header(path).items())]
+    return [Unit(name, (name,), _layout([(name, entry)])) for name, entry in sorted(read_shard(path).items())]
 
 
 def copier_of(units: list[Unit], reader: Reader, stats: Stats, *, in_memory: bool) -> CpuCopier:

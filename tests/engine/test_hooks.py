@@ -22,7 +22,7 @@ from djinn.engine.hooks import Streamer
 from djinn.engine.ring import Slot, schedule
 from djinn.engine.stats import Stats
 from djinn.errors import CheckpointError, PlanError
-from djinn.weights.index import Seeded, TensorEntry
+from djinn.weights.tensors import Seeded, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
 GARBAGE = -1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +13,33 @@ from hypothesis import strategies as st
 
 from djinn.engine.plan import Plan, Rates, Tier, make_plan
 from djinn.errors import PlanError
-from djinn.weights.index import Seeded, TensorEntry
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, PlacedTensor, Unit
 
 GB = 10**9
 
 
 def unit(name: str, nbytes: int, *, readers: int = 1, held: bool = False) -> Unit:
-    entry = TensorEntry(torch.uint8, (nbytes,), Seeded(name, 0))
+    entry = TensorEntry(torch.uint8, (nbytes,), FileSpan(Path(name), 0))
     return Unit(
         name=name,
         readers=tuple(f"{name}.reader{number}" for number in range(readers)),
         tensors=(PlacedTensor(f"{name}.weight", entry, 0),),
         held=held,
     )
+
+
+def in_memory(units: list[Unit]) -> list[Unit]:
+    """Return the units with weights that are made instead of read."""
+    return [
+        replace(
+            unit,
+            tensors=tuple(
+                replace(tensor, entry=replace(tensor.entry, source=Seeded(tensor.name, 0))) for tensor in unit.tensors
+            ),
+        )
+        for unit in units
+    ]
 
 
 def decoder(layers: int = 20, block: int = 10 * PAGE, head: int = 35 * PAGE) -> list[Unit]:
@@ -78,12 +93,13 @@ def test_a_plan_keeps_its_limits_or_is_refused(
 
 @given(models(), st.integers(1, 3000), st.integers(0, 300), st.none() | st.integers(1, 700), st.booleans())
 def test_what_a_refusal_says_would_do_does(
-    units: list[Unit], budget: int, workspace: int, ring: int | None, has_disk: bool
+    units: list[Unit], budget: int, workspace: int, ring: int | None, made: bool
 ) -> None:
+    units = in_memory(units) if made else units
     given_bytes = {"budget": budget * 1000, "host_bytes": 10**9, "ring_bytes": None if ring is None else ring * 1000}
     for _ in range(3):  # a larger ring may then need a larger budget
         try:
-            make_plan(units, workspace_bytes=workspace * 1000, has_disk=has_disk, **given_bytes)  # type: ignore[arg-type]
+            make_plan(units, workspace_bytes=workspace * 1000, **given_bytes)  # type: ignore[arg-type]
         except PlanError as error:
             what = re.match(r"(ring|budget): ", str(error))
             number = re.search(r"(\d+) bytes", str(error))
@@ -94,7 +110,7 @@ def test_what_a_refusal_says_would_do_does(
             given_bytes[key] = int(number[1])
         else:
             return
-    make_plan(units, workspace_bytes=workspace * 1000, has_disk=has_disk, **given_bytes)  # type: ignore[arg-type]
+    make_plan(units, workspace_bytes=workspace * 1000, **given_bytes)  # type: ignore[arg-type]
 
 
 @given(models(), st.integers(0, 300))
@@ -189,10 +205,19 @@ def test_a_small_budget_is_refused_with_its_parts() -> None:
 
 
 def test_weights_made_in_memory_have_no_disk_to_come_from() -> None:
+    units = in_memory(decoder())
+    with pytest.raises(PlanError, match=r"host memory: .* made or coded in memory have no disk tier and need"):
+        make_plan(units, budget=150 * PAGE, workspace_bytes=0, host_bytes=PAGE)
+    assert make_plan(units, budget=150 * PAGE, workspace_bytes=0, host_bytes=GB).disk_bytes == 0
+
+
+def test_weights_that_have_files_make_room_for_those_that_have_none() -> None:
     units = decoder()
-    with pytest.raises(PlanError, match=r"host memory: the streamed weights need .* no disk tier; raise host_memory"):
-        make_plan(units, budget=150 * PAGE, workspace_bytes=0, host_bytes=PAGE, has_disk=False)
-    assert make_plan(units, budget=150 * PAGE, workspace_bytes=0, host_bytes=GB, has_disk=False).disk_bytes == 0
+    some = [unit for unit in units if unit.name.startswith("1")]
+    mixed = [in_memory([unit])[0] if unit in some else unit for unit in units]
+    made = make_plan(mixed, budget=150 * PAGE, workspace_bytes=0, host_bytes=210 * PAGE)
+    assert made.disk_bytes > 0
+    assert all(unit.on_disk for unit in made.at(Tier.DISK))
 
 
 def test_a_pass_takes_as_long_as_its_slower_source() -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from djinn.engine.reader import Reader, allocate, pieces, read_rate, settle
 from djinn.errors import CheckpointError
-from djinn.weights.index import FileSpan, Seeded, TensorEntry, read_header
+from djinn.weights.files import read_shard
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, Unit, _layout
 
 GUARD = 0xA5
@@ -38,7 +39,7 @@ def write_checkpoint(path: Path, sizes: list[int], first: int, gaps: list[int]) 
     text += b" " * max(first - 8 - len(text), 0)
     data = np.random.default_rng(cursor).integers(0, 256, cursor, dtype=np.uint8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data.tobytes())
-    return read_header(path)
+    return read_shard(path)
 
 
 def filled(unit: Unit, chunk_bytes: int, threads: int = 8) -> np.ndarray:
@@ -128,7 +129,7 @@ def test_images_hold_what_safetensors_itself_reads(tmp_path: Path) -> None:
         },
         path,
     )
-    unit = unit_of(read_header(path))
+    unit = unit_of(read_shard(path))
     image = filled(unit, PAGE)
     for tensor in unit.tensors:
         raw = torch.from_numpy(image)[tensor.offset : tensor.offset + tensor.entry.nbytes]

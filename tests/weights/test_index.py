@@ -19,18 +19,9 @@ from transformers.utils import logging as hf_logging
 
 from djinn.errors import CheckpointError
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import (
-    FileSpan,
-    Seeded,
-    TensorEntry,
-    WeightIndex,
-    checkpoint_index,
-    empty_model,
-    owners,
-    read_checkpoint,
-    read_header,
-    synthetic_index,
-)
+from djinn.weights.files import read_checkpoint, read_shard
+from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, owners, synthetic_index
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 
 Tiny = Callable[[str], Path]
 INDEX = "model.safetensors.index.json"
@@ -310,7 +301,7 @@ def test_any_header_is_read_or_refused(tmp_path: Path, header: object, rest: byt
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
     try:
-        tensors = read_header(path)
+        tensors = read_shard(path)
     except CheckpointError as error:
         assert str(path) in str(error)  # noqa: PT017
     else:

@@ -1,0 +1,48 @@
+"""Checksums of what is stored: by which damage is found, and the section that has it named.
+
+Every section of a blob has a CRC-32, which covers the section with the gap after it: so every byte is in exactly one.
+A raw tensor is one section. CRC-32 runs at about 1 GB/s on a core and lets go of the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+
+from djinn.codec.layout import Layout
+from djinn.errors import CheckpointError
+
+RAW_SECTION = "weights"
+
+
+def section_names(layout: Layout | None) -> list[str]:
+    """Return the sections of a tensor of this layout, in order; None is a raw one."""
+    return [RAW_SECTION] if layout is None else list(layout.offsets)
+
+
+def checksums(stored: torch.Tensor, layout: Layout | None) -> dict[str, int]:
+    """Return the CRC-32 of each section of ``stored`` (uint8, one-dimensional, in host memory)."""
+    data = stored.numpy().data
+    starts = [0] if layout is None else list(layout.offsets.values())
+    extents = pairwise([*starts, len(data)])
+    return {
+        name: zlib.crc32(data[start:end]) for name, (start, end) in zip(section_names(layout), extents, strict=True)
+    }
+
+
+def verify(stored: torch.Tensor, layout: Layout | None, expected: Mapping[str, int], name: str) -> None:
+    """Check every byte of ``stored`` (as in :func:`checksums`), which the reader knows as ``name``.
+
+    Raises:
+        CheckpointError: a section that changed since it was stored.
+    """
+    for section, crc in checksums(stored, layout).items():
+        if crc != expected[section]:
+            start = 0 if layout is None else layout.offsets[section]
+            raise CheckpointError(
+                f"{name}: section {section}, from byte {start} of the tensor, changed since it was packed "
+                f"(CRC-32 {crc:08x}, was {expected[section]:08x}); pack the checkpoint again"
+            )

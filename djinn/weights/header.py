@@ -1,0 +1,95 @@
+"""Headers of safetensors files: which tensors a file declares, checked before anything is allocated.
+
+Format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from djinn.errors import CheckpointError
+from djinn.weights.tensors import DTYPES, FileSpan, TensorEntry
+
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format (its Rust reader refuses larger headers)."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    path: Path
+    text: bytes
+    """The header as it stands in the file, without its length before it."""
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorEntry]
+    """As they are stored, in the order of their bytes."""
+    size: int
+    """Bytes of the file."""
+
+    @property
+    def start(self) -> int:
+        """Byte of the file at which tensors begin."""
+        return 8 + len(self.text)
+
+    @property
+    def end(self) -> int:
+        """Byte of the file after the last tensor."""
+        return self.start + sum(entry.nbytes for entry in self.tensors.values())
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a safetensors file, checked against the file's real size.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, or tensors that overlap or lie outside the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{path}: not a safetensors file, or cut off inside its header ({size} bytes)")
+        return parse_header(path, file.read(length), size)
+
+
+def parse_header(path: Path, text: bytes, size: int) -> Header:
+    """Return the header that ``text`` is, of a file ``path`` of ``size`` bytes; errors as for :func:`read_header`."""
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is not valid JSON: {error}") from None
+    try:
+        metadata = header.pop("__metadata__", {})
+        return Header(path, text, dict(metadata), _checked(path, header, 8 + len(text), size), size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header is not safetensors': {error!r}") from None
+
+
+def _checked(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    end = 0
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        begin, stop = item["data_offsets"]
+        if item["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {item['dtype']}, which this torch does not have")
+        entry = TensorEntry(DTYPES[item["dtype"]], tuple(item["shape"]), FileSpan(path, start + begin))
+        if stop - begin != entry.nbytes:
+            raise CheckpointError(
+                f"{path}: tensor {name} spans {stop - begin} bytes, but {item['dtype']} {list(entry.shape)} needs "
+                f"{entry.nbytes}"
+            )
+        if begin < end:
+            raise CheckpointError(f"{path}: tensor {name} begins at {begin}, inside the tensor that ends at {end}")
+        if start + stop > size:
+            raise CheckpointError(
+                f"{path}: tensor {name} ends at byte {start + stop}, but the file has {size}: it is truncated; "
+                "download or write it again"
+            )
+        tensors[name] = entry
+        end = stop
+    return tensors

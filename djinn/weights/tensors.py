@@ -1,0 +1,87 @@
+"""What a tensor of a checkpoint is, where its bytes come from, and how they are coded, if they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from djinn.codec.layout import Layout
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of the dtypes that torch has."""
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """Bytes of a file, from ``offset``."""
+
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Bytes made on demand by :func:`djinn.weights.synthetic.fill` under this tensor name and seed."""
+
+    name: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes made by coding those of another source."""
+
+    raw: FileSpan | Seeded
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Bytes made by decoding a tensor that is stored coded."""
+
+    coded: TensorEntry
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: what it is, where its bytes come from, and how they are coded, if they are."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: FileSpan | Seeded | Encoded | Decoded
+    layout: Layout | None = None
+    crc32: Mapping[str, int] | None = None
+    """Of each section, where the checkpoint is packed: what is read is verified when it is loaded."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept and travel: those of the blob where the tensor is coded."""
+        return self.raw_bytes if self.layout is None else self.layout.nbytes
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the weights as a model computes with them."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def raw(self) -> TensorEntry:
+        """The tensor as a model computes with it, without its code; itself where it is not coded."""
+        if isinstance(self.source, Encoded):
+            return TensorEntry(self.dtype, self.shape, self.source.raw)
+        return self if self.layout is None else TensorEntry(self.dtype, self.shape, Decoded(self))

@@ -1,0 +1,325 @@
+"""Packing: byte for byte back, loaded like any checkpoint, and each way in which it can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+import djinn
+from djinn.codec.encode import LEAST_BYTES
+from djinn.engine import model as engine_model
+from djinn.engine.plan import Plan, Tier
+from djinn.errors import CheckpointError, ConfigError, UnavailableError
+from djinn.weights import pack as packing
+from djinn.weights import packed as packed_form
+from djinn.weights.files import read_checkpoint, read_shard
+from djinn.weights.header import read_header
+from djinn.weights.pack import TensorSize, pack, survey, unpack
+from djinn.weights.tensors import FileSpan
+
+WORK = {"prompt_tokens": 16, "new_tokens": 8, "device": "cpu", "ring": "6 MB"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that sums have one order
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(codable_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint packed; not to be changed."""
+    return pack(codable_checkpoint, tmp_path_factory.mktemp("packed") / "out", device="cpu")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A packed checkpoint to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def loaded(folder: Path, share: float = 0.4, host: str = "1 GB", **options: object) -> PreTrainedModel:
+    whole = djinn.plan(folder, budget="3 GB", host_memory="1 GB", **WORK)  # type: ignore[arg-type]
+    budget = whole.workspace_bytes + round(share * whole.model_bytes)
+    return djinn.load(folder, budget=budget, host_memory=host, **WORK | options)  # type: ignore[arg-type]
+
+
+def plan_of(model: PreTrainedModel) -> Plan:
+    return engine_model._engines[model].plan
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(5, 12)[None]).logits
+
+
+def test_there_and_back_gives_the_same_bytes(codable_checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    back = unpack(folder, tmp_path / "back", device="cpu")
+    assert contents(back) == contents(codable_checkpoint)
+    assert len(list(codable_checkpoint.glob("*.safetensors"))) > 1
+
+
+def test_packed_files_are_smaller_safetensors_with_the_same_names(codable_checkpoint: Path, folder: Path) -> None:
+    before, after = read_checkpoint(codable_checkpoint), read_checkpoint(folder)
+    for name, entry in before.items():
+        stored = after[name]
+        assert (stored.dtype, stored.shape) == (entry.dtype, entry.shape)
+        assert (stored.layout is not None) == (entry.nbytes >= LEAST_BYTES)
+        assert isinstance(stored.source, FileSpan)
+        if stored.layout is not None:
+            assert stored.nbytes < 0.75 * entry.nbytes
+            assert stored.source.offset % 256 == 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:  # the library itself takes it
+            assert set(file.keys()) == set(read_shard(codable_checkpoint / path.name))
+
+
+@pytest.mark.parametrize("host", ["1 GB", "1 MB", "8 MB"])
+def test_a_packed_checkpoint_streams_coded_from_every_tier(codable_checkpoint: Path, folder: Path, host: str) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval()
+    model = loaded(folder, host=host)
+    made = plan_of(model)
+    assert all(unit.coded for unit in made.streamed if unit.raw_bytes > LEAST_BYTES)
+    assert bool(made.at(Tier.DISK)) == (host != "1 GB")
+    for _ in range(2):
+        assert torch.equal(logits(model), logits(whole))
+    djinn.detach(model)
+    wanted = dict(whole.named_parameters())
+    assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters())
+
+
+def test_coding_none_decodes_while_loading(codable_checkpoint: Path, folder: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval()
+    model = loaded(folder, coding="none")
+    assert not plan_of(model).is_coded
+    assert plan_of(model).streamed
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_a_packed_model_that_fits_is_decoded(codable_checkpoint: Path, folder: Path) -> None:
+    model = loaded(folder, share=3)
+    assert not plan_of(model).streamed
+    assert not plan_of(model).is_coded
+    whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval()
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_weights_that_transformers_converts_are_unpacked_for_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=768, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        num_local_experts=2, vocab_size=256,
+    )  # fmt: skip
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto").eval()
+    model = loaded(pack(tmp_path / "plain", tmp_path / "packed", device="cpu"), share=0.6)
+    assert plan_of(model).streamed
+    assert torch.equal(logits(model), logits(whole))
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    strange = torch.randn(2**20).to(torch.bfloat16)
+    strange[::1000] = float("nan")
+    strange[1::1000] = float("inf")
+    strange[2::1000] = -float("inf")
+    strange.view(torch.int16)[3] = 0x7F81  # a NaN with a payload
+    return {
+        "strange": strange.view(1024, 1024),
+        "random_bits": torch.randint(-(2**15), 2**15, (2**20,), dtype=torch.int16).view(torch.bfloat16),
+        "empty": torch.empty(0, 4, dtype=torch.bfloat16),
+        "one": torch.ones(1, dtype=torch.bfloat16),
+        "f32": torch.randn(600, 600),
+        "f16": torch.randn(1000, 600).half(),
+        "f8": torch.randn(1024, 1100).to(torch.float8_e4m3fn),
+        "i8": torch.randint(-128, 127, (1500, 1001), dtype=torch.int8),
+    }
+
+
+def test_what_is_not_bfloat16_or_does_not_gain_passes_through(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_text("{}")
+    save_file(every_dtype(), plain / "model.safetensors", metadata={"format": "pt", "author": "ä"})
+    found = {size.name: size for size in survey(plain, device="cpu")}
+    assert {name for name, size in found.items() if size.coded} == {"strange"}
+    packed = pack(plain, tmp_path / "packed", device="cpu")
+    assert {size.name: size for size in survey(packed)} == found
+    assert read_header(packed / "model.safetensors").metadata["author"] == "ä"
+    assert contents(unpack(packed, tmp_path / "back", device="cpu")) == contents(plain)
+    raw = load_file(packed / "model.safetensors")
+    assert torch.equal(raw["f32"], every_dtype()["f32"])
+
+
+def test_kinds_and_bits() -> None:
+    size = TensorSize("model.layers.3.self_attn.q_proj.weight", "bfloat16", 1000, 700, coded=True)
+    assert (size.kind, size.bits) == ("q_proj", 11.2)
+    assert TensorSize("empty", "bfloat16", 0, 0, coded=False).bits == 0
+
+
+def damage(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@pytest.mark.parametrize("host", ["1 GB", "1 MB"])
+@pytest.mark.parametrize("section", ["sm", "planes", "lut", "off", "esc", "weights"])
+def test_a_flipped_bit_is_named_by_tensor_and_section(copy: Path, tmp_path: Path, section: str, host: str) -> None:
+    entries = read_checkpoint(copy)
+    wanted = "model.layers.1.self_attn.q_proj.bias" if section == "weights" else "model.layers.1.mlp.up_proj.weight"
+    entry = entries[wanted]
+    assert isinstance(entry.source, FileSpan)
+    within = 0 if entry.layout is None else entry.layout.offsets[section]
+    damage(entry.source.path, entry.source.offset + within)
+    message = rf"{entry.source.path.name}: tensor {wanted}: section {section}, .* changed since it was packed"
+    with pytest.raises(CheckpointError, match=message):
+        loaded(copy, host=host)
+    with pytest.raises(CheckpointError, match=message):
+        unpack(copy, tmp_path / "back", device="cpu")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_flipped_bit_anywhere_in_the_header_gives_an_error_or_the_same_weights(copy: Path) -> None:
+    path = sorted(copy.glob("*.safetensors"))[0]
+    before, entries = path.read_bytes(), read_shard(path)
+    for offset in range(0, len(read_header(path).text), 97):
+        damage(path, offset)
+        try:
+            same = read_shard(path) == entries
+        except CheckpointError:
+            same = True
+        assert same, offset
+        path.write_bytes(before)
+
+
+def test_a_truncated_file_is_refused(copy: Path) -> None:
+    path = sorted(copy.glob("*.safetensors"))[0]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="it is truncated"):
+        loaded(copy)
+
+
+def test_an_unknown_version_is_refused(
+    codable_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_form, "VERSION", 2)
+        later = pack(codable_checkpoint, tmp_path / "later", device="cpu")
+    with pytest.raises(CheckpointError, match="packed in version 2, and this djinn reads version 1"):
+        loaded(later)
+
+
+def test_packing_twice_and_unpacking_what_is_not_packed_are_refused(
+    codable_checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="is packed already"):
+        pack(folder, tmp_path / "again", device="cpu")
+    with pytest.raises(CheckpointError, match="is not packed"):
+        unpack(codable_checkpoint, tmp_path / "again", device="cpu")
+
+
+def test_the_source_folder_and_a_full_folder_are_refused(codable_checkpoint: Path, tmp_path: Path) -> None:
+    for out in (codable_checkpoint, codable_checkpoint / "inside", codable_checkpoint.parent):
+        with pytest.raises(ConfigError, match="writes beside the source"):
+            pack(codable_checkpoint, out, device="cpu")
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(CheckpointError, match="is there already"):
+        pack(codable_checkpoint, tmp_path, device="cpu")
+    with pytest.raises(CheckpointError, match="is there already"):
+        pack(codable_checkpoint, tmp_path / "mine", device="cpu")
+
+
+def test_a_file_with_gaps_is_refused(codable_checkpoint: Path, tmp_path: Path) -> None:
+    gappy = Path(shutil.copytree(codable_checkpoint, tmp_path / "gappy"))
+    path = sorted(gappy.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(CheckpointError, match="4 bytes after its tensors"):
+        pack(gappy, tmp_path / "out", device="cpu")
+
+
+def failing_after(shards: int, error: BaseException) -> Callable[..., None]:
+    """Return a ``pack_shard`` that raises half-way through the shard after the first ``shards``."""
+    really, calls = packing.pack_shard, []
+
+    def pack_shard(source: Path, target: Path, *rest: object) -> None:
+        calls.append(source)
+        if len(calls) > shards:
+            target.write_bytes(b"half")
+            raise error
+        really(source, target, *rest)  # type: ignore[arg-type]
+
+    return pack_shard
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_packing_goes_on(
+    codable_checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "pack_shard", failing_after(1, error))
+        expected = UnavailableError if isinstance(error, OSError) else KeyboardInterrupt
+        with pytest.raises(expected) as caught:
+            pack(codable_checkpoint, out, device="cpu")
+    if isinstance(error, OSError):
+        assert "the disk is full; 1 of" in str(caught.value)
+        assert "it continues there" in str(caught.value)
+    kept = sorted((tmp_path / "out.partial").glob("*.safetensors"))
+    assert len(kept) == 1
+    assert not out.exists()
+    finished = kept[0].stat().st_mtime_ns
+    pack(codable_checkpoint, out, device="cpu")
+    assert (out / kept[0].name).stat().st_mtime_ns == finished
+    assert contents(out) == contents(folder)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_source_that_changed_does_not_go_on(
+    codable_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(codable_checkpoint, tmp_path / "source"))
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "pack_shard", failing_after(1, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, tmp_path / "out", device="cpu")
+    sorted(source.glob("*.safetensors"))[0].touch()
+    with pytest.raises(CheckpointError, match=r"out\.partial: was begun from another source"):
+        pack(source, tmp_path / "out", device="cpu")
+
+
+def test_other_files_come_along_and_folders_do_not(codable_checkpoint: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(codable_checkpoint, tmp_path / "source"))
+    (source / "notes.txt").write_text("mine")
+    (source / "onnx").mkdir()
+    with pytest.warns(UserWarning, match="folders are left out: onnx"):
+        out = pack(source, tmp_path / "out", device="cpu")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "onnx").exists()
+
+
+def test_a_synthetic_checkpoint_stays_synthetic(tmp_path: Path) -> None:
+    from djinn.weights.checkpoint import is_synthetic, resolve
+    from djinn.weights.synth import synthesise
+
+    packed = pack(synthesise("llama-tiny", tmp_path / "tiny", progress=False), tmp_path / "packed", device="cpu")
+    assert is_synthetic(resolve(str(packed)))
+    assert json.loads((packed / "digests.json").read_text())["synthetic"]
