@@ -52,6 +52,9 @@ def test_profiles_for_people() -> None:
         (["plan", "synthetic:llama-tiny", "--budget", "5"], "size '5' is not a positive number with a unit"),
         (["plan", "synthetic:llama-tiny", "--budget", "5 KB"], "budget: 5 KB is too small"),
         (["generate", "nowhere", "--prompt", "x", "--budget", "5 MB"], "no folder 'nowhere'"),
+        (["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5 MB", "--coding", "zip"], "coding 'zip'"),
+        (["pack", "nowhere", "--dry-run"], "no folder 'nowhere'"),
+        (["pack", "nowhere"], "name the folder to write, or say --dry-run"),
         (["baseline"], "Missing argument"),
         (["baseline", "djinn", "--runs", "0"], "--runs"),
         (["sing"], "No such command"),
@@ -79,6 +82,21 @@ def test_plan_as_json_accounts_for_every_byte() -> None:
     plan = json.loads(result.stdout)
     assert plan["resident_bytes"] + plan["ring_bytes"] + plan["workspace_bytes"] <= plan["budget"] == 5_000_000
     assert sum(unit["bytes"] for unit in plan["units"]) == plan["model_bytes"]
+
+
+def test_pack_says_what_it_saves_and_unpack_gives_it_back(codable_checkpoint: Path, tmp_path: Path) -> None:
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    would = djinn("pack", str(codable_checkpoint), "--dry-run", "--json", "--device", "cpu")
+    assert would.exit_code == 0
+    assert not packed.exists()
+    shown = djinn("pack", str(codable_checkpoint), str(packed), "--device", "cpu")
+    assert shown.exit_code == 0
+    assert "up_proj" in shown.stdout
+    assert json.loads(djinn("pack", str(packed), "--dry-run", "--json").stdout) == json.loads(would.stdout)
+    assert djinn("unpack", str(packed), str(back), "--device", "cpu").exit_code == 0
+    assert {path.name: path.read_bytes() for path in back.iterdir()} == {
+        path.name: path.read_bytes() for path in codable_checkpoint.iterdir()
+    }
 
 
 def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:

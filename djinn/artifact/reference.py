@@ -9,6 +9,7 @@ Each folder holds records as they were written, a ``manifest.json`` that says wh
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from djinn.sizes import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFERENCE_DIR = ROOT / "data" / "reference"
+_TABLES = ("baselines.jsonl", "benchmark.jsonl")
+"""Files of run records that README shows; the points of a sweep are for its figure."""
 BEGIN, END = "<!-- reference records: written by djinn.artifact.reference -->", "<!-- end of reference records -->"
 
 
@@ -64,12 +67,12 @@ def checksums(folder: Path) -> str:
 
 
 def results_markdown(root: Path = REFERENCE_DIR) -> str:
-    """Return README's results: for each file of run records its machine, a table, the command and the notes."""
+    """Return README's results: for each file that compares systems its machine, a table, the command and the notes."""
     blocks = []
     for folder in folders(root):
         manifest = read_manifest(folder)
         for name, source in manifest.files.items():
-            if not name.endswith(".jsonl"):
+            if name not in _TABLES:
                 continue
             records = read_records(folder / name)
             blocks.append(
@@ -89,12 +92,8 @@ def table(records: list[Record]) -> str:
     for row in summary_frame(records).to_dict("records"):
         first = f"| {row['label']} | {format_bytes(int(row['budget_bytes']))} |"
         if row["runs"]:
-            numbers = (
-                f"{row['ttft_s_median']:.3g}",
-                f"{row['token_s_median']:.3g}",
-                f"{row['link_gbps_median']:.3g}",
-                f"{row['link_utilisation_median']:.3g}",
-            )
+            columns = ("ttft_s_median", "token_s_median", "link_gbps_median", "link_utilisation_median")
+            numbers = ("" if math.isnan(row[column]) else f"{row[column]:.3g}" for column in columns)
             host = format_bytes(int(row["peak_anon_bytes"]))
             rows.append(f"{first} {host} | {' | '.join(numbers)} | {row['runs']} |")
         else:

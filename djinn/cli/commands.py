@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from djinn.cli.show import exit_unless, print_json, print_paths, print_records, print_table
+from djinn.cli.show import exit_unless, print_json, print_paths, print_records, print_table, print_tensor_sizes
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate
 OutputDir = Annotated[Path | None, typer.Option(help="Run directory.  [default: in artifact/runs]")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]
 Runs = Annotated[int | None, typer.Option(min=1, help="Runs of each point.  [default: the profile's]")]
+CodingOption = Annotated[
+    str | None, typer.Option("--coding", help="lossless or none; by default weights stay as they are stored.")
+]
+ProfileCoding = Annotated[str | None, typer.Option("--coding", help="lossless or none; the profile's by default.")]
+Device = Annotated[str | None, typer.Option(help="Where tensors are coded.  [default: a GPU where there is one]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 
@@ -105,6 +110,7 @@ def plan(
     host_memory: HostMemory = None,
     prompt_tokens: PromptTokens = 512,
     new_tokens: NewTokens = 32,
+    coding: CodingOption = None,
     as_json: Json = False,
 ) -> None:
     """Say which weights would be resident, pinned and on disk, without loading anything."""
@@ -117,6 +123,7 @@ def plan(
         host_memory=host_memory,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        coding=coding,  # type: ignore[arg-type]
     )
     if not as_json:
         typer.echo(chosen.table())
@@ -146,6 +153,36 @@ def synth(
 
 
 @main.command()
+def pack(
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what coding would save, and write nothing.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Code a checkpoint without loss, once; an interrupted packing is continued."""
+    from djinn.weights import pack as packing
+
+    if not dry_run:
+        if out is None:
+            raise ConfigError("pack: name the folder to write, or say --dry-run")
+        model = str(packing.pack(model, out, device=device, progress=True))
+    print_tensor_sizes(list(packing.survey(model, device=device)), as_json)
+
+
+@main.command()
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    device: Device = None,
+) -> None:
+    """Write the files that a packed checkpoint was made from, byte for byte."""
+    import djinn
+
+    typer.echo(djinn.unpack(folder, out, device=device, progress=True))
+
+
+@main.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
@@ -154,6 +191,7 @@ def generate(
     ring: Ring = None,
     host_memory: HostMemory = None,
     chunk: Chunk = "64 MiB",
+    coding: CodingOption = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the weights, and say how fast that was."""
@@ -174,6 +212,7 @@ def generate(
         chunk=chunk,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        coding=coding,  # type: ignore[arg-type]
     )
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True)
     start = time.perf_counter()
@@ -206,6 +245,7 @@ def baseline(
     model: OtherModel = None,
     profile: ProfileName = "smoke_tiny",
     budget: Annotated[str | None, typer.Option(help="Another budget than the profile's.")] = None,
+    coding: ProfileCoding = None,
     runs: Runs = None,
     ttft: Annotated[
         bool, typer.Option("--ttft-enabled/--ttft-disabled", help="Show the time to first token; always recorded.")
@@ -214,7 +254,7 @@ def baseline(
     as_json: Json = False,
 ) -> None:
     """Measure one system, or all of a profile's, on the same prompt and weights; an interrupted run is continued."""
-    chosen = _profile(profile, model=model, budget=budget, runs=runs)
+    chosen = _profile(profile, model=model, budget=budget, coding=coding, runs=runs)
     if system != "all":
         chosen = chosen.override(systems=_variants(system, chosen))
 
@@ -229,11 +269,12 @@ def baseline(
 def sweep(
     profile: ProfileName = "smoke_tiny",
     model: OtherModel = None,
+    coding: ProfileCoding = None,
     output_dir: OutputDir = None,
     as_json: Json = False,
 ) -> None:
     """Measure the profile's chunk and ring sizes; an interrupted sweep is continued."""
-    chosen = _profile(profile, model=model)
+    chosen = _profile(profile, model=model, coding=coding)
 
     from djinn.bench.sweep import run_sweep
 

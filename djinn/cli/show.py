@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from djinn.sizes import format_bytes
+
 if TYPE_CHECKING:
     from djinn.bench.records import Record
+    from djinn.weights.pack import TensorSize
 
 
 def exit_unless(fine: bool) -> None:
@@ -45,6 +49,25 @@ def print_records(records: Sequence[Record], as_json: bool, hide: Sequence[str] 
         for row in frame[frame["reason"] != ""].itertuples():
             typer.echo(f"{row.label}: {row.status}: {row.reason}")
     exit_unless(all(record.status == "ok" for record in records))
+
+
+def print_tensor_sizes(sizes: Sequence[TensorSize], as_json: bool) -> None:
+    """Print what coding does: every tensor as JSON, or a line for each kind of tensor and one for all."""
+    if as_json:
+        print_json([asdict(size) | {"kind": size.kind, "bits": size.bits} for size in sizes])
+        return
+    kinds: dict[tuple[str, str, bool], list[TensorSize]] = {}
+    for size in sizes:
+        kinds.setdefault((size.kind, size.dtype, size.coded), []).append(size)
+    rows = [_size_row(f"{kind} x {len(members)}", dtype, members) for (kind, dtype, _), members in kinds.items()]
+    rows.append(_size_row(f"all {len(sizes)}", "", sizes))
+    print_table(["tensors", "dtype", "stored", "bytes", "as stored", "bits of 16"], rows)
+
+
+def _size_row(tensors: str, dtype: str, sizes: Sequence[TensorSize]) -> list[str]:
+    raw, stored = sum(size.raw_bytes for size in sizes), sum(size.stored_bytes for size in sizes)
+    how = "coded" if all(size.coded for size in sizes) else "" if any(size.coded for size in sizes) else "as it was"
+    return [tensors, dtype, how, format_bytes(raw), format_bytes(stored), f"{16 * stored / raw:.2f}" if raw else ""]
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
