@@ -16,12 +16,13 @@ from djinn.sizes import Bytes, format_bytes
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "artifact" / "configs"
 
 SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
-    "djinn": (),
+    "djinn": ("", "lossless"),
     "accelerate": ("disk", "cpu", "cpu-pinned"),
     "deepspeed": ("cpu", "nvme"),
     "resident": (),
 }
-"""The systems that can be compared, each with the places it can offload to; written ``system:variant``."""
+"""The systems that can be compared, each with the places it can offload to, and djinn with its weights coded or as the
+profile says; written ``system:variant``."""
 
 
 def system_names() -> list[str]:
@@ -47,12 +48,14 @@ class _Frozen(BaseModel):
 
 
 class Sweep(_Frozen):
-    """Points of notebook 03: each chunk size at the profile's ring, each ring size at the profile's chunk."""
+    """Points of notebook 03: each chunk size at the profile's ring, each ring size at the profile's chunk, coded."""
 
     chunks: tuple[Bytes, ...] = ()
     rings: tuple[Bytes, ...] = ()
     runs: int = Field(default=3, ge=1)
     new_tokens: int = Field(default=2, ge=1)
+    coded: bool = False
+    """Whether there is one point more, with losslessly coded weights."""
 
 
 class Profile(_Frozen):

@@ -34,6 +34,8 @@ def fabricated_run(tmp_path: Path) -> Path:
     for run in range(3):
         for system in ("djinn", "accelerate:disk"):
             append_record(results / "baselines.jsonl", fabricated(profile, system, run))
+        coded = fabricated(profile, "djinn:lossless", run, settings={"bits q_proj": 11.19, "bits lm_head": 11.2})
+        append_record(results / "baselines.jsonl", coded)
     append_record(results / "baselines.jsonl", fabricated(profile, "deepspeed:nvme", 0))
     append_record(results / "baselines.jsonl", failed(profile, "deepspeed:nvme", 1, "timeout", "no answer in 900 s"))
     reason = "out of memory: 26 GB of weights, 12 GB of RAM"
@@ -51,12 +53,14 @@ def fabricated_run(tmp_path: Path) -> Path:
             update={"experiment": "sweep", "variant": "chunk=512 MiB"}
         ),
     )
-    with (results / "timeline.jsonl").open("w") as lines:
-        for unit in range(40):
-            for lane, offset in (("copy", 0.0), ("compute", 0.4), ("stall", 0.32)):
-                span = {"lane": lane, "unit": f"layers.{unit}", "start_s": unit * 0.5 + offset, "nbytes": 600_000_000}
-                length = {"copy": 0.48, "compute": 0.1, "stall": 0.05}[lane]
-                lines.write(json.dumps(span | {"end_s": span["start_s"] + length, "cause": ""}) + "\n")  # type: ignore[operator]
+    for name, reader in (("timeline", "compute"), ("timeline_coded", "decode")):
+        with (results / f"{name}.jsonl").open("w") as lines:
+            for unit in range(40):
+                for lane, offset in (("copy", 0.0), (reader, 0.4), ("stall", 0.32)):
+                    start = unit * 0.5 + offset
+                    span = {"lane": lane, "unit": f"layers.{unit}", "start_s": start, "nbytes": 600_000_000}
+                    length = {"copy": 0.48, reader: 0.1, "stall": 0.05}[lane]
+                    lines.write(json.dumps(span | {"end_s": start + length, "cause": ""}) + "\n")
     return run_dir
 
 

@@ -21,7 +21,7 @@ from djinn.artifact.provenance import REPOSITORY, write_text
 from djinn.bench.certify import read_certification
 from djinn.bench.proof import Proof
 from djinn.bench.records import Record, latest, read_records
-from djinn.bench.statistics import reference_label, tokens_agree
+from djinn.bench.statistics import reference_label, system_label, tokens_agree
 from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError
 from djinn.figures import frames
@@ -98,21 +98,22 @@ class Evidence:
     """Of the baselines, the latest of every point."""
     proof: Proof | None
     """Of the certification: whether streamed equals resident."""
+    coded_timeline: pd.DataFrame
+    """Of the sweep's point with coded weights."""
 
-    @property
-    def ours(self) -> list[Record]:
-        """The finished runs of djinn."""
-        ours = [record for record in self.records if record.system == "djinn"]
+    def finished(self, system: str = "djinn") -> list[Record]:
+        """Return the finished runs of djinn, or of ``djinn:lossless``."""
+        ours = [record for record in self.records if system_label(record) == system]
         finished = [record for record in ours if record.status == "ok"]
         if not ours:
-            raise _NotMeasuredError("no record of djinn")
+            raise _NotMeasuredError(f"no record of {system}")
         if not finished:
-            raise _NotMeasuredError(f"djinn: {ours[-1].status}: {ours[-1].reason}")
+            raise _NotMeasuredError(f"{system}: {ours[-1].status}: {ours[-1].reason}")
         return finished
 
-    def values(self, field: str) -> list[float]:
-        """Return ``field`` of every finished run of djinn; each of them must have it."""
-        values = [getattr(record, field) for record in self.ours]
+    def values(self, field: str, system: str = "djinn") -> list[float]:
+        """Return ``field`` of every finished run of ``system``; each of them must have it."""
+        values = [getattr(record, field) for record in self.finished(system)]
         if None in values:
             raise _NotMeasuredError(f"{field} was not measured in every run")
         return values
@@ -125,19 +126,40 @@ def streamed_equals_resident(evidence: Evidence) -> float:
     return float(evidence.proof.holds)
 
 
-def device_memory_over_budget(evidence: Evidence) -> float:
+def device_memory_over_budget(evidence: Evidence, system: str = "djinn") -> float:
     """The largest peak of device memory over the budget of the same run."""
-    peaks = evidence.values("peak_device_bytes")
-    return max(peak / record.budget_bytes for peak, record in zip(peaks, evidence.ours, strict=True))
+    peaks = evidence.values("peak_device_bytes", system)
+    return max(peak / record.budget_bytes for peak, record in zip(peaks, evidence.finished(system), strict=True))
 
 
 def same_tokens(evidence: Evidence) -> float:
     """1 if every run of djinn generated the tokens of the reference system, else 0."""
     reference = reference_label(evidence.records)
     agree = tokens_agree(evidence.records).get("djinn")
-    if agree is None or reference in (None, "djinn"):
+    if agree is None or reference is None or reference.startswith("djinn"):
         raise _NotMeasuredError("nothing to compare: needs djinn and another system, with the same tokens in all runs")
     return float(agree)
+
+
+def coding_changes_no_token(evidence: Evidence) -> float:
+    """1 if every run with coded weights generated the tokens of every run with raw ones, else 0."""
+    runs = [*evidence.finished("djinn"), *evidence.finished("djinn:lossless")]
+    return float(len({tuple(record.tokens) for record in runs}) == 1)
+
+
+def bits_per_weight(evidence: Evidence) -> float:
+    """The most bits that a kind of coded tensor takes for every 16 of its weights."""
+    bits = frames.bits(evidence.finished("djinn:lossless"))["bits"]
+    if bits.empty:
+        raise _NotMeasuredError("no tensor was coded")
+    return float(bits.max())
+
+
+def decode_share(evidence: Evidence) -> float:
+    """The share of the traced run's time in which the device decodes."""
+    if evidence.coded_timeline.empty:
+        raise _NotMeasuredError("no timeline of a run with coded weights")
+    return float(frames.shares(evidence.coded_timeline).get("decode", 0.0))
 
 
 def link_utilisation(evidence: Evidence) -> float:
@@ -166,7 +188,7 @@ def ttft_s(evidence: Evidence) -> float:
 def oversubscription(evidence: Evidence) -> float:
     """Model bytes over budget, in the run where it is smallest."""
     sizes = evidence.values("model_bytes")
-    return min(size / record.budget_bytes for size, record in zip(sizes, evidence.ours, strict=True))
+    return min(size / record.budget_bytes for size, record in zip(sizes, evidence.finished(), strict=True))
 
 
 def host_memory_gib(evidence: Evidence) -> float:
@@ -174,8 +196,8 @@ def host_memory_gib(evidence: Evidence) -> float:
     return max(evidence.values("peak_anon_bytes")) / 2**30
 
 
-def time_over_best_peer(evidence: Evidence, peers: list[str]) -> float:
-    """djinn's time over the fastest peer's in the same run, the median of the runs that djinn and all peers finished.
+def time_over_best_peer(evidence: Evidence, peers: list[str], system: str = "djinn") -> float:
+    """The system's time over the fastest peer's in the same run, the median of the runs that it and all peers finished.
 
     The time is TTFT plus every per-token time. A peer that finished no run is left out; the runs are paired, because
     the machine drifts between them.
@@ -183,12 +205,12 @@ def time_over_best_peer(evidence: Evidence, peers: list[str]) -> float:
     runs = frames.runs(evidence.records)
     table = runs.dropna(subset=["generate_s"]).pivot_table(index="run", columns="name", values="generate_s")
     finished = [peer for peer in peers if peer in table]
-    if "djinn" not in table or not finished:
-        raise _NotMeasuredError("djinn did not finish" if finished else f"none of {', '.join(peers)} finished")
-    paired = table[["djinn", *finished]].dropna()
+    if system not in table or not finished:
+        raise _NotMeasuredError(f"{system} did not finish" if finished else f"none of {', '.join(peers)} finished")
+    paired = table[[system, *finished]].dropna()
     if paired.empty:
-        raise _NotMeasuredError(f"no run that djinn and {', '.join(finished)} all finished")
-    return float((paired["djinn"] / paired[finished].min(axis=1)).median())
+        raise _NotMeasuredError(f"no run that {system} and {', '.join(finished)} all finished")
+    return float((paired[system] / paired[finished].min(axis=1)).median())
 
 
 METRICS: Mapping[str, Callable[..., float]] = {
@@ -197,6 +219,9 @@ METRICS: Mapping[str, Callable[..., float]] = {
         streamed_equals_resident,
         device_memory_over_budget,
         same_tokens,
+        coding_changes_no_token,
+        bits_per_weight,
+        decode_share,
         link_utilisation,
         disk_or_compute_bound,
         link_gbps,
@@ -231,6 +256,7 @@ def read_evidence(run_dir: Path) -> Evidence:
         profile=load_profile(run_dir / "profile.yaml"),
         records=latest(read_records(run_dir / "results" / "baselines.jsonl")),
         proof=certification.proof if certification else None,
+        coded_timeline=frames.read_timeline(run_dir, "timeline_coded"),
     )
 
 
@@ -281,7 +307,7 @@ def _require(needs: Needs, evidence: Evidence) -> None:
         raise _NotMeasuredError(f"needs device {needs.device}; this run used {device}")
     if needs.gpu is None and needs.model_bytes is None:
         return
-    names = {record.device_name for record in evidence.ours}
+    names = {record.device_name for record in evidence.finished()}
     if needs.gpu is not None and not all(needs.gpu in name.split() for name in names):
         raise _NotMeasuredError(f"needs an {needs.gpu}; this run used {', '.join(sorted(names))}")
     if needs.model_bytes is not None and (smallest := min(evidence.values("model_bytes"))) < needs.model_bytes:

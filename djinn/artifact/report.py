@@ -28,10 +28,12 @@ FIGURES = {
     "bandwidth": "Link and effective bandwidth of each system against the link's ceiling",
     "ttft": "Time to first token of each system",
     "time_per_token": "Time per output token of each system",
+    "bits_per_weight": "Bits that coded tensors take, by kind of tensor",
     "chunk_sweep": "Link bandwidth by chunk size",
     "ring_sweep": "Link bandwidth by ring size",
     "device_memory": "Peak device memory of each system against the model's size and the budget",
     "timeline": "Copies, compute and stalls over time",
+    "timeline_coded": "Copies, decoding and stalls over time, with coded weights",
 }
 """The figures a report shows, in order, with the words for readers who cannot see them."""
 

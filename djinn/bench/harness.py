@@ -61,7 +61,8 @@ def run_baselines(profile: Profile, run_dir: Path) -> list[Record]:
     lanes = []
     for name in profile.systems:
         system, _, target = name.partition(":")
-        lanes.append(Lane(system=system, target=target, variant=target, profile=profile))
+        own = profile.override(coding="lossless") if name == "djinn:lossless" else profile
+        lanes.append(Lane(system=system, target=target, variant=target, profile=own))
     with Bench("baselines", profile, run_dir, keep=profile.interleave) as bench:
         return bench.measure(lanes, runs=profile.runs, order="by run" if profile.interleave else "by lane")
 

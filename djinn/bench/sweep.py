@@ -1,4 +1,4 @@
-"""djinn alone, over chunk sizes at the profile's ring and ring sizes at the profile's chunk.
+"""djinn alone, over chunk sizes at the profile's ring, ring sizes at the profile's chunk, and with coded weights.
 
 The points take turns run by run. They stay loaded all at once where host memory holds them; else each is loaded anew.
 """
@@ -23,14 +23,15 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
     """Measure every point of ``profile.sweep``; append to ``run_dir/results/sweep.jsonl`` and return its records.
 
     The first run of the point with the profile's own chunk (else of the first point) also writes
-    ``results/timeline.jsonl``, an :class:`djinn.engine.stats.Interval` per line; where there is an NVIDIA GPU, the
-    whole sweep is traced to ``results/pcie.csv``. Runs that are already ``ok`` are not repeated.
+    ``results/timeline.jsonl``, an :class:`djinn.engine.stats.Interval` per line, and that of the coded point
+    ``results/timeline_coded.jsonl``. Where there is an NVIDIA GPU, the whole sweep is traced to ``results/pcie.csv``.
+    Runs that are already ``ok`` are not repeated.
 
     Raises:
         DjinnError: the checkpoint cannot be had, or the result file is damaged.
         OSError: ``run_dir`` cannot be written.
     """
-    lanes = sweep_lanes(profile, run_dir / "results" / "timeline.jsonl")
+    lanes = sweep_lanes(profile, run_dir / "results")
     # Where points take turns, each turn loads the model again, unless all fit in memory at once.
     order: Order = "by run" if profile.interleave else "by lane"
     with Bench("sweep", profile, run_dir, keep=_fit_together(lanes, profile)) as bench:
@@ -39,18 +40,23 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
             return bench.measure(lanes, runs=profile.sweep.runs, order=order)
 
 
-def sweep_lanes(profile: Profile, timeline: Path) -> list[Lane]:
-    """Return the points in order, chunks before rings; one of them carries ``timeline``."""
-    points = [("chunk", size) for size in profile.sweep.chunks] + [("ring", size) for size in profile.sweep.rings]
-    traced = ("chunk", profile.chunk) if ("chunk", profile.chunk) in points else next(iter(points), None)
+def sweep_lanes(profile: Profile, results: Path) -> list[Lane]:
+    """Return the points in order: chunks, rings, coded. One of the first two and the last write timelines."""
+    points = [("chunk", exact_bytes(size)) for size in profile.sweep.chunks]
+    points += [("ring", exact_bytes(size)) for size in profile.sweep.rings]
+    own = ("chunk", exact_bytes(profile.chunk))
+    timelines = {own if own in points else next(iter(points), None): results / "timeline.jsonl"}
+    if profile.sweep.coded:
+        points.append(("coding", "lossless"))
+        timelines[points[-1]] = results / "timeline_coded.jsonl"
     return [
         Lane(
             system="djinn",
-            variant=f"{axis}={exact_bytes(size)}",
-            profile=profile.override(**{axis: exact_bytes(size), "new_tokens": profile.sweep.new_tokens}),
-            timeline=timeline if (axis, size) == traced else None,
+            variant=f"{axis}={value}",
+            profile=profile.override(**{axis: value, "new_tokens": profile.sweep.new_tokens}),
+            timeline=timelines.get((axis, value)),
         )
-        for axis, size in points
+        for axis, value in points
     ]
 
 

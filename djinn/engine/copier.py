@@ -7,6 +7,7 @@ the slot waits for is known, ``wait`` before the unit is read, ``release`` after
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,6 +41,10 @@ class Copier(Protocol):
 
     def release(self, unit: int) -> None:
         """Note that all compute which reads ``unit`` has been issued."""
+        ...
+
+    def decode(self, unit: Unit, decode: Callable[[], None]) -> None:
+        """Decode a resident, and put that on the timeline."""
         ...
 
     def settle(self) -> None:
@@ -148,6 +153,11 @@ class CpuCopier:
             source = self._sources[unit]
             lane = reading_lane(source.unit)
             self._stats.add(Interval(lane, source.unit.name, begin, time.perf_counter(), source.unit.weight_bytes))
+
+    def decode(self, unit: Unit, decode: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        decode()
+        self._stats.add(Interval("decode", unit.name, begin, time.perf_counter(), unit.weight_bytes))
 
     def settle(self) -> None:
         for fill in self._fills.values():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from djinn.engine.memcpy import Command, prepare
 from djinn.engine.reader import THREADS, Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
 from djinn.engine.stats import Interval, Stats
-from djinn.weights.units import PAGE
+from djinn.weights.units import PAGE, Unit
 
 STAGING_BUFFERS = THREADS
 """Page-locked buffers between disk and link: one for every reading thread; copying one takes a tenth of reading it."""
@@ -106,6 +106,12 @@ class CudaCopier:
             self._trace.mark(unit, "compute_end", compute)
             self._trace.close_visit(unit, self._sources[unit])
         self._free[unit].record(compute)
+
+    def decode(self, unit: Unit, decode: Callable[[], None]) -> None:
+        if self._trace is None:
+            decode()
+        else:
+            self._trace.around(unit, decode, self._compute_stream())
 
     def _compute_stream(self) -> torch.cuda.Stream:
         """Return the stream that the caller computes on; never asked for in a copy stream's context.
@@ -233,6 +239,7 @@ class _Trace:
         self._zero.record()
         self._open: dict[int, dict[str, torch.cuda.Event]] = {}
         self._closed: list[tuple[Source, dict[str, torch.cuda.Event]]] = []
+        self._decoded: list[tuple[Unit, torch.cuda.Event, torch.cuda.Event]] = []
 
     def mark(self, unit: int, what: str, stream: torch.cuda.Stream) -> None:
         event = torch.cuda.Event(enable_timing=True)
@@ -244,7 +251,18 @@ class _Trace:
     def close_visit(self, unit: int, source: Source) -> None:
         self._closed.append((source, self._open.pop(unit, {})))
 
+    def around(self, unit: Unit, decode: Callable[[], None], stream: torch.cuda.Stream) -> None:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
+        decode()
+        end.record(stream)
+        self._decoded.append((unit, begin, end))
+
     def resolve(self) -> None:
+        for unit, begin, end in self._decoded:
+            start_s, end_s = (self._zero.elapsed_time(event) / 1e3 for event in (begin, end))
+            self._stats.add(Interval("decode", unit.name, start_s, end_s, unit.weight_bytes))
+        self._decoded.clear()
         for source, events in self._closed:
             at = {what: self._zero.elapsed_time(event) / 1e3 for what, event in events.items()}
             name, nbytes = source.unit.name, source.unit.weight_bytes

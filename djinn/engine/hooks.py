@@ -65,7 +65,7 @@ class Streamer:
         modules = dict(model.named_modules())
         for unit in units:
             for reader in unit.readers:
-                decode = self._decode_hook(unit.name)
+                decode = self._decode_hook(unit)
                 self._handles.append(modules[reader].register_forward_pre_hook(decode, prepend=True))
                 leave = modules[reader].register_forward_hook(self._leave_hook(unit.name), always_call=True)
                 self._handles.append(leave)
@@ -94,10 +94,10 @@ class Streamer:
         self._reading.clear()
         self._scratch.clear()
 
-    def _decode_hook(self, unit: str) -> Callable[..., None]:
+    def _decode_hook(self, unit: Unit) -> Callable[..., None]:
         def enter(*_: object) -> None:
-            self._scratch.enter(unit)
-            self._decodings[unit]()
+            self._scratch.enter(unit.name)
+            self._copier.decode(unit, self._decodings[unit.name])
 
         return enter
 

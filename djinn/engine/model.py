@@ -116,6 +116,15 @@ def load(
     return index.model
 
 
+def placement(model: nn.Module) -> Plan:
+    """Return the plan that a streaming model follows, with the sizes that its weights really have.
+
+    Raises:
+        ConfigError: not a model from :func:`load`.
+    """
+    return _engine(model).plan
+
+
 def stats(model: nn.Module) -> Stats:
     """Return the running totals of a streaming model.
 

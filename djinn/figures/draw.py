@@ -67,7 +67,9 @@ def _figures(run_dir: Path) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.Da
     yield "time_per_token", frames.tokens(records, systems), plots.time_per_token
     yield "device_memory", runs, plots.device_memory
     points = frames.read_sweep(run_dir)
+    yield "bits_per_weight", frames.bits(records), plots.bits_per_weight
     yield "chunk_sweep", points[points["axis"] == "chunk"], partial(plots.sweep, axis="chunk")
     yield "ring_sweep", points[points["axis"] == "ring"], partial(plots.sweep, axis="ring")
     pcie = frames.read_pcie(run_dir)
     yield "timeline", frames.read_timeline(run_dir), partial(plots.timeline, pcie=pcie)
+    yield "timeline_coded", frames.read_timeline(run_dir, "timeline_coded"), plots.timeline

@@ -20,8 +20,9 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     tokens           the generated ids, as a tuple
 ``tokens``: one row per token after the first: name, run, token (from 1), token_s, words.
 ``sweep``: as ``runs``, and
-    axis             what was varied: "chunk" or "ring"
-    size_bytes       the point, bytes
+    axis             what was varied: "chunk", "ring" or "coding"
+    size_bytes       the point, bytes; NaN for "coding"
+``bits``: one row per kind of coded tensor and run of djinn: name, run, kind, bits (stored for every 16 of the weights).
 ``timeline``: one row per interval of the copy engine: lane, unit, start_s, end_s, nbytes, cause.
 ``pcie``: the trace of the GPU's link: time_s, rx_gbps, tx_gbps, source.
 """
@@ -43,6 +44,8 @@ from djinn.sizes import parse_bytes
 
 NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
+_BITS = "bits "
+"""How the settings of a record begin that djinn's adapter writes for each kind of coded tensor."""
 _WORDS = {"oom": "OOM", "timeout": "timed out", "unavailable": "unavailable", "error": "failed"}
 
 _COPIED = [
@@ -76,9 +79,9 @@ def read_sweep(run_dir: Path) -> pd.DataFrame:
     return sweep(latest(read_records(run_dir / "results" / "sweep.jsonl")))
 
 
-def read_timeline(run_dir: Path) -> pd.DataFrame:
-    """Return ``timeline`` of a run directory; no rows where none was recorded."""
-    path = run_dir / "results" / "timeline.jsonl"
+def read_timeline(run_dir: Path, name: str = "timeline") -> pd.DataFrame:
+    """Return ``timeline`` of a run directory, or ``timeline_coded``; no rows where none was recorded."""
+    path = run_dir / "results" / f"{name}.jsonl"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame(columns=TIMELINE_COLUMNS)
     return pd.read_json(path, lines=True).reindex(columns=TIMELINE_COLUMNS)
@@ -131,6 +134,23 @@ def sweep(records: Sequence[Record]) -> pd.DataFrame:
     return frame
 
 
+def bits(records: Sequence[Record]) -> pd.DataFrame:
+    """Return the bits that coded tensors take, by kind, in every finished run that streamed coded weights."""
+    rows = [
+        {"name": system_label(record), "run": record.run, "kind": key.removeprefix(_BITS), "bits": value}
+        for record in records
+        for key, value in record.settings.items()
+        if key.startswith(_BITS)
+    ]
+    return pd.DataFrame(rows, columns=["name", "run", "kind", "bits"]).astype({"bits": float})
+
+
+def shares(intervals: pd.DataFrame) -> pd.Series:
+    """Return of a timeline the share of its time that each lane is busy; its index are the lanes that it has."""
+    busy = (intervals["end_s"] - intervals["start_s"]).groupby(intervals["lane"]).sum()
+    return busy / (intervals["end_s"].max() - intervals["start_s"].min())
+
+
 def names(frame: pd.DataFrame) -> list[str]:
     """Return the systems of ``frame`` in order of first appearance."""
     return list(dict.fromkeys(frame["name"]))
@@ -178,8 +198,12 @@ def _words(status: str, reason: str) -> str:
     return _WORDS[status]
 
 
-def _point(variant: str) -> tuple[str, int]:
-    axis, _, size = variant.partition("=")
-    if axis not in ("chunk", "ring") or not size:
-        raise ConfigError(f"sweep record with variant {variant!r}: expected 'chunk=<size>' or 'ring=<size>'")
-    return axis, parse_bytes(size)
+def _point(variant: str) -> tuple[str, float]:
+    axis, _, value = variant.partition("=")
+    if axis == "coding" and value:
+        return axis, np.nan
+    if axis not in ("chunk", "ring") or not value:
+        raise ConfigError(
+            f"sweep record with variant {variant!r}: expected chunk=<size>, ring=<size> or coding=lossless"
+        )
+    return axis, parse_bytes(value)

@@ -93,6 +93,27 @@ def device_memory(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
 
 
 @house_style()
+def bits_per_weight(bits: pd.DataFrame, ax: Axes | None = None) -> Figure:
+    """Bits that coded tensors take, by kind, against the 16 of bfloat16."""
+    _require(bits, "no record of coded weights")
+    kinds = list(dict.fromkeys(bits["kind"]))
+    ax = canvas(ax, 1.2 + 0.2 * len(kinds))
+    look = LOOKS["djinn:lossless"]
+    for row, kind in enumerate(kinds):
+        value = bits.loc[bits["kind"] == kind, "bits"].median()
+        ax.barh(row, value, height=0.64, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+        words_at(ax, f"{value:.2f}", value, row, colour="black")
+    ax.axvline(16, color="black", linestyle="--")
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set_ylim(len(kinds) - 0.5, -0.5)
+    ax.set_xlim(0, 18)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("bits per weight")
+    explain(ax, "Bits per coded weight", "All tensors of a kind together; the same in every run. Dashed: bfloat16.")
+    return figure_of(ax)
+
+
+@house_style()
 def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
     """Link bandwidth over chunk sizes or ring sizes (``axis``: "chunk" or "ring") under the link's ceiling."""
     points = points[points["axis"] == axis].sort_values("size_bytes")
@@ -140,14 +161,14 @@ def timeline(intervals: pd.DataFrame, pcie: pd.DataFrame | None = None, ax: Axes
         below.set_xlabel("seconds since the trace began")
         below.legend(loc="upper right", ncols=2)
     start, end = intervals["start_s"].min(), intervals["end_s"].max()
+    shares = frames.shares(intervals)
     for row, (lane, colour) in enumerate(LANES.items()):
         spans = intervals[intervals["lane"] == lane]
         bars = [(begin - start, until - begin) for begin, until in zip(spans["start_s"], spans["end_s"], strict=True)]
         ax.broken_barh(bars, (row - 0.38, 0.76), facecolor=colour, edgecolor="white", linewidth=0.2)
-        busy = (spans["end_s"] - spans["start_s"]).sum() / (end - start) if end > start else 0.0
         ax.annotate(
-            f"{busy:.0%}", (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
-            va="center", fontsize=SMALLEST_PT,
+            f"{shares.get(lane, 0.0):.0%}", (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0),
+            textcoords="offset points", va="center", fontsize=SMALLEST_PT,
         )  # fmt: skip
     ax.set_yticks(range(len(LANES)), list(LANES))
     ax.set_ylim(len(LANES) - 0.5, -0.5)

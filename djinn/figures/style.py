@@ -39,6 +39,7 @@ class Look:
 
 LOOKS = {
     "djinn": Look("djinn", "#0072B2", "", "o"),
+    "djinn:lossless": Look("djinn, coded", "#56B4E9", "++", "*"),
     "accelerate:disk": Look("Accelerate (disk)", "#E69F00", "///", "s"),
     "accelerate:cpu": Look("Accelerate (CPU)", "#E69F00", "|||", "D"),
     "accelerate:cpu-pinned": Look("Accelerate (pinned)", "#E69F00", "---", "P"),

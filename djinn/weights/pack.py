@@ -27,7 +27,7 @@ from djinn.weights.files import read_checkpoint, read_shard
 from djinn.weights.header import read_header
 from djinn.weights.pack_shard import codable, pack_shard, read_tensor, unpack_shard
 from djinn.weights.synth import locked
-from djinn.weights.tensors import FileSpan, TensorEntry
+from djinn.weights.tensors import FileSpan, TensorEntry, kind_of
 
 PARTIAL = ".partial"
 _STATE = "packing.json"
@@ -48,8 +48,7 @@ class TensorSize:
     @property
     def kind(self) -> str:
         """The module's own name, without where it is: ``q_proj``."""
-        parts = self.name.removesuffix(".weight").split(".")
-        return next((part for part in reversed(parts) if not part.isdigit()), self.name)
+        return kind_of(self.name)
 
     @property
     def bits(self) -> float:

@@ -28,6 +28,12 @@ DTYPES = {
 """safetensors' names of the dtypes that torch has."""
 
 
+def kind_of(name: str) -> str:
+    """Return the name of the module that holds a tensor, without where in the model it is: ``q_proj``."""
+    parts = name.removesuffix(".weight").split(".")
+    return next((part for part in reversed(parts) if not part.isdigit()), name)
+
+
 @dataclass(frozen=True)
 class FileSpan:
     """Bytes of a file, from ``offset``."""

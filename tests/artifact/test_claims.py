@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from fabricated import fabricated, failed
@@ -18,8 +19,9 @@ CLAIMS = {claim.id: claim for claim in load_claims()}
 SYSTEMS = ("djinn", "accelerate:disk", "deepspeed:nvme")
 
 
-def evidence(records: list[Record], paper: bool = False) -> Evidence:
-    return Evidence(profile=PAPER if paper else SMOKE, records=records, proof=None)
+def evidence(records: list[Record], paper: bool = False, timeline: list[tuple[str, float, float]] = []) -> Evidence:  # noqa: B006
+    spans = pd.DataFrame(timeline, columns=["lane", "start_s", "end_s"])
+    return Evidence(profile=PAPER if paper else SMOKE, records=records, proof=None, coded_timeline=spans)
 
 
 def smoke(**changes: object) -> list[Record]:
@@ -74,6 +76,50 @@ def test_djinn_is_held_to_the_tokens_of_a_steady_reference():
     alone = evaluate(CLAIMS["C3"], evidence(records[:1]))
     assert alone.verdict == "NOT RUN"
     assert "needs djinn and another system" in alone.why
+
+
+def coded(**changes: object) -> list[Record]:
+    """Return a run with raw weights, and one with coded ones in 0.7 of its time."""
+    size = {"model_bytes": 138 * 10**9}
+    raw = fabricated(PAPER, "djinn", 0, **size)
+    assert raw.ttft_s is not None
+    faster = {"ttft_s": 0.7 * raw.ttft_s, "per_token_s": [0.7 * each for each in raw.per_token_s]}
+    settings = {"settings": {"bits q_proj": 11.2, "bits lm_head": 11.3, "chunk": 4}}
+    return [raw, fabricated(PAPER, "djinn:lossless", 0, **size, **faster | settings | changes)]
+
+
+@pytest.mark.parametrize(
+    ("claim", "measured", "verdict", "changes"),
+    [
+        ("C12", 1.0, "PASS", {}),
+        ("C12", 0.0, "FAIL", {"tokens": [1, 2, 3]}),
+        ("C13", 0.7, "PASS", {}),
+        ("C13", None, "FAIL", {"ttft_s": 500.0}),
+        ("C14", None, "PASS", {"peak_device_bytes": 23 * 10**9}),
+        ("C14", None, "FAIL", {"peak_device_bytes": 25 * 10**9}),
+        ("C15", 11.3, "FAIL", {}),
+        ("C15", None, "NOT RUN", {"settings": {}}),
+    ],
+)
+def test_coded_weights_are_held_to_raw_ones(
+    claim: str, measured: float | None, verdict: str, changes: dict[str, object]
+) -> None:
+    outcome = evaluate(CLAIMS[claim], evidence(coded(**changes), paper=True))
+    assert outcome.verdict == verdict, outcome
+    if measured is not None:
+        assert outcome.measured == pytest.approx(measured)
+
+
+def test_the_share_of_decoding_is_that_of_the_traced_time() -> None:
+    spans = [("copy", 0.0, 8.0), ("decode", 1.0, 1.3), ("decode", 9.8, 10.0)]
+    outcome = evaluate(CLAIMS["C16"], evidence(coded(), paper=True, timeline=spans))
+    assert (outcome.verdict, outcome.measured) == ("PASS", pytest.approx(0.05))
+
+
+def test_djinn_with_coded_weights_is_no_independent_reference() -> None:
+    raw, lossless = coded()
+    outcome = evaluate(CLAIMS["C3"], evidence([raw, lossless], paper=True))
+    assert outcome.verdict == "NOT RUN"
 
 
 def test_the_best_peer_is_chosen_run_by_run():

@@ -9,7 +9,7 @@ from djinn.engine.stats import Interval
 
 def test_points_change_one_thing_each():
     profile = load_profile("smoke_tiny")
-    lanes = sweep_lanes(profile, Path("timeline.jsonl"))
+    lanes = sweep_lanes(profile, Path("results"))
     assert [lane.variant for lane in lanes] == [
         "chunk=64 KiB",
         "chunk=256 KiB",
@@ -24,9 +24,15 @@ def test_points_change_one_thing_each():
 
 
 def test_another_point_is_traced_if_the_profiles_own_is_not_swept():
-    lanes = sweep_lanes(load_profile("smoke_tiny").override(chunk="128 KiB"), Path("timeline.jsonl"))
+    lanes = sweep_lanes(load_profile("smoke_tiny").override(chunk="128 KiB"), Path("results"))
     assert [lane.timeline is not None for lane in lanes] == [True, False, False, False, False]
-    assert sweep_lanes(load_profile("smoke_tiny").override(sweep={}), Path("t")) == []
+    assert sweep_lanes(load_profile("smoke_tiny").override(sweep={}), Path("results")) == []
+
+
+def test_coded_weights_are_a_point_with_a_timeline_of_its_own():
+    *_, coded = sweep_lanes(load_profile("virt_mem_h100"), Path("results"))
+    assert (coded.variant, coded.profile.coding) == ("coding=lossless", "lossless")
+    assert coded.timeline == Path("results/timeline_coded.jsonl")
 
 
 def test_a_real_sweep_records_points_and_a_timeline_and_resumes(profile, tmp_path, monkeypatch):

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn import hardware
+from djinn.bench.harness import run_baselines
 from djinn.bench.measure import MemoryPeak, measure
+from djinn.bench.sweep import run_sweep
 from djinn.bench.systems import accelerate, common, deepspeed, loader, resident
 from djinn.bench.systems.base import Job
 from djinn.config import SYSTEM_VARIANTS, load_profile
 from djinn.errors import ConfigError, UnavailableError
+from djinn.figures import frames
 
 TINY_BYTES = 21_708_288
 
@@ -41,6 +44,30 @@ def test_every_system_has_a_loader(name):
 def test_an_unknown_system_lists_those_there_are():
     with pytest.raises(ConfigError, match="accelerate"):
         loader("acelerate")
+
+
+def test_djinn_coded_and_raw_agree_and_say_what_coding_took(codable_checkpoint, tmp_path):
+    profile = load_profile("smoke_tiny").override(
+        model=str(codable_checkpoint),
+        systems=["djinn", "djinn:lossless"],
+        budget="25 MB",
+        ring="6 MB",
+        host_memory="60 MB",
+        runs=1,
+        warmups=0,
+        new_tokens=3,
+    )
+    raw, coded = run_baselines(profile, tmp_path)
+    assert (raw.status, coded.status) == ("ok", "ok"), (raw.reason, coded.reason)
+    assert (raw.coding, coded.coding) == ("none", "lossless")
+    assert raw.tokens == coded.tokens
+    assert coded.link_bytes is not None
+    bits = frames.bits([raw, coded])
+    assert set(bits["name"]) == {"djinn:lossless"}
+    assert {"q_proj", "up_proj", "down_proj"} <= set(bits["kind"])
+    assert bits["bits"].between(10, 11.5).all()
+    assert run_sweep(profile.override(sweep={"coded": True, "runs": 1}), tmp_path / "sweep")[0].status == "ok"
+    assert frames.shares(frames.read_timeline(tmp_path / "sweep", "timeline_coded"))["decode"] > 0
 
 
 def test_systems_agree_and_count_what_they_move(job):

@@ -121,6 +121,20 @@ def test_what_is_coded_cannot_stay_on_disk(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_timeline_shows_decoding_of_streamed_units_and_residents(checkpoint: Path, device: str) -> None:
+    model = coded(checkpoint, device, 0.6, trace=True)
+    logits(model)
+    logits(model)
+    spans = [span for span in djinn.stats(model).timeline if span.lane == "decode"]
+    made = plan_of(model)
+    for units in (made.streamed, made.at(Tier.RESIDENT)):
+        names = [unit.name for unit in units if unit.coded]
+        assert names
+        assert all(sum(span.unit == name for span in spans) == 2 for name in names)
+    assert all(span.start_s <= span.end_s for span in spans)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_detaching_brings_the_raw_weights_back(checkpoint: Path, device: str) -> None:
     model, whole = coded(checkpoint, device, 0.3), resident(checkpoint, "cpu")
     logits(model)

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -127,10 +128,12 @@ def tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
 
 
 @given(text=st.text())
+@example(text="\uf900")
 @settings(deadline=None)
 def test_tokenizer_returns_any_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer(text).input_ids
-    assert tokenizer.decode(ids) == text
+    # Some tokenizers' classes bring a normaliser of their own: another spelling of the same characters.
+    assert unicodedata.normalize("NFC", tokenizer.decode(ids)) == unicodedata.normalize("NFC", text)
     assert all(token_id < 1024 for token_id in ids)
 
 

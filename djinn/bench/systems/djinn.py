@@ -5,7 +5,21 @@ from __future__ import annotations
 import djinn
 from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
+from djinn.engine.model import placement
+from djinn.engine.plan import Plan
 from djinn.engine.stats import Interval
+from djinn.weights.tensors import kind_of
+
+
+def bits_by_kind(plan: Plan) -> dict[str, float]:
+    """Return the bits that coded tensors take for every 16 of theirs, by kind of tensor (``q_proj``)."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for unit in plan.units:
+        for tensor in unit.tensors:
+            if tensor.entry.layout is not None:
+                raw, stored = sizes.get(kind_of(tensor.name), (0, 0))
+                sizes[kind_of(tensor.name)] = raw + tensor.entry.raw_bytes, stored + tensor.entry.nbytes
+    return {kind: 16 * stored / raw for kind, (raw, stored) in sizes.items()}
 
 
 class Djinn(System):
@@ -40,6 +54,7 @@ class Djinn(System):
             "chunk": profile.chunk,
             "page_locked": stats.page_locked,
         }
+        self.settings |= {f"bits {kind}": bits for kind, bits in bits_by_kind(placement(self.model)).items()}
         if job.on_gpu:
             self.settings["planned_pass_s"] = (stats.host_bytes + stats.disk_bytes) / link
         self._began_at = 0
