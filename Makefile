@@ -1,4 +1,5 @@
 # make reproduce [PROFILE=auto] [RUN=artifact/runs/mine]    the four notebooks, figures and report
+# make replay                                               the same from the reference records, measuring nothing
 # make test | lint | env | lock | clean
 # PYTHON=python3.12 chooses the interpreter that the environment is made with.
 
@@ -13,13 +14,16 @@ RUN ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help reproduce test lint env lock clean
+.PHONY: help reproduce replay test lint env lock clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
 
 reproduce: env ## Run the four notebooks in order and write figures and report (PROFILE=, RUN=)
 	@$(BIN)/djinn reproduce --profile '$(PROFILE)' $(if $(RUN),--run-dir '$(RUN)')
+
+replay: env ## Draw the reference records' figures, claims and reports again (no GPU, three minutes)
+	@$(BIN)/djinn replay
 
 test: env ## Run the whole test suite
 	@$(BIN)/python -m pytest

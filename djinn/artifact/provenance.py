@@ -13,6 +13,7 @@ from typing import Any
 
 from djinn import hardware
 from djinn.config import Profile
+from djinn.figures.frames import replayed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,8 +23,11 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
 
     Holds the git revision and whether the tree had changes, the lock file's SHA-256, every installed package, the
     machine, the profile as used, the model (synthetic with its seed, or as named), and what each finished notebook
-    said of itself: parameters, revision, start, wall seconds.
+    said of itself: parameters, revision, start, wall seconds. What is replayed keeps the provenance of its records.
     """
+    path = run_dir / "provenance.json"
+    if replayed(run_dir):
+        return path
     lock = REPOSITORY / "requirements.lock"
     sentinels = sorted((run_dir / "results").glob("*.done.json"))
     document: dict[str, Any] = {
@@ -41,7 +45,6 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
         "machine": hardware.describe(run_dir).model_dump(mode="json"),
         "packages": {each.name: each.version for each in sorted(importlib.metadata.distributions(), key=_by_name)},
     }
-    path = run_dir / "provenance.json"
     write_text(path, json.dumps(document, indent=2) + "\n")
     return path
 

@@ -3,18 +3,19 @@
     python -m djinn.artifact.reference        rewrites the table in README.md and the checksums
 
 Each folder holds records as they were written, a ``manifest.json`` that says where each file comes from, and
-``SHA256SUMS``. The table is made from the records alone.
+``SHA256SUMS``; one that holds a whole run has its ``profile.yaml``, ``results`` and ``notebooks``. The table is made
+from the records alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from djinn.artifact.bundle import write_sums
 from djinn.bench.records import Record, read_records
 from djinn.bench.statistics import summary_frame
 from djinn.sizes import format_bytes
@@ -27,7 +28,7 @@ BEGIN, END = "<!-- reference records: written by djinn.artifact.reference -->", 
 
 
 class Source(BaseModel):
-    """Where one file comes from: the command, the revision that ran it, and what a reader has to know."""
+    """Where a file, or all files of a folder, come from: the command, its revision, and what a reader has to know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,19 +61,13 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.model_validate_json((folder / "manifest.json").read_text())
 
 
-def checksums(folder: Path) -> str:
-    """Return the text of ``SHA256SUMS``: a line for every other file of the folder, as ``sha256sum`` writes it."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "SHA256SUMS")
-    return "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
-
-
 def results_markdown(root: Path = REFERENCE_DIR) -> str:
     """Return README's results: for each file that compares systems its machine, a table, the command and the notes."""
     blocks = []
     for folder in folders(root):
         manifest = read_manifest(folder)
         for name, source in manifest.files.items():
-            if name not in _TABLES:
+            if Path(name).name not in _TABLES:
                 continue
             records = read_records(folder / name)
             blocks.append(
@@ -110,7 +105,7 @@ def with_results(readme: str, results: str) -> str:
 def main() -> None:
     """Rewrite the checksums and README's table."""
     for folder in folders():
-        (folder / "SHA256SUMS").write_text(checksums(folder))
+        write_sums(folder)
     readme = ROOT / "README.md"
     readme.write_text(with_results(readme.read_text(), results_markdown()))
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from djinn.artifact.bundle import write_sums
 from djinn.artifact.claims import claims_frame, write_claims
 from djinn.artifact.notebook import configuration_frame, machine_frame
 from djinn.artifact.provenance import write_text
@@ -55,7 +56,7 @@ _SIZES = {
 
 
 def write_report(run_dir: Path) -> Path:
-    """Evaluate the claims of a run and write its ``report.md`` and ``report.html``; return the page's path.
+    """Evaluate the claims of a run, write ``report.md``, ``report.html`` and checksums; return the page's path.
 
     Raises:
         ConfigError: no run directory, or a damaged result file.
@@ -72,6 +73,7 @@ def write_report(run_dir: Path) -> Path:
     )
     for name in ("report.md", "report.html"):
         write_text(run_dir / name, templates.get_template(f"{name}.j2").render(context))
+    write_sums(run_dir)
     return run_dir / "report.html"
 
 
@@ -85,6 +87,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
     written = {path.name.removesuffix(".done.json"): _json(path) for path in (run_dir / "results").glob("*.done.json")}
     return {
         "profile": profile,
+        "replayed": frames.replayed(run_dir),
         "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL", "NOT RUN")},
         "systems": _rows(systems_frame(records, list(profile.systems)).reset_index(names="")),
         "claims": _rows(claims_frame(outcomes)),

@@ -16,9 +16,10 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbconvert import HTMLExporter
 
 from djinn.artifact import auto, notebook
-from djinn.artifact.provenance import REPOSITORY, from_root, write_provenance
+from djinn.artifact.provenance import REPOSITORY, from_root, write_provenance, write_text
 from djinn.artifact.report import write_report
 from djinn.config import load_profile
 from djinn.errors import DjinnError
@@ -71,6 +72,8 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: A
 def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     """Execute one notebook into ``run_dir/notebooks`` and return the executed file; its log goes to ``run_dir/logs``.
 
+    A page of it, for readers without Jupyter, lies beside it.
+
     Raises:
         DjinnError: it raised, its kernel died, it did not run every cell, or it did not reach its last call.
     """
@@ -101,8 +104,14 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     if cause:
         _rename(unfinished, failed)
         raise DjinnError(f"{name}: {cause}; see {from_root(failed)}")
-    unfinished.replace(executed)
+    document = nbformat.read(unfinished, as_version=4)
+    # Papermill writes down where on this machine they were.
+    document.metadata["papermill"] |= {"input_path": from_root(source), "output_path": from_root(executed)}
+    write_text(executed, nbformat.writes(document))
+    unfinished.unlink()
     failed.unlink(missing_ok=True)
+    page, _ = HTMLExporter().from_notebook_node(document)
+    write_text(executed.with_suffix(".html"), page)
     return executed
 
 

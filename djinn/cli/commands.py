@@ -306,6 +306,34 @@ def report(run_dir: RunDir) -> None:
 
 
 @main.command()
+def verify(run_dir: RunDir) -> None:
+    """Hold every file of a run, or of reference records, against its checksums."""
+    from djinn.artifact import bundle
+
+    typer.echo(f"{run_dir}: {bundle.verify(run_dir)} files are what their checksums say")
+
+
+@main.command()
+def bundle(
+    run_dir: RunDir, output: Annotated[Path | None, typer.Option(help="The archive.  [default: RUN_DIR.tar.gz]")] = None
+) -> None:
+    """Write a run as the archive to deposit: the same run gives the same bytes."""
+    from djinn.artifact import bundle as archive
+
+    print_paths([archive.bundle(run_dir, output)])
+
+
+@main.command()
+def replay(
+    output_dir: Annotated[Path, typer.Option(help="Where the run directories go.")] = Path("artifact/runs"),
+) -> None:
+    """Draw figures, claims and report of the reference records again; needs no GPU and measures nothing."""
+    from djinn.artifact.replay import replay as run
+
+    run(output_dir)
+
+
+@main.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help="A profile, or auto: the largest this machine can hold.")] = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory to make or continue.")] = None,

@@ -13,7 +13,7 @@ from djinn.bench.records import latest, read_records
 from djinn.config import load_profile
 from djinn.errors import DjinnError
 from djinn.figures import frames, plots
-from djinn.figures.style import house_style
+from djinn.figures.style import house_style, mark
 
 PNG_DPI = 220
 
@@ -27,9 +27,11 @@ def draw_all(run_dir: Path) -> list[Path]:
         ConfigError: a result file that is damaged.
     """
     written: list[Path] = []
+    origin = frames.replayed(run_dir)
     for name, frame, plot in _figures(run_dir):
         try:
             figure = plot(frame)
+            mark(figure, origin)
         except DjinnError as error:
             print(f"{name}: not drawn: {error}")
             continue

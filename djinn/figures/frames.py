@@ -29,6 +29,7 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 _BITS = "bits "
 """How the settings of a record begin that djinn's adapter writes for each kind of coded tensor."""
+REPLAYED = "replayed.json"
+"""In a run directory that holds reference records: the machine and the date that they are of."""
 _WORDS = {"oom": "OOM", "timeout": "timed out", "unavailable": "unavailable", "error": "failed"}
 
 _COPIED = [
@@ -93,6 +96,15 @@ def read_pcie(run_dir: Path) -> pd.DataFrame:
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame(columns=["time_s", "rx_gbps", "tx_gbps", "source"])
     return pd.read_csv(path)
+
+
+def replayed(run_dir: Path) -> str:
+    """Return words that say whose records a run directory replays; none where they were measured for it."""
+    path = run_dir / REPLAYED
+    if not path.is_file():
+        return ""
+    origin = json.loads(path.read_text())
+    return f"replayed: {origin['machine']}, {origin['date']}"
 
 
 def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:

@@ -95,10 +95,17 @@ def figure_of(ax: Axes) -> Figure:
 def explain(ax: Axes, title: str, definition: str) -> None:
     """Write the title, and under it what is drawn and what the error bars mean, from the figure's left edge."""
     figure = figure_of(ax)
-    lines = textwrap.wrap(definition, width=int(figure.get_size_inches()[0] * 21))
+    lines = textwrap.wrap(definition, width=int(figure.get_size_inches()[0] * 19))
     write = partial(ax.annotate, xycoords=("figure fraction", "axes fraction"), textcoords="offset points")
     write("\n".join(lines), (0.01, 1), xytext=(0, 4), fontsize=SMALLEST_PT, color=GREY)
     write(title, (0.01, 1), xytext=(0, 6 + 8.5 * len(lines)), fontweight="bold")
+
+
+def mark(figure: Figure, words: str) -> None:
+    """Write ``words`` below a figure, so that it cannot be taken for one of this machine."""
+    if words:
+        lines = "\n".join(textwrap.wrap(words, width=int(figure.get_size_inches()[0] * 19)))
+        figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST_PT, color=GREY, style="italic")
 
 
 def words_at(ax: Axes, words: str, x: float, y: float, *, up: bool = False, colour: str = GREY) -> None:

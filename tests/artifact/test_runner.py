@@ -41,7 +41,10 @@ def test_a_notebook_that_ends_well_is_kept_under_its_name(run, tmp_path: Path):
     (tmp_path / "run" / "notebooks").mkdir(parents=True)
     (tmp_path / "run" / "notebooks" / "probe.failed.ipynb").write_text("of an earlier try")
     run("print('so far so good')", SENTINEL)
-    assert left(tmp_path) == ["probe.ipynb"]
+    assert left(tmp_path) == ["probe.html", "probe.ipynb"]
+    assert "so far so good" in (tmp_path / "run" / "notebooks" / "probe.html").read_text()
+    written = nbformat.read(tmp_path / "run" / "notebooks" / "probe.ipynb", as_version=4)
+    assert "input_path" in written.metadata["papermill"]
     assert "so far so good" in (tmp_path / "run" / "logs" / "probe.log").read_text()
 
 

@@ -1,0 +1,43 @@
+"""Replay: the figures, claims and report of reference records, drawn again where nothing can be measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from djinn.artifact import notebook
+from djinn.artifact.provenance import from_root, write_text
+from djinn.artifact.reference import folders, read_manifest
+from djinn.artifact.report import write_report
+from djinn.artifact.runner import NOTEBOOK_DIR, execute
+from djinn.errors import ConfigError
+from djinn.figures.frames import REPLAYED
+
+
+def replay(out: Path = notebook.RUNS_DIR) -> list[Path]:
+    """Run notebook 04 on every complete set of reference records; return the run directories, ``out/replay-<name>``.
+
+    Nothing is measured: each page and figure says whose records it shows. An earlier replay is replaced.
+
+    Raises:
+        DjinnError: the notebook failed.
+        ConfigError: a run of another kind lies there.
+    """
+    replayed = []
+    for folder in folders():
+        if not (folder / "profile.yaml").is_file():
+            continue  # records of a benchmark alone
+        run_dir = (out / f"replay-{folder.name}").absolute()
+        if (run_dir / REPLAYED).is_file():
+            shutil.rmtree(run_dir)
+        if run_dir.exists():
+            raise ConfigError(f"{from_root(run_dir)}: holds a run that is no replay; choose another folder")
+        shutil.copytree(folder, run_dir, ignore=shutil.ignore_patterns("SHA256SUMS", "manifest.json"))
+        manifest = read_manifest(folder)
+        write_text(run_dir / REPLAYED, json.dumps({"machine": manifest.machine, "date": manifest.date}) + "\n")
+        parameters = {"profile": from_root(run_dir / "profile.yaml"), "run_dir": from_root(run_dir)}
+        execute(NOTEBOOK_DIR / "04_figures.ipynb", run_dir, parameters)
+        print(f"{folder.name}: {from_root(write_report(run_dir))}")
+        replayed.append(run_dir)
+    return replayed
