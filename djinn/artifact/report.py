@@ -153,7 +153,9 @@ def _png(run_dir: Path, name: str) -> Path:
 
 def _figure(run_dir: Path, name: str, words: str) -> dict[str, str]:
     data = base64.b64encode(_png(run_dir, name).read_bytes()).decode()
-    return {"name": name, "words": words, "png": f"data:image/png;base64,{data}"}
+    trace = f"{name}.trace.json"
+    trace = trace if (run_dir / "figures" / trace).is_file() else ""
+    return {"name": name, "words": words, "png": f"data:image/png;base64,{data}", "trace": trace}
 
 
 def _notebook(run_dir: Path, name: str, done: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Every figure of a run directory, written as PDF, PNG and the CSV it was drawn from."""
+"""Every figure of a run directory, written as PDF, PNG and the CSV it was drawn from; timelines for Perfetto too."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from djinn.bench.records import latest, read_records
 from djinn.config import load_profile
 from djinn.errors import DjinnError
 from djinn.figures import frames, plots
+from djinn.figures.perfetto import trace_events
 from djinn.figures.style import house_style, mark
 
 PNG_DPI = 220
@@ -36,7 +38,16 @@ def draw_all(run_dir: Path) -> list[Path]:
             print(f"{name}: not drawn: {error}")
             continue
         written += save(figure, frame, run_dir / "figures" / name)
+        if name.startswith("timeline"):
+            written.append(_write_trace(frame, run_dir / "figures" / f"{name}.trace.json"))
     return written
+
+
+def _write_trace(intervals: pd.DataFrame, path: Path) -> Path:
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps(trace_events(intervals)))
+    unfinished.replace(path)
+    return path
 
 
 @house_style()

@@ -32,7 +32,9 @@ def test_every_figure_is_written_as_pdf_png_and_csv(fabricated_run: Path, capsys
     written = draw_all(fabricated_run)
     names = {"bandwidth", "ttft", "time_per_token", "device_memory", "bits_per_weight", "chunk_sweep"}
     names |= {"timeline", "timeline_coded"}
-    assert {path.name for path in written} == {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")}
+    expected = {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")}
+    expected |= {"timeline.trace.json", "timeline_coded.trace.json"}
+    assert {path.name for path in written} == expected
     assert all(path.stat().st_size for path in written)
     assert set(written) == set((fabricated_run / "figures").iterdir())  # nothing half-written stays
     assert "ring_sweep: not drawn: no sweep records over ring sizes" in capsys.readouterr().out
