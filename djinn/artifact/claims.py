@@ -22,7 +22,7 @@ from djinn.bench.certify import read_certification
 from djinn.bench.proof import Proof
 from djinn.bench.records import Record, latest, read_records
 from djinn.bench.statistics import reference_label, system_label, tokens_agree
-from djinn.config import Profile, load_profile
+from djinn.config import Profile, load_profile, profile_names
 from djinn.errors import ConfigError
 from djinn.figures import frames
 from djinn.sizes import Bytes, format_bytes
@@ -59,6 +59,14 @@ class Claim(_Frozen):
     unit: str
     needs: Needs = Needs()
     notebook: str
+    profile: str
+
+    @field_validator("profile")
+    @classmethod
+    def _there(cls, profile: str) -> str:
+        if profile not in profile_names():
+            raise ValueError(f"no profile {profile!r}; the profiles are {', '.join(profile_names())}")
+        return profile
 
     @field_validator("metric")
     @classmethod
@@ -279,16 +287,20 @@ def write_claims(run_dir: Path) -> list[Outcome]:
     return outcomes
 
 
-def claims_frame(outcomes: list[Outcome]) -> pd.DataFrame:
-    """Return one row per claim, in words: claim, verdict, text, target, measured, why."""
+def claims_frame(outcomes: list[Outcome], expected: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Return one row per claim, in words: claim, verdict, text, target, measured, reference, why.
+
+    ``expected`` says by claim what reference runs measured.
+    """
     return pd.DataFrame(
         [
             {
                 "claim": outcome.claim.id,
                 "verdict": outcome.verdict,
                 "text": outcome.claim.text,
-                "target": _target(outcome.claim),
+                "target": target_words(outcome.claim),
                 "measured": "" if outcome.measured is None else f"{outcome.measured:.4g}",
+                "reference": (expected or {}).get(outcome.claim.id, ""),
                 "why": outcome.why,
             }
             for outcome in outcomes
@@ -296,7 +308,8 @@ def claims_frame(outcomes: list[Outcome]) -> pd.DataFrame:
     )
 
 
-def _target(claim: Claim) -> str:
+def target_words(claim: Claim) -> str:
+    """Return a claim's target as people read it."""
     tolerance = f", tolerance {claim.tolerance:.0%}" if claim.tolerance else ""
     return f"{claim.comparison} {claim.target:g} {claim.unit}{tolerance}"
 

@@ -1,30 +1,20 @@
-"""Reference records: what was measured on real machines, kept in ``data/reference``, and README's table of it.
-
-    python -m djinn.artifact.reference        rewrites the table in README.md and the checksums
+"""Reference records: what was measured on real machines, kept in ``data/reference``.
 
 Each folder holds records as they were written, a ``manifest.json`` that says where each file comes from, and
-``SHA256SUMS``; one that holds a whole run has its ``profile.yaml``, ``results`` and ``notebooks``. The table is made
-from the records alone.
+``SHA256SUMS``; one that holds a whole run has its ``profile.yaml``, ``results`` and ``notebooks``.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from djinn.artifact.bundle import write_sums
-from djinn.bench.records import Record, read_records
-from djinn.bench.statistics import summary_frame
-from djinn.sizes import format_bytes
+from djinn.artifact.claims import evaluate, load_claims, read_evidence
+from djinn.config import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REFERENCE_DIR = ROOT / "data" / "reference"
-_TABLES = ("baselines.jsonl", "benchmark.jsonl")
-"""Files of run records that README shows; the points of a sweep are for its figure."""
-BEGIN, END = "<!-- reference records: written by djinn.artifact.reference -->", "<!-- end of reference records -->"
 
 
 class Source(BaseModel):
@@ -61,54 +51,19 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.model_validate_json((folder / "manifest.json").read_text())
 
 
-def results_markdown(root: Path = REFERENCE_DIR) -> str:
-    """Return README's results: for each file that compares systems its machine, a table, the command and the notes."""
-    blocks = []
-    for folder in folders(root):
-        manifest = read_manifest(folder)
-        for name, source in manifest.files.items():
-            if Path(name).name not in _TABLES:
-                continue
-            records = read_records(folder / name)
-            blocks.append(
-                f"**{records[0].model}, {manifest.machine}**, {manifest.date}, "
-                f"[{name}]({folder.relative_to(root.parent.parent)}/{name}): `{source.command}`\n\n{table(records)}"
-                + (f"\n{source.notes}\n" if source.notes else "")
-            )
-    return "\n".join(blocks)
+def runs(root: Path = REFERENCE_DIR) -> list[Path]:
+    """Return those of the folders that hold a whole run."""
+    return [folder for folder in folders(root) if (folder / "profile.yaml").is_file()]
 
 
-def table(records: list[Record]) -> str:
-    """Return a row per system and variant: medians over the finished runs, or why there is none."""
-    rows = [
-        "| system | budget | host memory | first token, s | per token, s | link, GB/s | of the ceiling | runs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in summary_frame(records).to_dict("records"):
-        first = f"| {row['label']} | {format_bytes(int(row['budget_bytes']))} |"
-        if row["runs"]:
-            columns = ("ttft_s_median", "token_s_median", "link_gbps_median", "link_utilisation_median")
-            numbers = ("" if math.isnan(row[column]) else f"{row[column]:.3g}" for column in columns)
-            host = format_bytes(int(row["peak_anon_bytes"]))
-            rows.append(f"{first} {host} | {' | '.join(numbers)} | {row['runs']} |")
-        else:
-            rows.append(f"{first} | {row['status']}: {row['reason']} | | | | 0 |")
-    return "\n".join(rows) + "\n"
-
-
-def with_results(readme: str, results: str) -> str:
-    """Return ``readme`` with the part between the markers replaced."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", flags=re.S)
-    return pattern.sub(lambda _: f"{BEGIN}\n\n{results}\n{END}", readme)
-
-
-def main() -> None:
-    """Rewrite the checksums and README's table."""
-    for folder in folders():
-        write_sums(folder)
-    readme = ROOT / "README.md"
-    readme.write_text(with_results(readme.read_text(), results_markdown()))
-
-
-if __name__ == "__main__":
-    main()
+def expected(device: str | None = None, root: Path = REFERENCE_DIR) -> dict[str, str]:
+    """Return for each claim what reference runs measured, and which; on ``device`` alone, if given."""
+    found: dict[str, list[str]] = {}
+    for folder in runs(root):
+        if device in (None, load_profile(folder / "profile.yaml").device):
+            evidence = read_evidence(folder)
+            for claim in load_claims():
+                measured = evaluate(claim, evidence).measured
+                if measured is not None:
+                    found.setdefault(claim.id, []).append(f"{measured:.4g} ({folder.name})")
+    return {claim: "; ".join(each) for claim, each in found.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from djinn.artifact import notebook
 from djinn.artifact.provenance import from_root, write_text
-from djinn.artifact.reference import folders, read_manifest
+from djinn.artifact.reference import read_manifest, runs
 from djinn.artifact.report import write_report
 from djinn.artifact.runner import NOTEBOOK_DIR, execute
 from djinn.errors import ConfigError
@@ -25,9 +25,7 @@ def replay(out: Path = notebook.RUNS_DIR) -> list[Path]:
         ConfigError: a run of another kind lies there.
     """
     replayed = []
-    for folder in folders():
-        if not (folder / "profile.yaml").is_file():
-            continue  # records of a benchmark alone
+    for folder in runs():
         run_dir = (out / f"replay-{folder.name}").absolute()
         if (run_dir / REPLAYED).is_file():
             shutil.rmtree(run_dir)

@@ -17,6 +17,7 @@ from djinn.artifact.bundle import write_sums
 from djinn.artifact.claims import claims_frame, write_claims
 from djinn.artifact.notebook import configuration_frame, machine_frame
 from djinn.artifact.provenance import write_text
+from djinn.artifact.reference import expected
 from djinn.bench.records import Record, latest, read_records
 from djinn.bench.statistics import summary_frame, tokens_agree
 from djinn.config import load_profile
@@ -90,7 +91,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
         "replayed": frames.replayed(run_dir),
         "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL", "NOT RUN")},
         "systems": _rows(systems_frame(records, list(profile.systems)).reset_index(names="")),
-        "claims": _rows(claims_frame(outcomes)),
+        "claims": _rows(claims_frame(outcomes, expected(profile.device))),
         "figures": [_figure(run_dir, name, words) for name, words in FIGURES.items() if _png(run_dir, name).is_file()],
         "missing_figures": [words for name, words in FIGURES.items() if not _png(run_dir, name).is_file()],
         "notebooks": [_notebook(run_dir, name, done) for name, done in sorted(written.items())],

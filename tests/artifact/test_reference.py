@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 from djinn.artifact.bundle import kept_files, verify
-from djinn.artifact.reference import (
-    BEGIN,
-    ROOT,
-    folders,
-    read_manifest,
-    results_markdown,
-    with_results,
-)
+from djinn.artifact.readme import rewritten
+from djinn.artifact.reference import ROOT, expected, folders, read_manifest
 from djinn.bench.records import read_records
 
 
@@ -29,8 +23,15 @@ def test_a_folder_is_what_its_manifest_and_checksums_say(folder: Path) -> None:
         assert path.name.startswith("timeline") or read_records(path)
 
 
-def test_readme_shows_the_records() -> None:
-    """After new records: python -m djinn.artifact.reference."""
+def test_readme_shows_records_and_claims() -> None:
+    """After new records or claims: python -m djinn.artifact.readme."""
     readme = (ROOT / "README.md").read_text()
-    assert BEGIN in readme
-    assert with_results(readme, results_markdown()) == readme
+    assert all(f"<!-- {name}: written by djinn.artifact.readme -->" in readme for name in ("results", "claims"))
+    assert rewritten(readme) == readme
+
+
+def test_expected_values_are_those_of_runs_on_the_same_kind_of_device() -> None:
+    everywhere, on_gpus = expected(), expected("cuda")
+    assert set(on_gpus) < set(everywhere)
+    assert "2-cores" in everywhere["C5"]
+    assert "2-cores" not in "".join(on_gpus.values())
