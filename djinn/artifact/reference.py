@@ -56,6 +56,12 @@ def runs(root: Path = REFERENCE_DIR) -> list[Path]:
     return [folder for folder in folders(root) if (folder / "profile.yaml").is_file()]
 
 
+def run_of(profile: str, root: Path = REFERENCE_DIR) -> Path | None:
+    """Return the newest reference run of a profile, None where there is none."""
+    found = [folder for folder in runs(root) if load_profile(folder / "profile.yaml").name == profile]
+    return max(found, key=lambda folder: read_manifest(folder).date, default=None)
+
+
 def expected(device: str | None = None, root: Path = REFERENCE_DIR) -> dict[str, str]:
     """Return for each claim what reference runs measured, and which; on ``device`` alone, if given."""
     found: dict[str, list[str]] = {}

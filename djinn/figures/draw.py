@@ -20,17 +20,18 @@ from djinn.figures.style import house_style, mark
 PNG_DPI = 220
 
 
-def draw_all(run_dir: Path) -> list[Path]:
+def draw_all(run_dir: Path, reference: Path | None = None) -> list[Path]:
     """Draw what the results of ``run_dir`` allow into ``run_dir/figures``; return the files written.
 
-    A figure whose results are missing is not drawn, and a line says why.
+    A figure whose results are missing is not drawn, and a line says why. Means of another run of the same profile,
+    ``reference``, are drawn over this one's.
 
     Raises:
         ConfigError: a result file that is damaged.
     """
     written: list[Path] = []
     origin = frames.replayed(run_dir)
-    for name, frame, plot in _figures(run_dir):
+    for name, frame, plot in _figures(run_dir, None if origin else reference):
         try:
             figure = plot(frame)
             mark(figure, origin)
@@ -70,14 +71,18 @@ def save(figure: Figure, frame: pd.DataFrame, stem: Path) -> list[Path]:
     return paths
 
 
-def _figures(run_dir: Path) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
+def _figures(
+    run_dir: Path, reference: Path | None
+) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
     records = latest(read_records(run_dir / "results" / "baselines.jsonl"))
+    before = latest(read_records(reference / "results" / "baselines.jsonl")) if reference is not None else []
+    runs_before, tokens_before = (frames.runs(before), frames.tokens(before)) if before else (None, None)
     profile = run_dir / "profile.yaml"
     systems = load_profile(profile).systems if records and profile.is_file() else ()
     runs = frames.runs(records, systems)
-    yield "bandwidth", runs, plots.bandwidth
-    yield "ttft", runs, plots.ttft
-    yield "time_per_token", frames.tokens(records, systems), plots.time_per_token
+    yield "bandwidth", runs, partial(plots.bandwidth, reference=runs_before)
+    yield "ttft", runs, partial(plots.ttft, reference=runs_before)
+    yield "time_per_token", frames.tokens(records, systems), partial(plots.time_per_token, reference=tokens_before)
     yield "device_memory", runs, plots.device_memory
     points = frames.read_sweep(run_dir)
     yield "bits_per_weight", frames.bits(records), plots.bits_per_weight

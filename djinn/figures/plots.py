@@ -34,8 +34,11 @@ _CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band
 
 
 @house_style()
-def bandwidth(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
-    """Link bandwidth (filled) and effective bandwidth (outline) of each system against the link's ceiling."""
+def bandwidth(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFrame | None = None) -> Figure:
+    """Link bandwidth (filled) and effective bandwidth (outline) of each system against the link's ceiling.
+
+    ``reference`` is another run's frame, whose means are drawn over this one's.
+    """
     _require(runs, "no baseline records")
     ax = canvas(ax, _bar_height(runs))
     _ceiling(runs, ax.axvline, ax.axvspan)
@@ -46,29 +49,31 @@ def bandwidth(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
     _bars(ax, runs, "link_gbps")
     ax.set_xlabel("GB/s")
     filled = "Filled: bytes that crossed the link, mean of the runs (dots). Outline: weight bytes the model consumed."
-    explain(ax, "Bandwidth", f"{filled} {_MEAN} {_CEILING}")
+    explain(ax, "Bandwidth", f"{filled} {_MEAN} {_CEILING}{_overlay(ax, runs, reference, 'link_gbps')}")
     return figure_of(ax)
 
 
 @house_style()
-def ttft(runs: pd.DataFrame, ax: Axes | None = None) -> Figure:
-    """Time to first token of each system, ring cold."""
+def ttft(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFrame | None = None) -> Figure:
+    """Time to first token of each system, ring cold; ``reference`` as for :func:`bandwidth`."""
     _require(runs, "no baseline records")
     ax = canvas(ax, _bar_height(runs))
     _bars(ax, runs, "ttft_s")
     ax.set_xlabel("seconds")
-    explain(ax, "Time to first token", f"Mean of the runs (dots). {_MEAN}")
+    overlay = _overlay(ax, runs, reference, "ttft_s")
+    explain(ax, "Time to first token", f"Mean of the runs (dots). {_MEAN}{overlay}")
     return figure_of(ax)
 
 
 @house_style()
-def time_per_token(tokens: pd.DataFrame, ax: Axes | None = None) -> Figure:
-    """Time from each token to the next: every sample, with mean and interval."""
+def time_per_token(tokens: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFrame | None = None) -> Figure:
+    """Time from each token to the next: every sample, with mean and interval; ``reference`` as its frame of tokens."""
     _require(tokens, "no baseline records")
     ax = canvas(ax, _bar_height(tokens))
     _bars(ax, tokens, "token_s")
     ax.set_xlabel("seconds per token")
-    explain(ax, "Time per output token", f"Mean over all tokens of all runs (dots). {_MEAN}")
+    overlay = _overlay(ax, tokens, reference, "token_s")
+    explain(ax, "Time per output token", f"Mean over all tokens of all runs (dots). {_MEAN}{overlay}")
     return figure_of(ax)
 
 
@@ -228,6 +233,19 @@ def _bars(ax: Axes, frame: pd.DataFrame, column: str, spread: bool = True) -> No
     ax.set_xlim(left=0)
     ax.set_ylabel("")
     ax.grid(False, axis="y")
+
+
+def _overlay(ax: Axes, frame: pd.DataFrame, reference: pd.DataFrame | None, column: str) -> str:
+    """Draw the reference run's means at this run's systems; return the words that explain them, if there are any."""
+    if reference is None:
+        return ""
+    means = reference.groupby("name")[column].mean().dropna()
+    rows = [(means[name], row) for row, name in enumerate(frames.names(frame)) if name in means]
+    if not rows:
+        return ""
+    values, places = zip(*rows, strict=True)
+    ax.plot(values, places, "D", mfc="white", mec="black", markersize=4, zorder=7)
+    return " Diamonds: means of the reference run."
 
 
 def _ceiling(frame: pd.DataFrame, line: Callable[..., object], band: Callable[..., object]) -> None:

@@ -85,6 +85,16 @@ def test_the_pcie_trace_gets_its_own_axes(fabricated_run: Path):
     assert len(plots.timeline(intervals, pcie).axes) == 2
 
 
+def test_a_reference_run_is_drawn_over_this_one(runs: pd.DataFrame):
+    slower = runs.assign(ttft_s=2 * runs["ttft_s"])
+    plain, over = plots.ttft(runs), plots.ttft(runs, reference=slower)
+    assert "Diamonds: means of the reference run." in " ".join(words_in(over)).replace("\n", " ")
+    assert len(over.axes[0].lines) == len(plain.axes[0].lines) + 1
+    wanted = slower.groupby("name")["ttft_s"].mean().dropna()
+    assert sorted(over.axes[0].lines[-1].get_xdata()) == pytest.approx(sorted(wanted))
+    assert "Diamonds" not in " ".join(words_in(plots.ttft(runs, reference=slower.iloc[:0])))
+
+
 def test_empty_frames_are_refused():
     with pytest.raises(DjinnError, match="no timeline"):
         plots.timeline(pd.DataFrame(columns=frames.TIMELINE_COLUMNS))
