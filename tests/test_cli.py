@@ -207,7 +207,7 @@ def test_figures_and_report_of_a_run(fabricated_run: Path) -> None:
     written = djinn("report", str(fabricated_run))
     claims = json.loads((fabricated_run / "results/claims.json").read_text())
     assert written.exit_code == int(any(claim["verdict"] == "FAIL" for claim in claims))
-    assert str(fabricated_run / "report.html") in written.stdout.replace("\n", "")
+    assert str(fabricated_run / "index.html") in written.stdout.replace("\n", "")
 
 
 def test_report_of_something_else_is_bad_input(tmp_path: Path) -> None:

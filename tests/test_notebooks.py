@@ -86,7 +86,7 @@ def test_figures_are_drawn_from_partial_records_alone(fabricated_run: Path, tmp_
     given = ("-p", "profile", "smoke_13b", "-p", "run_dir", str(fabricated_run))
     done = papermill("04_figures", tmp_path / "out.ipynb", *given)
     assert done.returncode == 0, done.stderr
-    assert (fabricated_run / "report.html").is_file()
+    assert (fabricated_run / "index.html").is_file()
     assert notebook.read_sentinel(fabricated_run, "04_figures") is not None
 
 
@@ -96,9 +96,9 @@ def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     for name in runner.NOTEBOOKS:
         assert (run_dir / "notebooks" / f"{name}.ipynb").is_file()
     profile = load_profile("smoke_tiny")
-    html = (run_dir / "report.html").read_text()
+    html = (run_dir / "index.html").read_text()
     assert profile.title in html
     assert "0 FAIL" in html
     assert len(list((run_dir / "figures").glob("*.pdf"))) == 7
     assert not (run_dir / "scratch").exists()
-    assert "report.html" in capfd.readouterr().out
+    assert "index.html" in capfd.readouterr().out

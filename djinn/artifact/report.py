@@ -23,7 +23,7 @@ from djinn.bench.statistics import summary_frame, tokens_agree
 from djinn.config import load_profile
 from djinn.errors import ConfigError
 from djinn.figures import frames
-from djinn.figures.style import LOOKS
+from djinn.figures.style import LANES, LOOKS
 from djinn.sizes import format_bytes
 
 FIGURES = {
@@ -57,7 +57,7 @@ _SIZES = {
 
 
 def write_report(run_dir: Path) -> Path:
-    """Evaluate the claims of a run, write ``report.md``, ``report.html`` and checksums; return the page's path.
+    """Evaluate the claims of a run, write ``report.md``, ``index.html`` and checksums; return the page's path.
 
     Raises:
         ConfigError: no run directory, or a damaged result file.
@@ -67,15 +67,15 @@ def write_report(run_dir: Path) -> Path:
     context = _context(run_dir)
     templates = Environment(
         loader=PackageLoader("djinn.artifact"),
-        autoescape=select_autoescape(["html"]),
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("report.md", "report.html"):
+    for name in ("report.md", "index.html"):
         write_text(run_dir / name, templates.get_template(f"{name}.j2").render(context))
     write_sums(run_dir)
-    return run_dir / "report.html"
+    return run_dir / "index.html"
 
 
 def _context(run_dir: Path) -> dict[str, Any]:
@@ -94,6 +94,7 @@ def _context(run_dir: Path) -> dict[str, Any]:
         "claims": _rows(claims_frame(outcomes, expected(profile.device))),
         "figures": [_figure(run_dir, name, words) for name, words in FIGURES.items() if _png(run_dir, name).is_file()],
         "missing_figures": [words for name, words in FIGURES.items() if not _png(run_dir, name).is_file()],
+        "timelines": _timelines(run_dir),
         "notebooks": [_notebook(run_dir, name, done) for name, done in sorted(written.items())],
         "machine": machine_frame(machine)["value"].to_dict(),
         "configuration": configuration_frame(profile)["value"].to_dict(),
@@ -159,11 +160,44 @@ def _figure(run_dir: Path, name: str, words: str) -> dict[str, str]:
     return {"name": name, "words": words, "png": f"data:image/png;base64,{data}", "trace": trace}
 
 
+def _timelines(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what the page draws of each timeline: lanes with their colours, units, and (lane, unit, start, length)."""
+    found = []
+    for name in ("timeline", "timeline_coded"):
+        intervals = frames.read_timeline(run_dir, name)
+        if intervals.empty:
+            continue
+        lanes = [lane for lane in LANES if (intervals["lane"] == lane).any()]
+        units = list(dict.fromkeys(intervals["unit"]))
+        places = {unit: place for place, unit in enumerate(units)}
+        begin = float(intervals["start_s"].min())
+        spans = [
+            (
+                lanes.index(span["lane"]),
+                places[span["unit"]],
+                round(span["start_s"] - begin, 6),
+                round(span["end_s"] - span["start_s"], 6),
+            )
+            for span in intervals.to_dict("records")
+        ]
+        shares = frames.shares(intervals)
+        found.append(
+            {
+                "name": name,
+                "words": FIGURES[name],
+                "shares": ", ".join(f"{lane} {shares[lane]:.0%}" for lane in lanes),
+                "data": {"lanes": [(lane, LANES[lane]) for lane in lanes], "units": units, "spans": spans},
+            }
+        )
+    return found
+
+
 def _notebook(run_dir: Path, name: str, done: dict[str, Any]) -> dict[str, str]:
-    executed = f"notebooks/{name}.ipynb"
+    executed, page = f"notebooks/{name}.ipynb", f"notebooks/{name}.html"
     return {
         "name": name,
         "link": executed if (run_dir / executed).is_file() else "",
+        "page": page if (run_dir / page).is_file() else "",
         "seconds": f"{done['wall_s']:.0f}",
     }
 

@@ -158,9 +158,14 @@ def bits(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def shares(intervals: pd.DataFrame) -> pd.Series:
-    """Return of a timeline the share of its time that each lane is busy; its index are the lanes that it has."""
-    busy = (intervals["end_s"] - intervals["start_s"]).groupby(intervals["lane"]).sum()
-    return busy / (intervals["end_s"].max() - intervals["start_s"].min())
+    """Return of a timeline the share of its time that each lane is busy; its index are the lanes that it has.
+
+    Copies from disk overlap: time in which several are under way counts once.
+    """
+    ordered = intervals.sort_values("start_s")
+    seen = ordered.groupby("lane")["end_s"].transform(lambda ends: ends.cummax().shift(fill_value=-np.inf))
+    fresh = (ordered["end_s"] - np.maximum(ordered["start_s"], seen)).clip(lower=0)
+    return fresh.groupby(ordered["lane"]).sum() / (intervals["end_s"].max() - intervals["start_s"].min())
 
 
 def names(frame: pd.DataFrame) -> list[str]:

@@ -26,7 +26,7 @@ def test_the_reference_records_are_replayed(tmp_path: Path) -> None:
     assert [path.name for path in replay(tmp_path)] == [f"replay-{folder.name}" for folder in complete]
     for folder in complete:
         run_dir = tmp_path / f"replay-{folder.name}"
-        report = (run_dir / "report.html").read_text()
+        report = (run_dir / "index.html").read_text()
         assert "Nothing on this page was measured here" in report
         assert frames.replayed(run_dir).removeprefix("replayed: ") in report
         assert (run_dir / "figures" / "bandwidth.pdf").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from fabricated import fabricated, failed
 
@@ -93,3 +94,9 @@ def test_an_empty_run_directory_gives_empty_frames(tmp_path: Path):
     assert frames.read_sweep(tmp_path).empty
     assert frames.read_timeline(tmp_path).empty
     assert frames.read_pcie(tmp_path).empty
+
+
+def test_a_lanes_share_counts_overlapping_time_once():
+    spans = [("copy", 0.0, 4.0), ("copy", 1.0, 2.0), ("copy", 3.0, 6.0), ("stall", 9.0, 10.0), ("copy", 8.0, 8.5)]
+    shares = frames.shares(pd.DataFrame(spans, columns=["lane", "start_s", "end_s"]))
+    assert dict(shares) == pytest.approx({"copy": 0.65, "stall": 0.1})

@@ -1,0 +1,60 @@
+// Draws each <figure data-timeline> from the JSON inside it: a row per lane, seconds along, zoomed by wheel, drag and keys.
+for (const figure of document.querySelectorAll("figure[data-timeline]")) {
+  const { lanes, units, spans } = JSON.parse(figure.querySelector("script").textContent);
+  const canvas = figure.querySelector("canvas"), words = figure.querySelector("output"), pen = canvas.getContext("2d");
+  const names = lanes.map(([name]) => name), left = 62, row = 26, end = Math.max(...spans.map(span => span[2] + span[3]));
+  let from = 0, to = end;
+
+  const at = seconds => left + (seconds - from) / (to - from) * (canvas.clientWidth - left - 8);
+  const secondsAt = x => from + (x - left) / (canvas.clientWidth - left - 8) * (to - from);
+
+  function draw() {
+    const width = canvas.clientWidth, height = row * names.length + 26, sharp = window.devicePixelRatio || 1;
+    canvas.width = width * sharp; canvas.height = height * sharp; canvas.style.height = height + "px";
+    pen.setTransform(sharp, 0, 0, sharp, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    pen.font = "12px system-ui, sans-serif"; pen.textBaseline = "middle";
+    pen.save(); pen.beginPath(); pen.rect(left, 0, width - left - 8, height); pen.clip();
+    let drawn = 0;
+    for (const [lane, , start, length] of spans) {
+      if (start + length < from || start > to) continue;
+      pen.fillStyle = lanes[lane][1];
+      pen.fillRect(at(start), lane * row + 3, Math.max(at(start + length) - at(start) - .5, .5), row - 6);
+      drawn++;
+    }
+    pen.restore();
+    pen.fillStyle = "#333";
+    names.forEach((name, lane) => pen.fillText(name, 2, lane * row + row / 2));
+    const step = 10 ** Math.floor(Math.log10((to - from) / 2)), digits = Math.max(0, -Math.floor(Math.log10(step)));
+    for (let tick = Math.ceil(from / step) * step; tick <= to; tick += step * Math.ceil((to - from) / step / 10)) {
+      pen.fillRect(at(tick), row * names.length, 1, 5);
+      pen.fillText(tick.toFixed(digits) + " s", at(tick) + 3, row * names.length + 13);
+    }
+    canvas.dataset.drawn = drawn;
+  }
+
+  function show(begin, finish) {
+    const length = Math.min(Math.max(finish - begin, 1e-5), end);
+    from = Math.min(Math.max(begin, 0), end - length); to = from + length;
+    draw();
+  }
+
+  const zoom = (factor, around) => show(around - (around - from) * factor, around + (to - around) * factor);
+  const move = share => show(from + share * (to - from), to + share * (to - from));
+
+  canvas.addEventListener("wheel", event => { event.preventDefault(); zoom(event.deltaY > 0 ? 1.25 : .8, secondsAt(event.offsetX)); }, { passive: false });
+  canvas.addEventListener("pointerdown", event => canvas.setPointerCapture(event.pointerId));
+  canvas.addEventListener("pointermove", event => {
+    if (event.buttons) { move(-event.movementX / (canvas.clientWidth - left - 8)); return; }
+    const lane = Math.floor(event.offsetY / row), seconds = secondsAt(event.offsetX);
+    const under = spans.find(span => span[0] === lane && span[2] <= seconds && seconds <= span[2] + span[3]);
+    words.textContent = under ? `${names[under[0]]} ${units[under[1]]}: ${(under[3] * 1e3).toFixed(3)} ms from ${under[2].toFixed(4)} s` : "";
+  });
+  canvas.addEventListener("keydown", event => {
+    const middle = (from + to) / 2;
+    const keys = { "+": () => zoom(.8, middle), "-": () => zoom(1.25, middle), "0": () => show(0, end), "ArrowLeft": () => move(-.1), "ArrowRight": () => move(.1) };
+    if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
+  });
+  window.addEventListener("resize", draw);
+  draw();
+}

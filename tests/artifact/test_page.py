@@ -1,0 +1,58 @@
+"""The page of a run in a real browser: no errors, every claim, pictures and timelines that are not blank."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from fabricated import failed
+from PIL import Image
+
+from djinn.artifact.claims import load_claims
+from djinn.artifact.report import write_report
+from djinn.bench.records import append_record
+from djinn.config import load_profile
+from djinn.figures import draw_all
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+def browse(page: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *arguments]
+    return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.fixture
+def page(fabricated_run: Path) -> Path:
+    profile = load_profile(fabricated_run / "profile.yaml")
+    odd = failed(profile, "resident", 0, "error", "<script>console.error('not escaped')</script>")
+    append_record(fabricated_run / "results" / "baselines.jsonl", odd)
+    draw_all(fabricated_run)
+    return write_report(fabricated_run)
+
+
+def test_it_opens_without_errors_and_shows_everything(page: Path) -> None:
+    opened = browse(page, "--dump-dom")
+    assert "CONSOLE" not in opened.stderr, opened.stderr
+    dom = opened.stdout
+    claims = re.search(r'<table class="claims">.*?</table>', dom, flags=re.S)
+    assert claims is not None
+    assert len(re.findall(r"<tr>\s*<td>C\d+</td>", claims[0])) == len(load_claims())
+    assert [int(count) for count in re.findall(r'data-drawn="(\d+)"', dom)] == [120, 120]
+    assert "&lt;script&gt;console.error" in dom
+
+
+@pytest.mark.parametrize("width", [390, 1300], ids=["phone", "desktop"])
+def test_nothing_is_blank(page: Path, tmp_path: Path, width: int) -> None:
+    shot = tmp_path / "page.png"
+    browse(page, f"--screenshot={shot}", f"--window-size={width},9000", "--hide-scrollbars")
+    with Image.open(shot) as picture:
+        colours = picture.convert("RGB").getcolors(2**24)
+    assert colours is not None
+    seen = {colour for _, colour in colours}
+    # The lanes' own colours, copies and compute, which are wide enough to be seen pure on a phone.
+    assert {(0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)} <= seen
