@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from djinn.artifact import notebook, runner
+from djinn.artifact.bundle import verify
 from djinn.config import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,7 @@ def test_figures_are_drawn_from_partial_records_alone(fabricated_run: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert (fabricated_run / "index.html").is_file()
     assert notebook.read_sentinel(fabricated_run, "04_figures") is not None
+    assert verify(fabricated_run) > 0
 
 
 @pytest.mark.timeout(1800)
@@ -101,4 +103,5 @@ def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "0 FAIL" in html
     assert len(list((run_dir / "figures").glob("*.pdf"))) == 7
     assert not (run_dir / "scratch").exists()
+    assert verify(run_dir) > 0
     assert "index.html" in capfd.readouterr().out

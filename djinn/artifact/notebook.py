@@ -24,6 +24,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from djinn import hardware
+from djinn.artifact.bundle import write_sums
 from djinn.artifact.provenance import REPOSITORY, from_root, git_state, write_text
 from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError, DjinnError
@@ -110,7 +111,7 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
 
 
 def finish(session: Session) -> None:
-    """Write the sentinel that says the notebook reached its end; the last call of the last code cell."""
+    """Write the sentinel that says the notebook reached its end, and checksums; the last call of the last code cell."""
     wall_s = time.monotonic() - session.began
     document = {
         "notebook": session.name,
@@ -121,6 +122,7 @@ def finish(session: Session) -> None:
         **git_state(),
     }
     write_text(_sentinel(session.run_dir, session.name), json.dumps(document, indent=2) + "\n")
+    write_sums(session.run_dir)
     print(f"{session.name}: finished in {wall_s:.0f} s")
 
 
