@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from djinn.artifact.claims import evaluate, load_claims, read_evidence
+from djinn.artifact.claims import evaluate, load_claims
+from djinn.artifact.metrics import read_evidence
 from djinn.config import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent.parent

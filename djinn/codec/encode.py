@@ -7,9 +7,6 @@ import torch
 from djinn.codec.backends import backend
 from djinn.codec.layout import MIN_GAIN, Layout, sections
 
-LEAST_BYTES = 2**20
-"""Smaller tensors are left raw: decoding one costs a kernel of its own and saves next to nothing."""
-
 
 def encode(weights: torch.Tensor, min_gain: float = MIN_GAIN) -> tuple[torch.Tensor, Layout] | None:
     """Return the blob (uint8 [layout.nbytes], on the tensor's device) and its layout, or None where raw is better.

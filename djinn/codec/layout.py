@@ -46,6 +46,8 @@ ALIGNMENT = 256
 """Bytes to which sections are aligned in a blob, and to which blobs should be aligned in memory."""
 MIN_GAIN = 0.03
 """A tensor that coding would shrink by less than this share stays raw."""
+LEAST_BYTES = 2**20
+"""Smaller tensors are left raw: decoding one costs a kernel of its own and saves next to nothing."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from djinn.codec.checksums import verify
 from djinn.codec.decode import Decoder, decode
-from djinn.codec.encode import LEAST_BYTES, encode, layout_of
+from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import Layout
 from djinn.engine.arena import PinnedMemory
 from djinn.engine.reader import Buffer, Piece, Reader, allocate, settle
@@ -45,7 +45,7 @@ def coded(index: WeightIndex, layout: Callable[[TensorEntry], Layout | None]) ->
             entry = tensor.entry
             if apart:
                 tensors[tensor.name] = entry.raw
-            elif entry.crc32 is None and entry.dtype == torch.bfloat16 and entry.nbytes >= LEAST_BYTES:
+            elif entry.codable:
                 assert isinstance(entry.source, FileSpan | Seeded), "nothing has been coded yet"
                 found = layout(entry)
                 if found is not None:

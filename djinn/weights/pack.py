@@ -6,7 +6,6 @@ shard by shard, as long as the source is the same.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import warnings
@@ -25,13 +24,11 @@ from djinn.weights import packed
 from djinn.weights.checkpoint import resolve
 from djinn.weights.files import read_checkpoint, read_shard
 from djinn.weights.header import read_header
-from djinn.weights.pack_shard import codable, pack_shard, read_tensor, unpack_shard
-from djinn.weights.synth import locked
+from djinn.weights.pack_shard import pack_shard, read_tensor, unpack_shard
+from djinn.weights.synth import DISK_FULL, PARTIAL, locked
 from djinn.weights.tensors import FileSpan, TensorEntry, kind_of
 
-PARTIAL = ".partial"
 _STATE = "packing.json"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _Convert = Callable[[Path, Path, Callable[[int], object]], None]
 
 
@@ -70,8 +67,7 @@ def pack(model: str | Path, out: str | Path, *, device: str | None = None, progr
         ConfigError: an ``out`` that is, holds or is in the source.
         UnavailableError: the disk is full; what was finished is kept.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _converted(resolve(str(model)), Path(out), "pack", partial(_in_device, pack_shard, where), progress)
+    return _converted(resolve(str(model)), Path(out), "pack", partial(pack_shard, device=_device(device)), progress)
 
 
 def unpack(folder: str | Path, out: str | Path, *, device: str | None = None, progress: bool = False) -> Path:
@@ -80,8 +76,9 @@ def unpack(folder: str | Path, out: str | Path, *, device: str | None = None, pr
     Raises:
         CheckpointError, ConfigError, UnavailableError: as for :func:`pack`; a ``folder`` that is not packed.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _converted(resolve(str(folder)), Path(out), "unpack", partial(_in_device, unpack_shard, where), progress)
+    return _converted(
+        resolve(str(folder)), Path(out), "unpack", partial(unpack_shard, device=_device(device)), progress
+    )
 
 
 def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSize]:
@@ -90,19 +87,17 @@ def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSi
     Raises:
         CheckpointError: a checkpoint that is missing or damaged.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     for name, entry in read_checkpoint(resolve(str(model))).items():
         layout = entry.layout
-        if entry.crc32 is None and codable(entry):
+        if entry.codable:
             layout = layout_of(read_tensor(entry).view(entry.dtype).to(where))
         dtype = str(entry.dtype).removeprefix("torch.")
         yield TensorSize(name, dtype, entry.raw_bytes, packed.stored_bytes(entry, layout), layout is not None)
 
 
-def _in_device(
-    convert: Callable[..., None], device: torch.device, source: Path, target: Path, on_done: Callable[[int], object]
-) -> None:
-    convert(source, target, device, on_done)
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: bool) -> Path:
@@ -135,7 +130,7 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
             shutil.rmtree(unfinished)
         raise
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_FULL:
             done = sum((unfinished / name).exists() for name in shards)
             raise UnavailableError(
                 f"{unfinished}: the disk is full; {done} of {len(shards)} files are finished and kept: free some space "

@@ -18,7 +18,7 @@ import torch
 
 from djinn.codec.checksums import checksums, verify
 from djinn.codec.decode import decode
-from djinn.codec.encode import LEAST_BYTES, encode
+from djinn.codec.encode import encode
 from djinn.errors import CheckpointError
 from djinn.hardware import allowed_cpus, usable_ram
 from djinn.weights.header import Header, read_header
@@ -32,12 +32,7 @@ _TIMES_A_TENSOR = 6
 """Memory that coding a tensor takes on a CPU, as a multiple of its bytes."""
 
 
-def codable(entry: TensorEntry) -> bool:
-    """Return whether a raw tensor is one that coding may shrink: bfloat16, and worth a kernel of its own."""
-    return entry.dtype == torch.bfloat16 and entry.raw_bytes >= LEAST_BYTES
-
-
-def pack_shard(source: Path, target: Path, device: torch.device, on_done: Callable[[int], object]) -> None:
+def pack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
     """Write the packed form of ``source`` to ``target``; ``on_done`` hears of raw bytes as they are written.
 
     An exception leaves a partial file.
@@ -60,7 +55,7 @@ def pack_shard(source: Path, target: Path, device: torch.device, on_done: Callab
 
     with _whole_file(target) as file:
         file.seek(reserved)
-        candidates = [name for name, entry in original.tensors.items() if codable(entry)]
+        candidates = [name for name, entry in original.tensors.items() if entry.codable]
         for result in _in_order(candidates, coded, _workers(original, device)):
             if result is not None:
                 name, blob, stored[name] = result
@@ -76,7 +71,7 @@ def pack_shard(source: Path, target: Path, device: torch.device, on_done: Callab
         file.write(compose(original, stored, reserved))
 
 
-def unpack_shard(source: Path, target: Path, device: torch.device, on_done: Callable[[int], object]) -> None:
+def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
     """Write the file that ``source`` was packed from to ``target``, byte for byte; otherwise as :func:`pack_shard`.
 
     Raises:

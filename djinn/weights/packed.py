@@ -29,10 +29,10 @@ from djinn.codec.checksums import section_names
 from djinn.codec.layout import ALIGNMENT, Layout
 from djinn.errors import CheckpointError
 from djinn.weights.header import Header, parse_header
+from djinn.weights.shard import PAGE_BYTES
 from djinn.weights.tensors import DTYPES, TensorEntry
 
 VERSION = 1
-PAGE = 4096
 _KEY, _KEY_CRC32 = "djinn", "djinn_crc32"
 
 
@@ -69,7 +69,7 @@ def reserve(original: Header) -> int:
         worst[name] = Stored(layout, dict.fromkeys(section_names(layout), 0))
     # A raw tensor is described by its own dtype and shape instead, which may be longer.
     shapes = sum(len(json.dumps(list(entry.shape))) + 16 for entry in original.tensors.values())
-    return -(-(8 + len(_body(original, worst)) + shapes) // PAGE) * PAGE
+    return -(-(8 + len(_body(original, worst)) + shapes) // PAGE_BYTES) * PAGE_BYTES
 
 
 def original_of(header: Header) -> Header:
@@ -78,12 +78,7 @@ def original_of(header: Header) -> Header:
     Raises:
         CheckpointError: a description that is damaged or of another version.
     """
-    description = _description(header)
-    try:
-        text = description["header"].encode()
-    except (AttributeError, KeyError) as error:
-        raise _damaged(header, error) from error
-    return parse_header(header.path, text, 2**63)  # it is as large as its last tensor says
+    return _original(header, _description(header))
 
 
 def described(header: Header) -> dict[str, TensorEntry]:
@@ -93,8 +88,8 @@ def described(header: Header) -> dict[str, TensorEntry]:
         CheckpointError: a version that this djinn does not know, a damaged description, or a file that is not what
             its description says.
     """
-    original = original_of(header)
-    stored = _description(header)["tensors"]
+    description = _description(header)
+    original, stored = _original(header, description), description["tensors"]
     if header.end != header.size:
         raise _damaged(header, f"the file has {header.size} bytes, and {header.end} are described")
     if set(stored) != set(header.tensors) or set(stored) != set(original.tensors):
@@ -140,6 +135,14 @@ def _body(original: Header, tensors: Mapping[str, Stored]) -> bytes:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
         end += nbytes
     return json.dumps(header, separators=(",", ":")).encode()
+
+
+def _original(header: Header, description: Mapping[str, Any]) -> Header:
+    try:
+        text = description["header"].encode()
+    except (AttributeError, KeyError) as error:
+        raise _damaged(header, error) from error
+    return parse_header(header.path, text, 2**63)  # it is as large as its last tensor says
 
 
 def _description(header: Header) -> dict[str, Any]:

@@ -37,7 +37,7 @@ MANIFEST = "digests.json"
 INDEX = "model.safetensors.index.json"
 PARTIAL = ".partial"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in synthetic.MANTISSA_BITS}
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Digest(BaseModel):
@@ -98,7 +98,7 @@ def synthesise(architecture: str, out: Path, *, seed: int = 0, dtype: str = "bfl
             if not (manifest.complete and all(_is_whole(out, file, manifest) for file in manifest.files)):
                 _write(out, manifest, progress)
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_FULL:
             raise UnavailableError(
                 f"{out}: the disk is full: {_finished(out)}; free some space and run the same command again, "
                 "it continues there"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from djinn.codec.layout import Layout
+from djinn.codec.layout import LEAST_BYTES, Layout
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -84,6 +84,12 @@ class TensorEntry:
     def raw_bytes(self) -> int:
         """Bytes of the weights as a model computes with them."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def codable(self) -> bool:
+        """Whether coding may shrink it: raw, not packed already, bfloat16, and worth a kernel of its own."""
+        raw = self.layout is None and self.crc32 is None
+        return raw and self.dtype == torch.bfloat16 and self.raw_bytes >= LEAST_BYTES
 
     @property
     def raw(self) -> TensorEntry:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from fabricated import fabricated, failed
 
-from djinn.artifact.claims import Claim, Evidence, evaluate, load_claims, write_claims
+from djinn.artifact.claims import Claim, evaluate, load_claims, write_claims
+from djinn.artifact.metrics import Evidence
 from djinn.bench.records import Record
 from djinn.config import load_profile
 from djinn.errors import ConfigError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.codec.encode import LEAST_BYTES
+from djinn.codec.layout import LEAST_BYTES
 from djinn.engine import model as engine_model
 from djinn.engine.coding import Coder, Scratch
 from djinn.engine.coding import coded as as_coded
@@ -20,6 +19,8 @@ from djinn.engine.reader import Reader
 from djinn.errors import ConfigError, PlanError
 from djinn.weights.index import checkpoint_index
 from djinn.weights.tensors import Encoded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORK = {"prompt_tokens": 16, "new_tokens": 8, "device": "cpu", "host_memory": "1 GB", "coding": "lossless"}
 RING = "6 MB"  # a GPU's own choice would hold this whole model
@@ -30,14 +31,6 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that sums have one order
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.codec.encode import LEAST_BYTES
+from djinn.codec.layout import LEAST_BYTES
 from djinn.engine import model as engine_model
 from djinn.engine.plan import Plan, Tier
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
@@ -26,15 +26,9 @@ from djinn.weights.header import read_header
 from djinn.weights.pack import TensorSize, pack, survey, unpack
 from djinn.weights.tensors import FileSpan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORK = {"prompt_tokens": 16, "new_tokens": 8, "device": "cpu", "ring": "6 MB"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that sums have one order
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -260,12 +254,12 @@ def failing_after(shards: int, error: BaseException) -> Callable[..., None]:
     """Return a ``pack_shard`` that raises half-way through the shard after the first ``shards``."""
     really, calls = packing.pack_shard, []
 
-    def pack_shard(source: Path, target: Path, *rest: object) -> None:
+    def pack_shard(source: Path, target: Path, *rest: object, **options: object) -> None:
         calls.append(source)
         if len(calls) > shards:
             target.write_bytes(b"half")
             raise error
-        really(source, target, *rest)  # type: ignore[arg-type]
+        really(source, target, *rest, **options)  # type: ignore[arg-type]
 
     return pack_shard
 

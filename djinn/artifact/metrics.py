@@ -1,0 +1,176 @@
+"""What claims are held against: the evidence that a run holds, and one function for each number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+
+from djinn.bench.certify import read_certification
+from djinn.bench.proof import Proof
+from djinn.bench.records import Record, latest, read_records
+from djinn.bench.statistics import reference_label, system_label, tokens_agree
+from djinn.config import Profile, load_profile
+from djinn.figures import frames
+
+
+class NotMeasuredError(Exception):
+    """A metric's inputs are missing; the message says which."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a metric may look at."""
+
+    profile: Profile
+    records: list[Record]
+    """Of the baselines, the latest of every point."""
+    proof: Proof | None
+    """Of the certification: whether streamed equals resident."""
+    coded_timeline: pd.DataFrame
+    """Of the sweep's point with coded weights."""
+
+    def finished(self, system: str = "djinn") -> list[Record]:
+        """Return the finished runs of djinn, or of ``djinn:lossless``."""
+        ours = [record for record in self.records if system_label(record) == system]
+        finished = [record for record in ours if record.status == "ok"]
+        if not ours:
+            raise NotMeasuredError(f"no record of {system}")
+        if not finished:
+            raise NotMeasuredError(f"{system}: {ours[-1].status}: {ours[-1].reason}")
+        return finished
+
+    def values(self, field: str, system: str = "djinn") -> list[float]:
+        """Return ``field`` of every finished run of ``system``; each of them must have it."""
+        values = [getattr(record, field) for record in self.finished(system)]
+        if None in values:
+            raise NotMeasuredError(f"{field} was not measured in every run")
+        return values
+
+
+def streamed_equals_resident(evidence: Evidence) -> float:
+    """1 where the certified proof holds, 0 where it does not."""
+    if evidence.proof is None:
+        raise NotMeasuredError("the certification holds no proof")
+    return float(evidence.proof.holds)
+
+
+def device_memory_over_budget(evidence: Evidence, system: str = "djinn") -> float:
+    """The largest peak of device memory over the budget of the same run."""
+    peaks = evidence.values("peak_device_bytes", system)
+    return max(peak / record.budget_bytes for peak, record in zip(peaks, evidence.finished(system), strict=True))
+
+
+def same_tokens(evidence: Evidence) -> float:
+    """1 if every run of djinn generated the tokens of the reference system, else 0."""
+    reference = reference_label(evidence.records)
+    agree = tokens_agree(evidence.records).get("djinn")
+    if agree is None or reference is None or reference.startswith("djinn"):
+        raise NotMeasuredError("nothing to compare: needs djinn and another system, with the same tokens in all runs")
+    return float(agree)
+
+
+def coding_changes_no_token(evidence: Evidence) -> float:
+    """1 if every run with coded weights generated the tokens of every run with raw ones, else 0."""
+    runs = [*evidence.finished("djinn"), *evidence.finished("djinn:lossless")]
+    return float(len({tuple(record.tokens) for record in runs}) == 1)
+
+
+def bits_per_weight(evidence: Evidence) -> float:
+    """The most bits that a kind of coded tensor takes for every 16 of its weights."""
+    bits = frames.bits(evidence.finished("djinn:lossless"))["bits"]
+    if bits.empty:
+        raise NotMeasuredError("no tensor was coded")
+    return float(bits.max())
+
+
+def decode_share(evidence: Evidence) -> float:
+    """The share of the traced run's time in which the device decodes."""
+    if evidence.coded_timeline.empty:
+        raise NotMeasuredError("no timeline of a run with coded weights")
+    return float(frames.shares(evidence.coded_timeline).get("decode", 0.0))
+
+
+def link_utilisation(evidence: Evidence) -> float:
+    """The median run's link utilisation."""
+    return median(evidence.values("link_utilisation"))
+
+
+def disk_or_compute_bound(evidence: Evidence) -> float:
+    """The median run's link utilisation, or the share of it in which compute did not wait, whichever is larger."""
+    walls, stalls = evidence.values("wall_s"), evidence.values("stall_s")
+    running = [1 - stall / wall for stall, wall in zip(stalls, walls, strict=True)]
+    return max(link_utilisation(evidence), median(running))
+
+
+def link_gbps(evidence: Evidence) -> float:
+    """The median run's bytes over the link per second of wall time, 10^9 bytes/s."""
+    walls = evidence.values("wall_s")
+    return median(crossed / wall / 1e9 for crossed, wall in zip(evidence.values("link_bytes"), walls, strict=True))
+
+
+def ttft_s(evidence: Evidence) -> float:
+    """The median run's time to first token, seconds."""
+    return median(evidence.values("ttft_s"))
+
+
+def oversubscription(evidence: Evidence) -> float:
+    """Model bytes over budget, in the run where it is smallest."""
+    sizes = evidence.values("model_bytes")
+    return min(size / record.budget_bytes for size, record in zip(sizes, evidence.finished(), strict=True))
+
+
+def host_memory_gib(evidence: Evidence) -> float:
+    """The largest peak of djinn's anonymous host memory, 2^30 bytes."""
+    return max(evidence.values("peak_anon_bytes")) / 2**30
+
+
+def time_over_best_peer(evidence: Evidence, peers: list[str], system: str = "djinn") -> float:
+    """The system's time over the fastest peer's in the same run, the median of the runs that it and all peers finished.
+
+    The time is TTFT plus every per-token time. A peer that finished no run is left out; the runs are paired, because
+    the machine drifts between them.
+    """
+    runs = frames.runs(evidence.records)
+    table = runs.dropna(subset=["generate_s"]).pivot_table(index="run", columns="name", values="generate_s")
+    finished = [peer for peer in peers if peer in table]
+    if system not in table or not finished:
+        raise NotMeasuredError(f"{system} did not finish" if finished else f"none of {', '.join(peers)} finished")
+    paired = table[[system, *finished]].dropna()
+    if paired.empty:
+        raise NotMeasuredError(f"no run that {system} and {', '.join(finished)} all finished")
+    return float((paired[system] / paired[finished].min(axis=1)).median())
+
+
+METRICS: Mapping[str, Callable[..., float]] = {
+    metric.__name__: metric
+    for metric in (
+        streamed_equals_resident,
+        device_memory_over_budget,
+        same_tokens,
+        coding_changes_no_token,
+        bits_per_weight,
+        decode_share,
+        link_utilisation,
+        disk_or_compute_bound,
+        link_gbps,
+        ttft_s,
+        oversubscription,
+        host_memory_gib,
+        time_over_best_peer,
+    )
+}
+
+
+def read_evidence(run_dir: Path) -> Evidence:
+    """Read what the claims are held against from a run directory; missing files hold nothing."""
+    certification = read_certification(run_dir)
+    return Evidence(
+        profile=load_profile(run_dir / "profile.yaml"),
+        records=latest(read_records(run_dir / "results" / "baselines.jsonl")),
+        proof=certification.proof if certification else None,
+        coded_timeline=frames.read_timeline(run_dir, "timeline_coded"),
+    )
