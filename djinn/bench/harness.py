@@ -200,7 +200,7 @@ class Bench:
             worker.ask({"do": "check", **job}, _BUILD_S)
             self._loaded[lane] = worker.ask({"do": "load"}, lane.profile.timeout_s)
             for _ in range(lane.profile.warmups):
-                worker.ask({"do": "run"}, lane.profile.timeout_s)
+                worker.ask({"do": "warm"}, lane.profile.timeout_s)
         return self._loaded[lane]
 
     def _close(self, lane: Lane) -> None:

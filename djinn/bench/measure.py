@@ -105,9 +105,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         Whatever the system raises.
     """
     profile = job.profile
-    device = "cuda" if job.on_gpu else "cpu"
-    prompt = prompt_ids(system.model.config, batch=profile.batch, tokens=profile.prompt_tokens, seed=profile.seed)
-    prompt = prompt.to(device)
+    prompt = _prompt(system, job)
     times = TokenTimes()
     files = [] if job.in_memory else sorted(Path(job.model).glob("*.safetensors"))
     link = GpuLink() if job.on_gpu else DiskLink(files)
@@ -118,18 +116,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         before = link.ceiling()
     moved, stalled = link.moved(system), system.stall_s()
     start = time.perf_counter()
-    with torch.no_grad():
-        output = system.model.generate(  # type: ignore[operator]
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=profile.new_tokens,
-            max_new_tokens=profile.new_tokens,
-            stopping_criteria=[times],
-            pad_token_id=0,
-            **({} if profile.disable_kv_swap else {"cache_implementation": "offloaded"}),
-        )
-        tokens = output[0, profile.prompt_tokens :].tolist()
+    tokens = _generate(system, job, prompt, profile.new_tokens, times)
     wall_s = time.perf_counter() - start
     link_bytes, stalled_s = link.moved(system) - moved, system.stall_s()
     peak.sample()
@@ -151,6 +138,33 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         "peak_anon_bytes": peak.anon_bytes,
         "tokens": tokens,
     }
+
+
+def warm(system: System, job: Job) -> None:
+    """Generate two tokens that nobody measures: what a first pass compiles, allocates and looks up is then there."""
+    _generate(system, job, _prompt(system, job), min(2, job.profile.new_tokens), TokenTimes())
+
+
+def _prompt(system: System, job: Job) -> torch.Tensor:
+    profile = job.profile
+    prompt = prompt_ids(system.model.config, batch=profile.batch, tokens=profile.prompt_tokens, seed=profile.seed)
+    return prompt.to(profile.device)
+
+
+def _generate(system: System, job: Job, prompt: torch.Tensor, new_tokens: int, times: TokenTimes) -> list[int]:
+    """Return the first sequence's new tokens, chosen greedily."""
+    with torch.no_grad():
+        output = system.model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            stopping_criteria=[times],
+            pad_token_id=0,
+            **({} if job.profile.disable_kv_swap else {"cache_implementation": "offloaded"}),
+        )
+        return output[0, job.profile.prompt_tokens :].tolist()
 
 
 class GpuLink:

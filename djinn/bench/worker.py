@@ -4,6 +4,7 @@
 ``{"do": "check", "system", "variant", "model", "scratch", "profile", "trace"}`` imports and builds
     what the system needs.
 ``{"do": "load"}`` loads that system and replies with what loading gives a record.
+``{"do": "warm"}`` generates two tokens, not measured.
 ``{"do": "run"}`` measures one generation with the profile's prompt and tokens.
 ``{"do": "timeline", "path"}`` writes the copy engine's intervals, one JSON object per line.
 ``{"do": "close"}`` ends the process.
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from djinn.bench.measure import MemoryPeak, measure
+from djinn.bench.measure import MemoryPeak, measure, warm
 from djinn.bench.records import Status
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job, Loader, System
@@ -85,6 +86,11 @@ class Worker:
             "ring_bytes": self._system.ring_bytes,
             "settings": self._system.settings,
         }
+
+    def warm(self) -> dict[str, Any]:
+        """Bring the system to where later runs begin."""
+        warm(self._system, self._job)
+        return {}
 
     def run(self) -> dict[str, Any]:
         """Measure one generation."""

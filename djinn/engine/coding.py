@@ -9,9 +9,10 @@ read: compute runs in order, so the next unit's decoding comes after the last on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from djinn.codec.checksums import verify
@@ -61,13 +62,16 @@ def uncoded(index: WeightIndex) -> WeightIndex:
 class Coder:
     """Makes images of units: of raw and packed tensors as :class:`Reader` does, of others by coding or decoding.
 
-    Holds one page-locked buffer of the largest tensor that it codes or decodes. What is packed is verified.
+    Holds two page-locked buffers of the largest tensor that it codes or decodes: one on the way to the device, and one
+    on the way back, from which threads copy on while the next tensor is made. What is packed is verified.
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         self._reader = reader
         self._device = device
         self._staging = PinnedMemory(0)
+        self._made = PinnedMemory(0)
+        self._landing: list[Future[int]] = []
 
     def layout(self, entry: TensorEntry) -> Layout | None:
         """Return the layout of a raw tensor's blob, None where raw is better; reads all of it.
@@ -97,11 +101,8 @@ class Coder:
         done: list[Future[int]] = []
         for tensor in unit.tensors:
             if isinstance(tensor.entry.source, Encoded | Decoded):
-                target = torch.from_numpy(image[tensor.offset : tensor.offset + tensor.entry.nbytes])
-                target.copy_(self._made(tensor))
-                future: Future[int] = Future()
-                future.set_result(tensor.entry.nbytes)
-                done.append(future)
+                self._make(tensor, image[tensor.offset : tensor.offset + tensor.entry.nbytes])
+                done += self._landing
                 continue
             pieces = self._reader.fill(replace(unit, tensors=(tensor,)), image)
             done += pieces
@@ -122,18 +123,30 @@ class Coder:
 
     def close(self) -> None:
         """Give the buffer back, and the device memory that coding took."""
+        wait(self._landing)
         self._staging.close()
+        self._made.close()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _made(self, tensor: PlacedTensor) -> torch.Tensor:
-        """Return the bytes (uint8, on the device) of a tensor that is coded or decoded while it is loaded."""
-        weights = self._weights(tensor.entry.raw, tensor.name)
-        if tensor.entry.layout is None:
-            return weights.reshape(-1).view(torch.uint8)
-        made = encode(weights)
-        assert made is not None, "the same weights gained when they were measured"
-        return made[0]
+    def _make(self, tensor: PlacedTensor, target: Buffer) -> None:
+        """Code or decode a tensor on the device, and start copying the bytes that it becomes to ``target``."""
+        made = self._weights(tensor.entry.raw, tensor.name).reshape(-1).view(torch.uint8)
+        if tensor.entry.layout is not None:
+            coded = encode(made.view(tensor.entry.dtype))
+            assert coded is not None, "the same weights gained when they were measured"
+            made = coded[0]
+        wait(self._landing)  # they read the buffer that is written next
+        self._made = self._at_least(target.nbytes, self._made)
+        host = self._made.buffer[: target.nbytes]
+        torch.from_numpy(host).copy_(made)
+        step = self._reader.chunk_bytes
+
+        def land(start: int) -> int:
+            np.copyto(target[start : start + step], host[start : start + step])
+            return target[start : start + step].nbytes
+
+        self._landing = [self._reader.pool.submit(land, start) for start in range(0, target.nbytes, step)]
 
     def _weights(self, entry: TensorEntry, name: str) -> torch.Tensor:
         """Return a raw tensor on the device; valid until the next call."""
@@ -148,14 +161,20 @@ class Coder:
     def _stored(self, entry: TensorEntry, name: str) -> torch.Tensor:
         """Return the bytes (uint8, on the device) of a tensor as it is stored; valid until the next call."""
         unit = Unit("", (), (PlacedTensor(name, entry, 0),))
-        if self._staging.buffer.nbytes < unit.image_bytes + PAGE:
-            self._staging.close()
-            self._staging = PinnedMemory(unit.image_bytes + PAGE)
-            self._staging.buffer[::PAGE] = 0
-            if self._device.type == "cuda":
-                self._staging.pin()
+        self._staging = self._at_least(unit.image_bytes + PAGE, self._staging)
         settle(self.fill(unit, self._staging.buffer))
         return torch.from_numpy(self._staging.buffer[: entry.nbytes]).to(self._device)
+
+    def _at_least(self, nbytes: int, memory: PinnedMemory) -> PinnedMemory:
+        """Return ``memory``, or a larger one in its place that has ``nbytes``."""
+        if memory.buffer.nbytes >= nbytes:
+            return memory
+        memory.close()
+        memory = PinnedMemory(nbytes)
+        memory.buffer[::PAGE] = 0
+        if self._device.type == "cuda":
+            memory.pin()
+        return memory
 
 
 def _verified(tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]) -> int:
