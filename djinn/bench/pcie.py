@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 from djinn import hardware
 
 COLUMNS = ("time_s", "rx_gbps", "tx_gbps", "source")
-_DMON = ("nvidia-smi", "dmon", "-s", "pcit", "-d", "1", "-o", "T")
+_DMON = ("nvidia-smi", "dmon", "-s", "pct", "-d", "1", "-o", "T")
 _DAY_S = 24 * 3600
 
 
