@@ -49,7 +49,7 @@ SIZES = {
     "500 MB": (25000, 10000),
 }
 """Rows and columns by bytes of bfloat16; the last is not whole tiles."""
-TUNINGS = [(warps, words) for words in (4, 1) for warps in (1, 2, 4, 8)]
+WARPS = (1, 2, 4, 8)
 COLD_BYTES = 128 * 2**20
 """What a small tensor's copies come to, coded and decoded: more than twice the cache of an H100."""
 CALLS = 64
@@ -250,9 +250,8 @@ def measure_gpu(cases: Cases) -> None:
         return on_gpu(distribution, size).decode(floor_gbps, **tuning)
 
     for size in SIZES:
-        for warps, words in TUNINGS:
-            tuning = {"warps": warps, "words": words}
-            cases.add(partial(decode, "normal", size, **tuning), what="decode", size=size, **tuning)
+        for warps in WARPS:
+            cases.add(partial(decode, "normal", size, warps=warps), what="decode", size=size, warps=warps)
         cases.add(partial(encode_on_gpu, size), what="encode", size=size)
     cases.add(issue_on_gpu, what="issue", size="16 KiB")
     for name in DISTRIBUTIONS:

@@ -17,9 +17,8 @@ from djinn.codec.layout import TILE, Sections
 
 ENCODE_WARPS = 4
 DECODE_WARPS = 4
-"""Warps that decode a tile. With 4, every thread has one word of each plane and the 8 words of ``sm`` it codes."""
-DECODE_WORDS = 4
-"""Words of 32 bits that a decoding thread loads or stores at once; 4 costs an exchange between threads, 1 does not."""
+"""Warps that decode a tile. With 4, every thread has one word of each plane and the 8 words of ``sm`` it codes; loads
+of four words at once, which need an exchange between threads, were no faster."""
 
 
 def survey(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,9 +44,7 @@ def write(weights: torch.Tensor, parts: Sections) -> None:
         )
 
 
-def decoder(
-    parts: Sections, out: torch.Tensor, warps: int = DECODE_WARPS, words: int = DECODE_WORDS
-) -> Callable[[], None]:
+def decoder(parts: Sections, out: torch.Tensor, warps: int = DECODE_WARPS) -> Callable[[], None]:
     """Return a function that decodes ``parts`` into ``out`` (uint8 [decoded_bytes]) on the current stream.
 
     Triton's own call looks at every argument anew, at 10 to 20 µs; a compiled kernel called with plain addresses does
@@ -57,13 +54,13 @@ def decoder(
     tensors = decode_arguments(parts, out)
     grid = (len(parts.sm), 1, 1)
     with torch.cuda.device_of(out):
-        launch = _decode.warmup(*tensors, words, grid=grid, num_warps=warps)[grid]
+        launch = _decode.warmup(*tensors, grid=grid, num_warps=warps)[grid]
     addresses = [tensor.data_ptr() for tensor in tensors]
     index = device.index if device.index is not None else torch.cuda.current_device()
 
     def run() -> None:
         # A new torch.cuda.Stream each time would take longer than the launch.
-        launch(*addresses, words, stream=torch._C._cuda_getCurrentRawStream(index))
+        launch(*addresses, stream=torch._C._cuda_getCurrentRawStream(index))
 
     return run
 
@@ -144,13 +141,12 @@ def _decode(
     off: tl.tensor,
     esc: tl.tensor,
     out: tl.tensor,
-    words: tl.constexpr,
 ) -> None:
     """Decode a tile, four weights to a word. sm, planes, lut, out: uint32; off: int32; esc: uint8."""
     tile = tl.program_id(0).to(tl.int64)
     bit = tl.arange(0, 8)[:, None]
     word = tl.arange(0, 128)
-    place = tl.multiple_of(128 * bit + word[None, :], [1, words])  # in the words of sm
+    place = 128 * bit + word[None, :]  # in the words of sm
     rest = tl.load(sm + tile * 1024 + place)
     plane0 = tl.load(planes + tile * 384 + word)
     plane1 = tl.load(planes + tile * 384 + 128 + word)

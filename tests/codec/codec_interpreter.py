@@ -20,5 +20,5 @@ def code(weights: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.int1
     assert coded is not None
     blob, layout = coded
     out = torch.full((layout.decoded_bytes,), 0xA5, dtype=torch.uint8)
-    kernels._decode[(layout.tiles,)](*kernels.decode_arguments(sections(blob, layout), out), kernels.DECODE_WORDS)
+    kernels._decode[(layout.tiles,)](*kernels.decode_arguments(sections(blob, layout), out))
     return blob.numpy(), out.view(torch.int16).numpy()
