@@ -37,6 +37,8 @@ from djinn.bench.records import Record
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job
 from djinn.config import Profile, load_profile
+from djinn.engine.cuda import CudaCopier
+from djinn.engine.model import _engines
 
 MODEL = "synthetic:llama-2-70b-16-layers"
 BASE_BYTES = 2_100_000_000
@@ -172,6 +174,7 @@ def trace(base: Profile) -> dict[str, Any]:
     return {
         "hook_us_per_visit": per_visit * 1e6,
         "prefill": prefill(model, prompt),
+        "bare_copies": bare_copies(model),
         **summarise(list(profiler.events() or [])),
     }
 
@@ -192,6 +195,38 @@ def prefill(model: Any, prompt: torch.Tensor) -> dict[str, list[float]]:
         djinn.cool(model)
         rates["ceiling_gbps"].append(pinned_h2d_rate(64 * 2**20) / 1e9)
     return rates
+
+
+def bare_copies(model: Any) -> dict[str, Any]:
+    """Return the rate of the same copies with no compute beside them, GB/s, and of each unit's the extremes.
+
+    Below the ceiling, which is read from a small buffer, it is where the weights lie in host memory that costs the
+    rate: how much of it is in huge pages, and what the host keeps under them.
+    """
+    copier = _engines[model].copier
+    assert isinstance(copier, CudaCopier)
+    djinn.cool(model)
+    sizes = [source.unit.image_bytes for source in copier._sources]
+    rates = []
+    for _ in range(3):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(sizes) + 1)]
+        marks[0].record(copier._stream)
+        for issue, mark in zip(copier._issue, marks[1:], strict=True):
+            assert issue is not None, "every unit is in host memory"
+            issue(copier._stream.cuda_stream)
+            mark.record(copier._stream)
+        torch.cuda.synchronize()
+        milliseconds = [early.elapsed_time(late) for early, late in itertools.pairwise(marks)]
+        rates.append(sum(sizes) / sum(milliseconds) / 1e6)
+    by_unit = [size / each / 1e6 for size, each in zip(sizes, milliseconds, strict=True) if size > 10**8]
+    huge = [line.split()[1] for line in Path("/proc/self/smaps").read_text().splitlines() if "AnonHugePages" in line]
+    return {
+        "gbps": rates,
+        "slowest_unit_gbps": min(by_unit),
+        "fastest_unit_gbps": max(by_unit),
+        "host_bytes": djinn.stats(model).host_bytes,
+        "anonymous_huge_page_bytes": 1024 * sum(map(int, huge)),
+    }
 
 
 def summarise(events: list[Any]) -> dict[str, Any]:
