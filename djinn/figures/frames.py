@@ -211,7 +211,9 @@ def _words(status: str, reason: str) -> str:
     if status == "ok":
         return ""
     if status == "unavailable" and reason:
-        return "unavailable: " + textwrap.shorten(reason.removeprefix("unavailable: "), 34, placeholder=" …")
+        # A reason says first what is lacking ("memory: ..."); the report's table and the CSV have the whole of it.
+        lacking = reason.removeprefix("unavailable: ").partition(":")[0]
+        return f"unavailable: {textwrap.shorten(lacking, 24, placeholder=' …')}"
     return _WORDS[status]
 
 

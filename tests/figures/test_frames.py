@@ -63,11 +63,8 @@ def test_tokens_keep_every_sample_and_every_gap():
     [
         ("oom", "killed", "OOM"),
         ("unavailable", "disk", "unavailable: disk"),
-        (
-            "unavailable",
-            "needs a GPU that torch can use and that has room",
-            "unavailable: needs a GPU that torch can use …",
-        ),
+        ("unavailable", "memory: the whole model in host memory needs 28.9 GB", "unavailable: memory"),
+        ("unavailable", "needs a GPU that torch can use and that has room", "unavailable: needs a GPU that torch …"),
         ("error", "Traceback", "failed"),
     ],
 )
