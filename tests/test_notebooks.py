@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from notebook_contract import code_of, faults
 
 from djinn.artifact import notebook, runner
 from djinn.artifact.bundle import verify
@@ -24,10 +25,6 @@ def papermill(name: str, out: Path, *parameters: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def code_of(path: Path) -> list[nbformat.NotebookNode]:
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-
-
 def test_the_runner_runs_every_notebook():
     assert tuple(path.stem for path in NOTEBOOKS) == runner.NOTEBOOKS
 
@@ -36,9 +33,7 @@ def test_the_runner_runs_every_notebook():
 class TestContract:
     def test_one_parameters_cell_of_plain_literals(self, path: Path):
         tagged = [cell for cell in code_of(path) if "parameters" in cell.metadata.get("tags", [])]
-        assert len(tagged) == 1
         body = ast.parse(tagged[0].source).body
-        assert all(isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) for line in body)
         names = [line.targets[0].id for line in body if isinstance(line, ast.Assign)]  # type: ignore[attr-defined]
         assert names == list(notebook.PARAMETERS)
         assert tagged[0].source.count("# help: ") == len(names)
@@ -48,12 +43,8 @@ class TestContract:
         assert f'session = begin("{path.stem}", globals())' in cells[1].source
         assert cells[-1].source.endswith("finish(session)")
 
-    def test_thin_and_stripped(self, path: Path):
-        for cell in code_of(path):
-            assert cell.outputs == []
-            assert cell.execution_count is None
-            defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-            assert not any(isinstance(node, defined) for node in ast.walk(ast.parse(cell.source)))
+    def test_thin_stripped_and_nothing_that_papermill_would_let_pass(self, path: Path):
+        assert faults(path) == []
 
     def test_runs_anywhere(self, path: Path):
         document = nbformat.read(path, as_version=4)
