@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from djinn.cli import main
 from djinn.config import load_profile, profile_names
@@ -20,6 +23,9 @@ FENCED = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.M | re.S)
 SHELL = [line.partition(" #")[0].strip() for kind, block in FENCED if kind == "bash" for line in block.splitlines()]
 SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README)
 COMMANDS = [text for text in (*SHELL, *SPANS) if re.match(r"djinn [a-z]", text)]
+SCRIPTS = sorted({match[1] for text in (*SHELL, *SPANS) if (match := re.match(r"python (benchmarks/\w+\.py)", text))})
+MAKE_COMMANDS = sorted({text for text in (*SHELL, *SPANS) if re.match(r"make [a-z]+( |$)", text)})
+APPENDIX = (ROOT / "artifact" / "APPENDIX.md").read_text()
 NOTEBOOK_COMMANDS = [text for text in SHELL if text.startswith("papermill ")]
 
 
@@ -69,6 +75,42 @@ def test_commands_parse(text: str) -> None:
     command = typer.main.get_command(main).commands[name]  # type: ignore[attr-defined]
     if arguments:
         command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(main).commands))  # type: ignore[attr-defined]
+def test_every_command_has_help(name: str) -> None:
+    shown = CliRunner().invoke(main, [name, "--help"])
+    assert shown.exit_code == 0
+    assert "Usage:" in shown.output
+
+
+@pytest.mark.parametrize("text", MAKE_COMMANDS)
+def test_make_knows_what_it_is_told(text: str) -> None:
+    command = [argument.replace("<run>", "smoke_tiny") for argument in shlex.split(text)]
+    finished = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    given = re.search(r"PROFILE=([a-z]\w+)", text)
+    if given is not None and given[1] not in ("auto", "mine"):
+        assert given[1] in profile_names()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_say_what_they_take(script: str) -> None:
+    command = [sys.executable, script, "--help"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "--run-dir" in finished.stdout
+
+
+def test_the_appendix_names_what_is_there() -> None:
+    """Two pages: its parts of the system are files, its commands make's, its experiments' profiles those there are."""
+    spans = re.findall(r"`([^`\n]+)`", APPENDIX)
+    paths = [text for text in spans if "/" in text]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert set(re.findall(r"PROFILE=(\w+)", APPENDIX)) == set(profile_names())
+    assert set(re.findall(r"`make (\w+)", APPENDIX)) <= {"reproduce", "replay"}
+    assert len(APPENDIX.split()) < 1200
 
 
 def test_notebooks_are_all_there_with_their_command() -> None:
