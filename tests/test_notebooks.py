@@ -17,7 +17,8 @@ from djinn.artifact.bundle import verify
 from djinn.config import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+EXAMPLE = ROOT / "notebooks" / "example_own_model.ipynb"
 
 
 def papermill(name: str, out: Path, *parameters: str) -> subprocess.CompletedProcess[str]:
@@ -56,6 +57,19 @@ class TestContract:
         cells = nbformat.read(path, as_version=4).cells
         assert cells[0].source.startswith("# ")
         assert cells[-1].source.startswith("## What to expect")
+
+
+def test_the_example_breaks_no_contract_and_says_what_limits(tmp_path: Path):
+    assert faults(EXAMPLE) == []
+    document = nbformat.read(EXAMPLE, as_version=4)
+    nbformat.validate(document)
+    assert document.metadata.kernelspec.name == "python3"
+    done = papermill("example_own_model", tmp_path / "out.ipynb", "-p", "new_tokens", "2")
+    assert done.returncode == 0, done.stderr
+    report, figure = (cell.outputs[-1].data for cell in code_of(tmp_path / "out.ipynb")[4:6])
+    assert "what limits" in report["text/html"]
+    assert "..." not in report["text/html"]  # nothing cut short
+    assert "image/png" in figure
 
 
 def test_a_misspelt_parameter_stops_papermill(tmp_path: Path):

@@ -114,7 +114,7 @@ def test_the_appendix_names_what_is_there() -> None:
 
 
 def test_notebooks_are_all_there_with_their_command() -> None:
-    stored = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+    stored = sorted(path.name for path in (ROOT / "notebooks").glob("0*.ipynb"))
     assert [shlex.split(text)[1] for text in NOTEBOOK_COMMANDS] == [f"notebooks/{name}" for name in stored]
     assert [f"{row[0]}.ipynb" for row in rows("The four notebooks")] == stored
 
@@ -133,8 +133,12 @@ def test_links_lead_somewhere(target: str) -> None:
 def test_python_examples_run(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_DIR", tmp_path)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_DIR", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    streamed = re.search(r"(\d+) bytes were streamed", capsys.readouterr().out)
-    assert streamed is not None
-    assert int(streamed[1]) > 0
+    if "djinn.load" in block:
+        streamed = re.search(r"(\d+) bytes were streamed", capsys.readouterr().out)
+        assert streamed is not None
+        assert int(streamed[1]) > 0
+    else:
+        assert {path.suffix for path in tmp_path.iterdir()} == {".pdf", ".png", ".csv"}

@@ -154,7 +154,7 @@ def timeline(intervals: pd.DataFrame, pcie: pd.DataFrame | None = None, ax: Axes
     ``ax`` takes the lanes alone; the trace has a clock of its own and so an axes of its own.
     """
     _require(intervals, "no timeline")
-    words = "Every interval of the engine's timeline, each at least a hairline wide. Right: share of the time."
+    words = "Every interval, at least a hairline wide. Right: share of the time."
     starts = intervals["start_s"].sort_values().tolist()
     enlarged = ax is None and len(starts) > 2 * _ENLARGED
     traced = ax is None and pcie is not None and not pcie.empty
