@@ -12,6 +12,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from djinn.artifact.claims import load_claims
 from djinn.cli import main
 from djinn.config import load_profile, profile_names
 from djinn.sizes import format_bytes
@@ -100,6 +101,11 @@ def test_scripts_say_what_they_take(script: str) -> None:
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert "--run-dir" in finished.stdout
+
+
+def test_it_says_where_to_look_for_every_claim() -> None:
+    section = README.split("### Where to look\n", 1)[1].split("\n### ", 1)[0]
+    assert {claim.id for claim in load_claims()} <= set(re.findall(r"C\d+", section))
 
 
 def test_the_appendix_names_what_is_there() -> None:
