@@ -61,6 +61,16 @@ def test_conda_environment_has_no_version_of_its_own() -> None:
     assert not any(conda.values())
 
 
+def test_the_image_names_its_base_exactly_and_installs_what_make_does() -> None:
+    recipe = (ROOT / "Dockerfile").read_text()
+    base = re.findall(r"^FROM python:(\d+\.\d+)\.\d+-slim-[a-z]+$", recipe, flags=re.M)
+    assert len(base) == 1  # one stage, with its patch release and its distribution
+    assert f"python={base[0]}" in (ROOT / "environment.yml").read_text()
+    assert "RUN make env\n" in recipe
+    copied = [name for names in re.findall(r"^COPY (.*) \S+$", recipe, flags=re.M) for name in names.split()]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
 def test_the_running_environment_is_the_locked_one() -> None:
     from importlib.metadata import version
 

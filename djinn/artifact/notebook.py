@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from djinn import hardware
 from djinn.artifact.bundle import write_sums
 from djinn.artifact.provenance import REPOSITORY, from_root, git_state, write_text
+from djinn.artifact.reference import run_of
 from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError, DjinnError
 from djinn.figures.draw import PNG_DPI
@@ -105,7 +106,7 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
     open_run_dir(run_dir, profile)
     forget(run_dir, name)
     pd.set_option("display.max_colwidth", None)  # reasons and remedies are shown whole
-    print(f"{name}: {profile.title}; all four notebooks take about {profile.minutes:g} minutes")
+    print(f"{name}: {profile.title}; all four notebooks take about {profile.minutes:g} minutes{_took(profile, name)}")
     print(f"Results: {from_root(run_dir)}")
     return Session(name, profile, run_dir, parameters)
 
@@ -220,6 +221,13 @@ def _profile(parameters: Mapping[str, Any]) -> Profile:
     if isinstance(changes.get("systems"), str):
         changes["systems"] = [system.strip() for system in changes["systems"].split(",")]
     return profile.override(**changes)
+
+
+def _took(profile: Profile, name: str) -> str:
+    """Return how long the notebook took in the reference run of the profile, in words; nothing where there is none."""
+    reference = run_of(profile.name)
+    done = read_sentinel(reference, name) if reference is not None else None
+    return "" if reference is None or done is None else f"; this one took {done['wall_s']:.0f} s in {reference.name}"
 
 
 def _sentinel(run_dir: Path, name: str) -> Path:

@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 from datetime import UTC, datetime
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from djinn import hardware
 from djinn.config import Profile
-from djinn.figures.frames import replayed
+from djinn.figures.frames import read_runs, replayed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,13 +23,16 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
     """Write ``provenance.json`` of a run and return its path; what is unknown is null.
 
     Holds the git revision and whether the tree had changes, the lock file's SHA-256, every installed package, the
-    machine, the profile as used, the model (synthetic with its seed, or as named), and what each finished notebook
-    said of itself: parameters, revision, start, wall seconds. What is replayed keeps the provenance of its records.
+    machine with its driver and link, the link's measured rates, the profile as used, the model (synthetic with its
+    seed, or the revision that pins it), each system's peak memory over its runs in bytes, and what each finished
+    notebook said of itself: parameters, revision, start, wall seconds. What is replayed keeps the provenance of its
+    records.
     """
     path = run_dir / "provenance.json"
     if replayed(run_dir):
         return path
     lock = REPOSITORY / "requirements.lock"
+    certified = run_dir / "results" / "certify.json"
     sentinels = sorted((run_dir / "results").glob("*.done.json"))
     document: dict[str, Any] = {
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -38,11 +42,14 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
             "name": profile.model,
             "synthetic": profile.synthetic,
             "seed": profile.seed if profile.synthetic else None,
+            "revision": profile.model.partition("@")[2] or None,
         },
         "config_digest": profile.digest,
         "profile": profile.model_dump(mode="json"),
         "notebooks": {path.name.removesuffix(".done.json"): json.loads(path.read_text()) for path in sentinels},
         "machine": hardware.describe(run_dir).model_dump(mode="json"),
+        "link_rates": json.loads(certified.read_text())["link"] if certified.is_file() else None,
+        "peak_memory": _peaks(run_dir),
         "packages": {each.name: each.version for each in sorted(importlib.metadata.distributions(), key=_by_name)},
     }
     write_text(path, json.dumps(document, indent=2) + "\n")
@@ -67,6 +74,17 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def _peaks(run_dir: Path) -> dict[str, dict[str, int | None]]:
+    """Return for each system the largest device, resident and anonymous host memory that any run of it took."""
+    kinds = ("peak_device_bytes", "peak_host_bytes", "peak_anon_bytes")
+    runs = read_runs(run_dir).groupby("name", sort=False)[list(kinds)].max()
+    peaks = runs.dropna(how="all").to_dict("index")
+    return {
+        str(name): {kind: None if isnan(peak[kind]) else int(peak[kind]) for kind in kinds}
+        for name, peak in peaks.items()
+    }
 
 
 def _git(*arguments: str) -> str | None:

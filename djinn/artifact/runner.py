@@ -22,7 +22,7 @@ from djinn.artifact import auto, notebook
 from djinn.artifact.provenance import REPOSITORY, from_root, write_provenance, write_text
 from djinn.artifact.report import write_report
 from djinn.config import load_profile
-from djinn.errors import DjinnError
+from djinn.errors import ConfigError, DjinnError
 
 NOTEBOOK_DIR = REPOSITORY / "notebooks"
 NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
@@ -76,8 +76,11 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
 
     Raises:
         DjinnError: it raised, its kernel died, it did not run every cell, or it did not reach its last call.
+        ConfigError: a parameter that its parameters cell does not have, which papermill would set to no effect.
     """
     name = source.stem
+    if unknown := parameters.keys() - papermill.inspect_notebook(source).keys():
+        raise ConfigError(f"{name}: its cell with the tag 'parameters' has no {', '.join(sorted(unknown))}")
     executed = run_dir / "notebooks" / f"{name}.ipynb"
     unfinished, failed = (executed.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     executed.parent.mkdir(parents=True, exist_ok=True)

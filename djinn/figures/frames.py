@@ -32,6 +32,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ import pandas as pd
 
 from djinn.bench.records import Record, latest, read_records
 from djinn.bench.statistics import system_label
+from djinn.engine.stats import Interval
 from djinn.errors import ConfigError
 from djinn.sizes import parse_bytes
 
@@ -88,6 +90,11 @@ def read_timeline(run_dir: Path, name: str = "timeline") -> pd.DataFrame:
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame(columns=TIMELINE_COLUMNS)
     return pd.read_json(path, lines=True).reindex(columns=TIMELINE_COLUMNS)
+
+
+def timeline(intervals: Sequence[Interval]) -> pd.DataFrame:
+    """Return ``timeline`` of a model's statistics."""
+    return pd.DataFrame([asdict(interval) for interval in intervals], columns=TIMELINE_COLUMNS)
 
 
 def read_pcie(run_dir: Path) -> pd.DataFrame:
@@ -211,7 +218,9 @@ def _words(status: str, reason: str) -> str:
     if status == "ok":
         return ""
     if status == "unavailable" and reason:
-        return "unavailable: " + textwrap.shorten(reason.removeprefix("unavailable: "), 34, placeholder=" …")
+        # A reason says first what is lacking ("memory: ..."); the report's table and the CSV have the whole of it.
+        lacking = reason.removeprefix("unavailable: ").partition(":")[0]
+        return f"unavailable: {textwrap.shorten(lacking, 24, placeholder=' …')}"
     return _WORDS[status]
 
 

@@ -20,7 +20,7 @@ from djinn.figures.style import (
     LANES,
     LOOKS,
     PAGE_IN,
-    SMALLEST_PT,
+    beside,
     canvas,
     explain,
     figure_of,
@@ -30,6 +30,8 @@ from djinn.figures.style import (
 from djinn.sizes import exact_bytes, format_bytes
 
 _MEAN = "Whiskers: 95% interval of the mean (Student t)."
+_ENLARGED = 40
+"""Intervals in the enlarged part of a timeline."""
 _CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band: range)."
 
 
@@ -107,7 +109,7 @@ def bits_per_weight(bits: pd.DataFrame, ax: Axes | None = None) -> Figure:
     for row, kind in enumerate(kinds):
         value = bits.loc[bits["kind"] == kind, "bits"].median()
         ax.barh(row, value, height=0.64, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
-        words_at(ax, f"{value:.2f}", value, row, colour="black")
+        beside(ax, f"{value:.2f}", row)
     ax.axvline(16, color="black", linestyle="--")
     ax.set_yticks(range(len(kinds)), kinds)
     ax.set_ylim(len(kinds) - 0.5, -0.5)
@@ -136,7 +138,7 @@ def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
     )
     for size, words in frames.gaps(points, "link_gbps", by="size_bytes").items():
         words_at(ax, words, sizes.index(size), 0, up=True)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     ax.set_xlim(-0.5, len(sizes) - 0.5)
     ax.set_xticks(range(len(sizes)), [exact_bytes(int(size)) for size in sizes])
     ax.set_xlabel(f"{axis} size")
@@ -147,43 +149,60 @@ def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
 
 @house_style()
 def timeline(intervals: pd.DataFrame, pcie: pd.DataFrame | None = None, ax: Axes | None = None) -> Figure:
-    """What the copy engine did when: copies, compute and stalls; below it the link's counters where there is a trace.
+    """What the copy engine did when: copies, compute and stalls, and some of them larger; then the link's counters.
 
     ``ax`` takes the lanes alone; the trace has a clock of its own and so an axes of its own.
     """
     _require(intervals, "no timeline")
+    words = "Every interval, at least a hairline wide. Right: share of the time."
+    starts = intervals["start_s"].sort_values().tolist()
+    enlarged = ax is None and len(starts) > 2 * _ENLARGED
     traced = ax is None and pcie is not None and not pcie.empty
-    ax = canvas(ax, 2.9 if traced else 1.7, PAGE_IN)
+    panels = 1 + enlarged + traced
+    ax = canvas(ax, 0.6 + 1.2 * panels, PAGE_IN)
     figure = figure_of(ax)
-    if traced and pcie is not None:
+    if panels > 1:
         figure.clear()
-        ax, below = figure.subplots(2, height_ratios=[3, 2])
-        for source, rows in pcie.groupby("source"):
-            line = "-" if source == "nvml" else ":"
-            below.plot(rows["time_s"], rows["rx_gbps"], line, color="black", label=f"to the device ({source})")
-            below.plot(rows["time_s"], rows["tx_gbps"], line, color="#999999", label=f"from the device ({source})")
-        below.set_ylabel("PCIe, GB/s")
-        below.set_xlabel("seconds since the trace began")
-        below.legend(loc="upper right", ncols=2)
-    start, end = intervals["start_s"].min(), intervals["end_s"].max()
-    shares = frames.shares(intervals)
-    for row, (lane, colour) in enumerate(LANES.items()):
-        spans = intervals[intervals["lane"] == lane]
-        bars = [(begin - start, until - begin) for begin, until in zip(spans["start_s"], spans["end_s"], strict=True)]
-        ax.broken_barh(bars, (row - 0.38, 0.76), facecolor=colour, edgecolor="white", linewidth=0.2)
-        ax.annotate(
-            f"{shares.get(lane, 0.0):.0%}", (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0),
-            textcoords="offset points", va="center", fontsize=SMALLEST_PT,
-        )  # fmt: skip
-    ax.set_yticks(range(len(LANES)), list(LANES))
-    ax.set_ylim(len(LANES) - 0.5, -0.5)
-    ax.set_xlim(0, end - start)
-    ax.grid(False, axis="y")
-    ax.set_xlabel("seconds")
-    explain(
-        ax, "Copies against compute", "Every interval of the engine's timeline. Right: share of the time in each lane."
-    )
+        ax, *below = figure.subplots(panels)
+        if enlarged:
+            middle = len(starts) // 2
+            _lanes(below[0], intervals, (starts[middle], starts[middle + _ENLARGED]))
+            words += f" Below: {_ENLARGED} intervals from the middle."
+        if traced and pcie is not None:
+            _counters(below[-1], pcie)
+    _lanes(ax, intervals)
+    explain(ax, "Copies against compute", words)
     return figure
+
+
+def _lanes(ax: Axes, intervals: pd.DataFrame, between: tuple[float, float] | None = None) -> None:
+    """Draw a row of intervals per lane: all of them and the share of the time they take, or those ``between`` times."""
+    begin, end = between or (intervals["start_s"].min(), intervals["end_s"].max())
+    shares = frames.shares(intervals)
+    lanes = [lane for lane in LANES if lane in shares]
+    for row, lane in enumerate(lanes):
+        spans = intervals[(intervals["lane"] == lane) & (intervals["end_s"] > begin) & (intervals["start_s"] < end)]
+        bars = [(start - begin, until - start) for start, until in zip(spans["start_s"], spans["end_s"], strict=True)]
+        # An edge of its own colour keeps a short interval visible; a white one parts copies, which follow closely.
+        edge, width = ("white", 0.5) if between and lane == "copy" else (LANES[lane], 0.2)
+        ax.broken_barh(bars, (row - 0.38, 0.76), facecolor=LANES[lane], edgecolor=edge, linewidth=width)
+        if between is None:
+            beside(ax, f"{shares[lane]:.0%}", row)
+    ax.set_yticks(range(len(lanes)), lanes)
+    ax.set_ylim(len(lanes) - 0.5, -0.5)
+    ax.set_xlim(0, end - begin)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("seconds" if between is None else f"seconds from {begin - intervals['start_s'].min():.3g} s on")
+
+
+def _counters(ax: Axes, pcie: pd.DataFrame) -> None:
+    for source, rows in pcie.groupby("source"):
+        line = "-" if source == "nvml" else ":"
+        ax.plot(rows["time_s"], rows["rx_gbps"], line, color="black", label=f"to the device ({source})")
+        ax.plot(rows["time_s"], rows["tx_gbps"], line, color="#999999", label=f"from the device ({source})")
+    ax.set_ylabel("PCIe, GB/s")
+    ax.set_xlabel("seconds since the trace began")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _require(frame: pd.DataFrame, what: str) -> None:
@@ -223,13 +242,15 @@ def _bars(ax: Axes, frame: pd.DataFrame, column: str, spread: bool = True) -> No
             ax.errorbar(
                 value, row, xerr=[[min(below, value)], [above]], color="black", capsize=2, linewidth=0.8, zorder=5
             )
-        end = np.nanmax([value + above, *samples])
-        words_at(ax, f"{value:.3g}", end, row, colour="black")
-    for gap, words in frames.gaps(frame, column).items():
-        words_at(ax, words, 0, order.index(gap))
-    ax.set_yticks(range(len(order)), [LOOKS[name].label for name in order])
+        beside(ax, f"{value:.3g}", row)
+    labels = {name: LOOKS[name].label for name in order}
+    for name, words in frames.gaps(frame, column).items():
+        if frame.loc[frame["name"] == name, column].isna().all():
+            words_at(ax, words, 0, order.index(name))
+        else:
+            labels[name] += f"\n{words}"
+    ax.set_yticks(range(len(order)), list(labels.values()), linespacing=1)
     ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.margins(x=0.14)
     ax.set_xlim(left=0)
     ax.set_ylabel("")
     ax.grid(False, axis="y")

@@ -108,8 +108,8 @@ def mark(figure: Figure, words: str) -> None:
         figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST_PT, color=GREY, style="italic")
 
 
-def words_at(ax: Axes, words: str, x: float, y: float, *, up: bool = False, colour: str = GREY) -> None:
-    """Write ``words`` beside a point of the data, over whatever is drawn there; ``up`` turns them by a right angle."""
+def words_at(ax: Axes, words: str, x: float, y: float, *, up: bool = False) -> None:
+    """Write ``words`` where a number is missing, over the grid and lines; ``up`` turns them by a right angle."""
     ax.annotate(
         words,
         (x, y),
@@ -119,9 +119,15 @@ def words_at(ax: Axes, words: str, x: float, y: float, *, up: bool = False, colo
         ha="center" if up else "left",
         va="bottom" if up else "center",
         fontsize=SMALLEST_PT,
-        style="italic" if colour == GREY else "normal",
-        color=colour,
+        style="italic",
+        color=GREY,
         zorder=6,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         in_layout=False,
     )
+
+
+def beside(ax: Axes, words: str, row: float) -> None:
+    """Write ``words`` right of the axes at a row of it, where they cover nothing that is drawn."""
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    ax.annotate(words, (1, row), xytext=(3, 0), va="center", fontsize=SMALLEST_PT, **place)

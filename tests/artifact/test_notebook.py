@@ -38,6 +38,8 @@ def test_overrides(tmp_path: Path):
         ({"zzz": ["a"]}, "no parameter 'zzz'"),
         ({"runs": "three"}, "parameter runs = 'three' is str; expected a whole number"),
         ({"runs": 1e5}, "parameter runs = 100000.0 is float; expected a whole number"),
+        ({"model": 1e5}, "parameter model = 100000.0 is float; expected a checkpoint folder"),
+        ({"model": 7}, "parameter model = 7 is int; expected a checkpoint folder"),
         ({"runs": True}, "parameter runs = True is bool"),
         ({"profile": None}, "parameter profile = None is NoneType; expected a profile's name"),
         ({"budget": 24}, "parameter budget = 24 is int; expected a size with its unit"),
@@ -99,6 +101,15 @@ def test_the_sentinel_is_there_only_after_the_end(tmp_path: Path):
     assert sentinel["parameters"]["runs"] == 2
     notebook.begin("01_certify", given(tmp_path, runs=2))
     assert notebook.read_sentinel(tmp_path, "01_certify") is None
+
+
+def test_a_notebook_says_how_long_it_will_take_and_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    notebook.finish(notebook.begin("02_baselines", given(tmp_path, profile="smoke_13b")))
+    began, _, finished = capsys.readouterr().out.splitlines()
+    assert "all four notebooks take about 30 minutes; this one took " in began
+    assert finished == "02_baselines: finished in 0 s"
+    notebook.begin("02_baselines", given(tmp_path / "tiny"))
+    assert capsys.readouterr().out.splitlines()[0].endswith("about 2 minutes")  # no reference run
 
 
 def test_a_failed_check_stops_with_its_words(tmp_path: Path):

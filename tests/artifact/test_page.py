@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -44,6 +46,43 @@ def test_it_opens_without_errors_and_shows_everything(page: Path) -> None:
     assert len(re.findall(r"<tr>\s*<td>C\d+</td>", claims[0])) == len(load_claims())
     assert [int(count) for count in re.findall(r'data-drawn="(\d+)"', dom)] == [120, 120]
     assert "&lt;script&gt;console.error" in dom
+
+
+PROBE = Path(__file__).with_name("page_probe.js").read_text()
+COPY = "onload = () => document.body.append(frames[0].document.getElementById('found').cloneNode(true))"
+
+
+@pytest.mark.parametrize("width", [390, 1300], ids=["phone", "desktop"])
+def test_it_is_accessible(page: Path, tmp_path: Path, width: int) -> None:
+    probed = page.with_name("probed.html")
+    probed.write_text(page.read_text().replace("</body>", f"<script>{PROBE}</script></body>"))
+    # A window is at least 500 wide; a frame is as wide as it is told.
+    frame = tmp_path / "frame.html"
+    source = f'<iframe src="{probed.as_uri()}" width="{width}" height="800"></iframe><script>{COPY}</script>'
+    frame.write_text(source)
+    flags = ("--allow-file-access-from-files", "--disable-web-security", "--disable-site-isolation-trials")
+    opened = browse(frame, "--dump-dom", *flags)
+    match = re.search(r'<pre id="found">(.*?)</pre>', opened.stdout)
+    assert match is not None, opened.stderr
+    found = json.loads(html.unescape(match[1]))
+    assert found["width"] == pytest.approx(width, abs=20)
+    assert found["across"] <= 0  # nothing but a table's own box scrolls sideways
+    assert found["worst"] >= 4.5
+    assert found["pictures"]
+    assert all(alt and pixels for alt, pixels in found["pictures"])
+    assert found["nameless"] == 0
+    assert found["focused"]
+    (begin, end), (near, far), (later, _) = found["whole"], found["zoomed"], found["moved"]
+    assert far - near == pytest.approx((end - begin) * 0.64)
+    assert later > near
+    assert found["back"] == found["whole"]
+    assert found["clicked"][1] - found["clicked"][0] == pytest.approx((end - begin) * 0.8)
+
+
+def test_it_prints(page: Path, tmp_path: Path) -> None:
+    pdf = tmp_path / "page.pdf"
+    browse(page, f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
+    assert 2 <= pdf.read_bytes().count(b"/Type /Page\n") <= 6
 
 
 @pytest.mark.parametrize("width", [390, 1300], ids=["phone", "desktop"])

@@ -15,12 +15,30 @@ def test_provenance(tmp_path: Path):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "01_certify.done.json").write_text('{"wall_s": 3.0}')
     document = json.loads(write_provenance(tmp_path, profile).read_text())
-    assert document["model"] == {"name": "synthetic:llama-2-13b", "synthetic": True, "seed": 7}
+    assert document["model"] == {"name": "synthetic:llama-2-13b", "synthetic": True, "seed": 7, "revision": None}
     assert document["config_digest"] == profile.digest
     assert document["notebooks"] == {"01_certify": {"wall_s": 3.0}}
     assert document["lock_sha256"] == hashlib.sha256((REPOSITORY / "requirements.lock").read_bytes()).hexdigest()
     assert {"torch", "transformers", "papermill"} <= set(document["packages"])
+    assert document["link_rates"] is None
+    assert document["peak_memory"] == {}
     assert str(REPOSITORY) not in json.dumps(document)
+
+
+def test_provenance_of_a_measured_run(fabricated_run: Path):
+    profile = load_profile("smoke_13b").override(model="org/name@0123abc")
+    rates = [{"kind": "pinned to device", "chunk_bytes": 1 << 26, "gbps": 55.0}]
+    (fabricated_run / "results" / "certify.json").write_text(json.dumps({"link": rates}))
+    document = json.loads(write_provenance(fabricated_run, profile).read_text())
+    assert document["model"] == {"name": "org/name@0123abc", "synthetic": False, "seed": None, "revision": "0123abc"}
+    assert document["link_rates"] == rates
+    assert {"driver", "gpus"} <= set(document["machine"])
+    peaks = document["peak_memory"]
+    assert peaks["djinn"] == {
+        "peak_device_bytes": 4_200_000_000, "peak_host_bytes": 9_000_000_000, "peak_anon_bytes": 8_000_000_000
+    }  # fmt: skip
+    assert peaks["accelerate:disk"]["peak_device_bytes"] is None
+    assert "deepspeed:cpu" not in peaks  # it finished no run
 
 
 def test_paths_are_shown_from_the_repository(tmp_path: Path):

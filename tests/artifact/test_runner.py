@@ -52,11 +52,12 @@ def test_a_notebook_that_ends_well_is_kept_under_its_name(run, tmp_path: Path):
     ("cells", "message"),
     [
         (["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"], "died"),
+        (["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", SENTINEL], "died"),
         (["import sys\nsys.exit(0)", SENTINEL], "the kernel stopped before cell"),
         (["1 / 0", SENTINEL], "cell 3: ZeroDivisionError: division by zero"),
         (["'no sentinel'"], "it did not reach its end"),
     ],
-    ids=["killed in the last cell", "sys.exit(0) half-way", "an exception", "no sentinel"],
+    ids=["killed in the last cell", "killed half-way", "sys.exit(0) half-way", "an exception", "no sentinel"],
 )
 def test_a_notebook_that_does_not_is_a_failure_and_is_kept_as_one(run, tmp_path: Path, cells: list[str], message: str):
     (tmp_path / "run" / "results").mkdir(parents=True)

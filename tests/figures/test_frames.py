@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from fabricated import fabricated, failed
 
 from djinn.config import load_profile
+from djinn.engine.stats import Interval
 from djinn.errors import ConfigError
 from djinn.figures import frames
 
@@ -63,11 +65,8 @@ def test_tokens_keep_every_sample_and_every_gap():
     [
         ("oom", "killed", "OOM"),
         ("unavailable", "disk", "unavailable: disk"),
-        (
-            "unavailable",
-            "needs a GPU that torch can use and that has room",
-            "unavailable: needs a GPU that torch can use …",
-        ),
+        ("unavailable", "memory: the whole model in host memory needs 28.9 GB", "unavailable: memory"),
+        ("unavailable", "needs a GPU that torch can use and that has room", "unavailable: needs a GPU that torch …"),
         ("error", "Traceback", "failed"),
     ],
 )
@@ -100,3 +99,17 @@ def test_a_lanes_share_counts_overlapping_time_once():
     spans = [("copy", 0.0, 4.0), ("copy", 1.0, 2.0), ("copy", 3.0, 6.0), ("stall", 9.0, 10.0), ("copy", 8.0, 8.5)]
     shares = frames.shares(pd.DataFrame(spans, columns=["lane", "start_s", "end_s"]))
     assert dict(shares) == pytest.approx({"copy": 0.65, "stall": 0.1})
+
+
+def test_every_column_is_documented():
+    documented = frames.__doc__ or ""
+    columns = {*frames.RUN_COLUMNS, *frames.TIMELINE_COLUMNS, *frames.tokens([]), *frames.sweep([]), *frames.bits([])}
+    columns |= set(frames.read_pcie(Path("nowhere")))
+    assert [column for column in sorted(columns) if not re.search(rf"\b{column}\b", documented)] == []
+
+
+def test_a_models_timeline_is_a_runs():
+    intervals = [Interval("copy", "a", 1.0, 2.0, 100), Interval("stall", "a", 1.5, 2.0, 100, "link")]
+    frame = frames.timeline(intervals)
+    assert list(frame) == frames.TIMELINE_COLUMNS
+    assert frame["cause"].tolist() == ["", "link"]

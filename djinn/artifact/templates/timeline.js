@@ -30,7 +30,7 @@ for (const figure of document.querySelectorAll("figure[data-timeline]")) {
       pen.fillRect(at(tick), row * names.length, 1, 5);
       pen.fillText(tick.toFixed(digits) + " s", at(tick) + 3, row * names.length + 13);
     }
-    canvas.dataset.drawn = drawn;
+    canvas.dataset.drawn = drawn; canvas.dataset.from = from; canvas.dataset.to = to;
   }
 
   function show(begin, finish) {
@@ -50,11 +50,13 @@ for (const figure of document.querySelectorAll("figure[data-timeline]")) {
     const under = spans.find(span => span[0] === lane && span[2] <= seconds && seconds <= span[2] + span[3]);
     words.textContent = under ? `${names[under[0]]} ${units[under[1]]}: ${(under[3] * 1e3).toFixed(3)} ms from ${under[2].toFixed(4)} s` : "";
   });
-  canvas.addEventListener("keydown", event => {
+  const press = key => {
     const middle = (from + to) / 2;
     const keys = { "+": () => zoom(.8, middle), "-": () => zoom(1.25, middle), "0": () => show(0, end), "ArrowLeft": () => move(-.1), "ArrowRight": () => move(.1) };
-    if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
-  });
+    return keys[key] && (keys[key](), true);
+  };
+  canvas.addEventListener("keydown", event => { if (press(event.key)) event.preventDefault(); });
+  for (const button of figure.querySelectorAll("button[data-key]")) button.addEventListener("click", () => press(button.dataset.key));
   window.addEventListener("resize", draw);
   draw();
 }
