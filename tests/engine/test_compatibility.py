@@ -1,0 +1,205 @@
+"""Every architecture streamed against resident, bit for bit; ``docs/compatibility.md`` is what was seen here.
+
+DJINN_WRITE_DOCS=1 python -m pytest tests/engine/test_compatibility.py        writes the page anew
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES, Architecture, Inputs, save_architecture
+from packaging.version import Version
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+import djinn
+from djinn.engine.plan import Plan
+from djinn.errors import PlanError
+from djinn.weights.index import checkpoint_index
+from djinn.weights.tensors import FileSpan
+from djinn.weights.units import find_units, traced_readers
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+WRITE = "DJINN_WRITE_DOCS"
+VERSIONS = f"torch {Version(torch.__version__).base_version}, transformers {transformers.__version__}"
+INTRODUCTION = f"""# Compatibility
+
+Tiny random checkpoints of each architecture, saved by transformers in several shards, run streamed from disk on a CPU
+and wholly in memory. Written by the test suite with {VERSIONS}, never by hand:
+
+```bash
+{WRITE}=1 python -m pytest tests/engine/test_compatibility.py
+```
+
+- **streamed**: the share of the weights that cross into the ring in every pass.
+- **equal**: what was compared with the resident model, bit for bit.
+- **order**: whether the order of reads was traced beforehand or taken from the model's blocks; then, for models that
+  generate, what left that order in a generation of {{passes}} tokens after a first one: units that were prefetched and
+  not read (skips), and times that the pipeline started anew (reloads).
+
+| architecture | class | streamed | equal | order | notes |
+| --- | --- | --- | --- | --- | --- |
+"""
+NEW_TOKENS = 8
+WORK = {"prompt_tokens": 32, "new_tokens": 16, "device": "cpu"}
+CASES: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 0.9, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 2},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "padded batch": {},
+}
+"""The cases of transformers' own generation tests that ask something of the weights, as arguments of ``generate``."""
+ALL_CASES = ("llama", "gemma2", "mixtral", "t5")
+"""Those that run them all; other models generate greedily."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a comparison has shown."""
+
+    plan: Plan
+    equal: dict[str, bool]
+    counted: bool
+    """Whether the statistics say that a pass moved all the streamed weights."""
+    traced: bool
+    left_order: tuple[int, int]
+    """Skips and reloads of a generation."""
+    converted: int
+    """Tensors that transformers made out of others."""
+
+    @property
+    def share(self) -> float:
+        """Of the weights, that are streamed."""
+        return sum(unit.weight_bytes for unit in self.plan.streamed) / self.plan.model_bytes
+
+
+def small_plan(folder: Path) -> Plan:
+    """Return a plan that keeps as little on the device as the largest unit allows."""
+    whole = djinn.plan(folder, budget="1 GB", **WORK)
+    images = sum(unit.image_bytes for unit in whole.units)
+    for kept in (0.3, 0.4, 0.5, 0.6):
+        try:
+            return djinn.plan(folder, budget=whole.workspace_bytes + round(kept * images), host_memory="1 B", **WORK)
+        except PlanError as error:
+            refusal = error
+    raise refusal
+
+
+def tensors(outputs: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(dict(outputs)) if isinstance(leaf, torch.Tensor)]  # type: ignore[call-overload]
+
+
+def padded(inputs: Inputs) -> Inputs:
+    """Return a batch of two: the prompt, and its end behind padding."""
+    ids = inputs["input_ids"]
+    cut = ids.shape[1] // 2
+    shorter = torch.cat([torch.zeros_like(ids[:, :cut]), ids[:, cut:]], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, :cut] = 0
+    return {"input_ids": torch.cat([ids, shorter]), "attention_mask": torch.cat([torch.ones_like(ids), mask])}
+
+
+def generated(model: PreTrainedModel, architecture: Architecture, case: str) -> torch.Tensor:
+    inputs = architecture.inputs()
+    if case == "padded batch":
+        inputs = padded(inputs)
+    torch.manual_seed(5)
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS} | CASES[case]
+    tokens: torch.Tensor = model.generate(**inputs, **options)
+    return tokens
+
+
+def compare(name: str, folder: Path, spill: Path) -> Seen:
+    architecture = ARCHITECTURES[name]
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    planned = small_plan(folder)
+    resident = architecture.cls.from_pretrained(folder, dtype="auto").eval()
+    streamed = djinn.load(folder, budget=planned.budget, host_memory="1 B", chunk="32 KiB", **WORK)  # type: ignore[arg-type]
+    assert type(streamed) is architecture.cls
+    stats = djinn.stats(streamed)
+
+    inputs = architecture.inputs() | architecture.decoder
+    with torch.no_grad():
+        outputs = [tensors(model(**inputs, output_hidden_states=True)) for model in (streamed, resident)]
+    assert outputs[0]
+    equal = {"outputs": len(outputs[0]) == len(outputs[1]) and all(map(torch.equal, *outputs))}
+    counted = stats.link_bytes >= sum(unit.weight_bytes for unit in planned.streamed)
+    before = (0, 0)
+    if architecture.generates:
+        for case in CASES if name in ALL_CASES else ("greedy",):
+            equal[case] = torch.equal(*(generated(model, architecture, case) for model in (streamed, resident)))
+        generated(streamed, architecture, "greedy")
+        before = stats.skips, stats.reloads
+        generated(streamed, architecture, "greedy")
+
+    index = checkpoint_index(folder, spill)
+    return Seen(
+        plan=planned,
+        equal=equal,
+        counted=counted,
+        traced=traced_readers(index.model).keys() == index.tensors.keys(),
+        left_order=(stats.skips - before[0], stats.reloads - before[1]),
+        converted=sum(
+            isinstance(entry.source, FileSpan) and entry.source.path.is_relative_to(spill)
+            for entry in index.tensors.values()
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seen]:
+    """The comparison of an architecture, made once."""
+
+    def once(name: str) -> Seen:
+        folder, spill = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("spill")
+        return compare(name, save_architecture(name, folder), spill)
+
+    return cache(once)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_streamed_output_is_the_residents_bit_for_bit(seen: Callable[[str], Seen], name: str) -> None:
+    found = seen(name)
+    assert found.equal == dict.fromkeys(found.equal, True)
+    assert found.share > 0.5
+    assert found.counted
+
+
+def row(name: str, found: Seen) -> str:
+    architecture = ARCHITECTURES[name]
+    skips, reloads = found.left_order
+    order = "traced" if found.traced else "by blocks"
+    order += f"; {skips} skips, {reloads} reloads" if architecture.generates else ""
+    held = sum(unit.weight_bytes for unit in found.plan.units if unit.held)
+    notes = [
+        *(["tied weights"] if any(len(unit.readers) > 1 for unit in found.plan.units) else []),
+        *([f"transformers makes {found.converted} tensors out of others"] if found.converted else []),
+        *([f"a module reads {held / found.plan.model_bytes:.0%} around its children: resident"] if held else []),
+    ]
+    equal = ", ".join(case for case, same in found.equal.items() if same)
+    return f"| {name} | {architecture.model_class} | {found.share:.0%} | {equal} | {order} | {'; '.join(notes)} |\n"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_page_is_what_the_tests_saw(seen: Callable[[str], Seen]) -> None:
+    rows = [row(name, seen(name)) for name in ARCHITECTURES]
+    page = INTRODUCTION.format(passes=NEW_TOKENS) + "".join(rows)
+    if os.environ.get(WRITE):
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page)
+    written = PAGE.read_text()
+    if VERSIONS not in written:
+        pytest.skip(f"the page was written with other versions than {VERSIONS}; to compare, write it anew: see above")
+    assert written == page, f"write it anew: {WRITE}=1 python -m pytest {Path(__file__).name}"
