@@ -11,6 +11,10 @@ import transformers
 from tiny_models import TINY, save_model
 from transformers import PretrainedConfig, PreTrainedModel
 
+import djinn
+from djinn.engine.plan import Plan
+from djinn.errors import PlanError
+
 Inputs = dict[str, torch.Tensor]
 VOCABULARY = 256
 
@@ -173,6 +177,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             vocab_size=VOCABULARY,
         ),
     ),
+    # One layer, which runs several times.
+    "albert": Architecture(
+        "AlbertForMaskedLM",
+        _config(
+            "AlbertConfig", hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+            vocab_size=VOCABULARY, embedding_size=64,
+        ),
+    ),
     "vit": Architecture("ViTForImageClassification", _config("ViTConfig", **_VISION | {"hidden_size": 128}), image),
     "clip": Architecture(
         "CLIPModel",
@@ -202,3 +214,33 @@ def save_architecture(name: str, folder: Path) -> Path:
     """Write a checkpoint of ``ARCHITECTURES[name]`` in several shards; return ``folder``."""
     architecture = ARCHITECTURES[name]
     return save_model(architecture.cls._from_config(architecture.config, dtype=torch.bfloat16), name, folder)
+
+
+WORK = {"prompt_tokens": 32, "new_tokens": 16, "device": "cpu"}
+
+
+class Pair:
+    """A checkpoint loaded streaming, with as little on the device as its largest unit allows, and whole."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.plan = small_plan(folder)
+        budget = self.plan.budget
+        self.streamed = djinn.load(folder, budget=budget, host_memory="1 B", chunk="32 KiB", **WORK)  # type: ignore[arg-type]
+        self.resident: PreTrainedModel = ARCHITECTURES[name].cls.from_pretrained(folder, dtype="auto").eval()
+
+    @property
+    def both(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        return self.streamed, self.resident
+
+
+def small_plan(folder: Path) -> Plan:
+    """Return a plan that streams from disk, with the smallest of some budgets that works."""
+    whole = djinn.plan(folder, budget="1 GB", **WORK)  # type: ignore[arg-type]
+    images = sum(unit.image_bytes for unit in whole.units)
+    for kept in (0.3, 0.4, 0.5, 0.6):
+        try:
+            budget = whole.workspace_bytes + round(kept * images)
+            return djinn.plan(folder, budget=budget, host_memory="1 B", **WORK)  # type: ignore[arg-type]
+        except PlanError as error:
+            refusal = error
+    raise refusal

@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, Architecture, Inputs, save_architecture
+from architectures import ARCHITECTURES, Architecture, Inputs, Pair
 from packaging.version import Version
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import djinn
 from djinn.engine.plan import Plan
-from djinn.errors import PlanError
 from djinn.weights.index import checkpoint_index
 from djinn.weights.tensors import FileSpan
 from djinn.weights.units import traced_readers
@@ -42,14 +41,13 @@ and wholly in memory. Written by the test suite with {VERSIONS}, never by hand:
 - **equal**: what was compared with the resident model, bit for bit.
 - **order**: whether the order of reads was traced beforehand or taken from the model's blocks.
 - **first**, **decode**: how a generation of {{passes}} tokens, after an earlier one, left the order that was expected:
-  in the first pass (an encoder's included) and in all others together. Units that were prefetched and not read are
-  skips; reloads are times that the pipeline started anew.
+  in the first pass (an encoder's included) and in all others together; for models that do not generate, a second
+  pass. Units that were prefetched and not read are skips; reloads are times that the pipeline started anew.
 
 | architecture | class | streamed | equal | order | first | decode | notes |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 NEW_TOKENS = 8
-WORK = {"prompt_tokens": 32, "new_tokens": 16, "device": "cpu"}
 CASES: dict[str, dict[str, object]] = {
     "greedy": {},
     "sampled": {"do_sample": True, "temperature": 0.9, "top_k": 20},
@@ -86,8 +84,8 @@ class Seen:
     counted: bool
     """Whether the statistics say that a pass moved all the streamed weights."""
     traced: bool
-    first: Strays | None
-    """Of the first pass of a generation."""
+    first: Strays
+    """Of the first pass of a generation, or of the second pass of a model that does not generate."""
     decode: Strays | None
     """Of its other passes."""
     converted: int
@@ -102,18 +100,6 @@ class Seen:
     def share(self) -> float:
         """Of the weights, that are streamed."""
         return sum(unit.weight_bytes for unit in self.plan.streamed) / self.plan.model_bytes
-
-
-def small_plan(folder: Path) -> Plan:
-    """Return a plan that keeps as little on the device as the largest unit allows."""
-    whole = djinn.plan(folder, budget="1 GB", **WORK)
-    images = sum(unit.image_bytes for unit in whole.units)
-    for kept in (0.3, 0.4, 0.5, 0.6):
-        try:
-            return djinn.plan(folder, budget=whole.workspace_bytes + round(kept * images), host_memory="1 B", **WORK)
-        except PlanError as error:
-            refusal = error
-    raise refusal
 
 
 def tensors(outputs: object) -> list[torch.Tensor]:
@@ -157,21 +143,21 @@ def strays(model: PreTrainedModel, architecture: Architecture) -> tuple[Strays, 
 
 
 def compare(name: str, folder: Path, spill: Path) -> Seen:
-    architecture = ARCHITECTURES[name]
+    architecture, pair = ARCHITECTURES[name], Pair(name, folder)
+    streamed, resident, planned = pair.streamed, pair.resident, pair.plan
     assert len(list(folder.glob("*.safetensors"))) > 1
-    planned = small_plan(folder)
-    resident = architecture.cls.from_pretrained(folder, dtype="auto").eval()
-    streamed = djinn.load(folder, budget=planned.budget, host_memory="1 B", chunk="32 KiB", **WORK)  # type: ignore[arg-type]
     assert type(streamed) is architecture.cls
     stats = djinn.stats(streamed)
 
     inputs = architecture.inputs() | architecture.decoder
     with torch.no_grad():
         outputs = [tensors(model(**inputs, output_hidden_states=True)) for model in (streamed, resident)]
+        counted = stats.link_bytes >= sum(unit.weight_bytes for unit in planned.streamed)
+        before = stats.skips, stats.reloads
+        streamed(**inputs)
     assert outputs[0]
     equal = {"outputs": len(outputs[0]) == len(outputs[1]) and all(map(torch.equal, *outputs))}
-    counted = stats.link_bytes >= sum(unit.weight_bytes for unit in planned.streamed)
-    first = decode = None
+    first, decode = Strays(stats.skips - before[0], stats.reloads - before[1]), None
     if architecture.generates:
         for case in CASES if name in ALL_CASES else ("greedy",):
             equal[case] = torch.equal(*(generated(model, architecture, case) for model in (streamed, resident)))
@@ -193,14 +179,11 @@ def compare(name: str, folder: Path, spill: Path) -> Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seen]:
+def seen(
+    architecture_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Seen]:
     """The comparison of an architecture, made once."""
-
-    def once(name: str) -> Seen:
-        folder, spill = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("spill")
-        return compare(name, save_architecture(name, folder), spill)
-
-    return cache(once)
+    return cache(lambda name: compare(name, architecture_checkpoint(name), tmp_path_factory.mktemp("spill")))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -226,7 +209,7 @@ def row(name: str, found: Seen) -> str:
     equal = ", ".join(case for case, same in found.equal.items() if same)
     cells = [
         *(name, architecture.model_class, f"{found.share:.0%}", equal, order),
-        *("" if strays is None else str(strays) for strays in (found.first, found.decode)),
+        *(str(found.first), "" if found.decode is None else str(found.decode)),
         "; ".join(notes),
     ]
     return f"| {' | '.join(cells)} |\n"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
 from djinn.errors import CheckpointError
@@ -141,6 +142,22 @@ def test_seeded_models_have_no_files() -> None:
     assert all(parameter.is_meta for parameter in index.model.parameters())
     assert index.model.get_output_embeddings().weight is index.model.get_input_embeddings().weight
     assert not any(buffer.is_meta for buffer in index.model.buffers())
+
+
+def test_the_class_is_the_one_that_was_saved(architecture_checkpoint: Tiny, tmp_path: Path) -> None:
+    for name in ("t5", "bert", "vit", "llava"):
+        index = checkpoint_index(architecture_checkpoint(name), tmp_path)
+        assert type(index.model) is ARCHITECTURES[name].cls
+        empty = empty_model(index.model.config, torch.bfloat16)
+        assert type(empty) is ARCHITECTURES[name].cls
+        assert list(dict(empty.named_parameters())) == list(index.tensors)
+
+
+@pytest.mark.parametrize("named", [None, [], ["NoSuchModel"]])
+def test_without_a_known_class_it_is_a_causal_language_model(copy: Path, tmp_path: Path, named: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    assert isinstance(checkpoint_index(copy, tmp_path / "spill").model, LlamaForCausalLM)
 
 
 # Bad checkpoints.
