@@ -118,6 +118,14 @@ def _on_disk(folder: Path, spill: Path) -> tuple[PreTrainedModel, dict[str, dict
             names = ", ".join(sorted(map(str, info[kind]))[:5])
             raise CheckpointError(f"{folder}: {len(info[kind])} {kind.replace('_keys', ' tensors')}: {names}")
     where = _disk_index(model)
+    made = [
+        name for name, _ in model.named_parameters() if name not in where and name not in model.all_tied_weights_keys
+    ]
+    if made:
+        raise CheckpointError(
+            f"{folder}: {type(model).__name__} computes {', '.join(made[:5])} when it is built, which its files do not "
+            "hold; djinn streams only weights that are stored"
+        )
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own

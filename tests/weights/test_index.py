@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MarianConfig, MarianMTModel
 from transformers.utils import logging as hf_logging
 
 from djinn.errors import CheckpointError
@@ -267,6 +267,16 @@ def test_another_shape_than_the_configs_is_refused(copy: Path) -> None:
     text = refusal(copy)
     assert str(copy) in text
     assert "mlp" in text
+
+
+def test_a_weight_that_the_model_makes_itself_is_named(tmp_path: Path) -> None:
+    sizes = {
+        f"{part}_{what}": 4 for part in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    config = MarianConfig(d_model=16, vocab_size=32, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, **sizes)
+    MarianMTModel(config).save_pretrained(tmp_path / "marian")
+    text = refusal(tmp_path / "marian")
+    assert "MarianMTModel computes model.encoder.embed_positions.weight, model.decoder.embed_positions.weight" in text
 
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:
