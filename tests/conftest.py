@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from architectures import save_architecture
 from fabricated import fabricated, failed
 from hypothesis import HealthCheck, settings
 from tiny_models import save_tiny
@@ -68,6 +69,12 @@ def fabricated_run(tmp_path: Path) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny model by name (see ``tiny_models``), written once; not to be changed."""
     return cache(lambda name: save_tiny(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def architecture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model of an architecture (see ``architectures``), written once; not to be changed."""
+    return cache(lambda name: save_architecture(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
 )
 
@@ -45,13 +46,22 @@ TINY: dict[str, PretrainedConfig] = {
 
 def save_tiny(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, shard: str = "200KB") -> Path:
     """Write a checkpoint of ``TINY[name]`` in several shards, all of its weights random; return ``folder``."""
+    return save_model(AutoModelForCausalLM.from_config(TINY[name], dtype=dtype), name, folder, shard=shard)
+
+
+def save_model(model: PreTrainedModel, name: str, folder: Path, *, shard: str = "200KB") -> Path:
+    """Write ``model`` with random weights, seeded by ``name``, as a checkpoint in several shards; return ``folder``."""
     torch.manual_seed(sum(name.encode()))
-    model = AutoModelForCausalLM.from_config(TINY[name], dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             # Far from zero and from one: a weight that stands for another changes the output.
             parameter.normal_(0, 0.1) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) / 10)
-    model.generation_config.eos_token_id = None  # whole sequences
-    model.generation_config.pad_token_id = 0
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():
+                buffer.add_(torch.randn_like(buffer) / 10)
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # whole sequences
+        model.generation_config.pad_token_id = 0
     model.save_pretrained(folder, max_shard_size=shard)
     return folder

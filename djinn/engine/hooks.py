@@ -1,8 +1,12 @@
 """Prefetch-only forward hooks: they wait for a unit, release it, and start the copies that the release allows.
 
-Nothing is decided here: where a unit lands and which release its copy waits for was computed before. Visits are
-numbered through all passes; in the recorded order the next visit's copy has long been submitted, and prefetching goes
-on over the end of a pass, so the next token's first units move while the host still samples this one.
+Nothing is decided here: where a unit lands and which others lie there was computed before. Visits are numbered through
+all passes; in the recorded order the next visit's copy has long been submitted, and prefetching goes on over the end of
+a pass, so the next token's first units move while the host still samples this one.
+
+A way that passes take twice running instead of the recorded one is expected from then on: an encoder that runs for the
+first token alone is not prefetched for the others, nor is what follows an early exit. Visits that are then left out
+keep their numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from djinn.engine.coding import Scratch
 from djinn.engine.copier import Copier
@@ -47,6 +52,14 @@ class Streamer:
         self._released = 0
         self._cursor = 0
         self._submitted = 0
+        self._steps = [1] * len(units)
+        """How many visits on from each unit the pass is expected to go."""
+        self._strayed: dict[int, int] = {}
+        """After which unit the last pass went to which other than the expected one."""
+        self._previous: int | None = None
+        self._last_released: int | None = None
+        self._occupied = 0
+        """The units that are in the ring or on their way and have not been released: a set, as in ``Slot.clashes``."""
         self._reading: dict[int, _Reading] = {}
         self._handles: list[Any] = []
 
@@ -54,6 +67,9 @@ class Streamer:
         """Hook every reader of every streamed unit."""
         modules = dict(model.named_modules())
         self._handles.append(model.register_forward_pre_hook(self._begin_pass, prepend=True))
+        if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
+            # generate() runs the encoder on its own, before the first pass.
+            self._handles.append(model.get_encoder().register_forward_pre_hook(self._begin, prepend=True))
         for index, unit in enumerate(self._units):
             for reader in unit.readers:
                 # First before the module's forward and, called always, last after it: its other hooks see its weights.
@@ -85,6 +101,9 @@ class Streamer:
 
     def _begin_pass(self, *_: object) -> None:
         self._stats.passes += 1
+        self._begin()
+
+    def _begin(self, *_: object) -> None:
         # An interrupt (not an Exception) that ended the last pass has run no release hook: nothing is read any more.
         self._forget_readers()
         self._release_until(self._cursor)
@@ -133,6 +152,8 @@ class Streamer:
             return
         if self._cursor % len(self._units) != unit:
             self._leave_order(unit)
+        elif self._strayed and self._previous is not None:
+            self._strayed.pop(self._previous, None)
         if self._cursor == self._submitted:
             self._advance()
             if self._cursor == self._submitted:
@@ -141,10 +162,11 @@ class Streamer:
         if decode is not None:
             self._scratch.enter(self._units[unit].name)
         self._wait(unit)
-        self._cursor += 1
+        visit, self._cursor = self._cursor, self._next(self._cursor)
+        self._previous = unit
         self._stats.visits += 1
         if decode is None:
-            self._reading[unit] = _Reading(self._cursor - 1)
+            self._reading[unit] = _Reading(visit)
         else:
             # Once it is decoded nothing reads the slot any more: it is free long before the unit has been used.
             decode()
@@ -181,29 +203,42 @@ class Streamer:
 
     def _release_until(self, visit: int) -> None:
         """Release visits in their order, so that waiting for one means waiting for all before it."""
-        for released in range(self._released, visit):
-            self._copier.release(released % len(self._units))
-        self._released = visit
+        while self._released < visit:
+            unit = self._released % len(self._units)
+            self._copier.release(unit)
+            self._occupied &= ~(1 << unit)
+            self._last_released = unit
+            self._released = self._next(self._released)
 
     def _advance(self) -> None:
-        """Submit every copy whose slot has been released."""
+        """Submit every copy whose slot has been released.
+
+        It waits for the latest release: that is the one which let it start, or one that a copy before it waits for.
+        """
         count = len(self._units)
-        while count and self._submitted - self._slots[self._submitted % count].lag < self._released:
-            unit = self._submitted % count
-            before = self._submitted - self._slots[unit].lag
-            self._copier.submit(unit, before % count if before >= 0 else None)
-            self._submitted += 1
+        while count and not self._occupied & self._slots[unit := self._submitted % count].clashes:
+            self._copier.submit(unit, self._last_released)
+            self._occupied |= 1 << unit
+            self._submitted = self._next(self._submitted)
+
+    def _next(self, visit: int) -> int:
+        return visit + self._steps[visit % len(self._steps)]
 
     def _leave_order(self, unit: int) -> None:
         """Get to ``unit`` although another was due: skip what was prefetched in between, or start anew from it."""
         if self._reading:
             self._refuse_nesting(unit)
         count = len(self._units)
-        target = self._cursor + (unit - self._cursor) % count
-        if target < self._submitted:
-            for visit in range(self._cursor, target):
+        again = self._has_strayed_again(unit)
+        skipped = []
+        target = self._cursor
+        while target < self._submitted and target % count != unit:
+            skipped.append(target)
+            target = self._next(target)
+        if target < self._submitted and not again:
+            for visit in skipped:
                 self._wait(visit % count)
-            self._stats.skips += target - self._cursor
+            self._stats.skips += len(skipped)
             self._cursor = target
             self._release_until(target)
             self._advance()
@@ -212,12 +247,26 @@ class Streamer:
             self._restart(unit)
             self._stats.reloads += 1
 
+    def _has_strayed_again(self, unit: int) -> bool:
+        """Return whether the last pass went to ``unit`` from here, too; it is then what is expected."""
+        previous = self._previous
+        if previous is None:
+            return False
+        again = self._strayed.get(previous) == unit
+        if again:
+            del self._strayed[previous]
+            self._steps[previous] = (unit - previous) % len(self._units) or len(self._units)
+        else:
+            self._strayed[previous] = unit
+        return again
+
     def _restart(self, unit: int) -> None:
         """Make ``unit`` the next visit, with an empty ring; nothing to do where all units are resident."""
         if not self._units:
             return
         self._cursor = self._submitted + (unit - self._submitted) % len(self._units)
         self._released = self._submitted = self._cursor
+        self._occupied = 0
 
     def _refuse_nesting(self, unit: int) -> None:
         around = ", ".join(self._units[index].name for index in self._reading)

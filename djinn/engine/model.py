@@ -68,6 +68,8 @@ def load(
 ) -> PreTrainedModel:
     """Return a Hugging Face model that runs within ``budget`` bytes of device memory, streaming what does not fit.
 
+    Its class is the one that the checkpoint's config names, of whatever kind; a causal language model if it names none.
+
     Args:
         model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``, whose seeded
             random weights are made straight in host memory.

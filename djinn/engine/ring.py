@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Slot:
-    """A unit's fixed place in the ring.
-
-    ``lag`` counts visits: the copy for visit ``s`` may start once visit ``s - lag`` has been released. Releases come
-    in order of visits, so by then every earlier reader of these bytes has been released too.
-    """
+    """A unit's fixed place in the ring; a copy may start once no unit that shares bytes with it is still to be read."""
 
     offset: int
     nbytes: int
-    lag: int
+    clashes: int
+    """The units whose slots share bytes with this one, itself among them: a set, bit ``u`` for unit ``u``."""
 
 
 def schedule(sizes: Sequence[int], ring_bytes: int) -> list[Slot]:
@@ -38,14 +37,13 @@ def schedule(sizes: Sequence[int], ring_bytes: int) -> list[Slot]:
         offset = cursor if cursor + size <= ring_bytes else 0
         offsets.append(offset)
         cursor = offset + size
-    return [Slot(offsets[i], sizes[i], _lag(i, offsets, sizes)) for i in range(len(sizes))]
+    begins, ends = np.array(offsets), np.array(offsets) + np.array(sizes)
+    return [
+        Slot(begin, size, _set((begins < begin + size) & (ends > begin)))
+        for begin, size in zip(offsets, sizes, strict=True)
+    ]
 
 
-def _lag(unit: int, offsets: Sequence[int], sizes: Sequence[int]) -> int:
-    """Return how many visits back the latest reader of the unit's bytes lies (its own last visit at the most)."""
-    count = len(sizes)
-    for back in range(1, count):
-        other = (unit - back) % count
-        if offsets[other] < offsets[unit] + sizes[unit] and offsets[unit] < offsets[other] + sizes[other]:
-            return back
-    return count
+def _set(members: np.ndarray) -> int:
+    """Return the set whose members are true, as an integer with a bit for each."""
+    return int.from_bytes(np.packbits(members, bitorder="little").tobytes(), "little")

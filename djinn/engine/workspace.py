@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from djinn.engine.dimensions import dimensions
 from djinn.errors import PlanError
 
 CUDA_LIBRARIES_BYTES = 128 * 2**20
@@ -29,26 +30,32 @@ class Workload:
 
 
 def kv_cache_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload) -> int:
-    """Return the size of the KV cache at its longest: 2 · layers · KV heads · head size · tokens · batch."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    """Return the size of the KV cache at its longest: 2 · layers · KV heads · head size · tokens · batch.
+
+    An encoder-decoder caches keys and values of what the encoder read, too; the layers of a state-space model keep a
+    state of the same size for any length. A model without a vocabulary caches nothing.
+    """
+    text = next(dimensions(config))
+    if not text.vocab:
+        return 0
     tokens = work.prompt_tokens + work.new_tokens
-    return 2 * text.num_hidden_layers * heads * head_size * tokens * work.batch * dtype.itemsize
+    if config.is_encoder_decoder:
+        tokens += max(work.prompt_tokens, text.positions)
+    return text.layers * (text.cache * tokens + text.state) * work.batch * dtype.itemsize
 
 
 def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload) -> int:
     """Return the largest set of activations alive at once.
 
     In a gated MLP: the residual stream and the normed input (2 · hidden), gate, its activation, up and their product
-    (4 · intermediate). Then the logits of each sequence's last token, once in the model's dtype and twice in float32.
+    (4 · intermediate), for each token of the prompt, patch of an image or frame of a sound, whichever part of the model
+    needs most. Then the logits of each sequence's last token, once in the model's dtype and twice in float32.
     """
-    text = config.get_text_config()
-    hidden = text.hidden_size
-    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
-    tokens = work.prompt_tokens * work.batch
-    logits = work.batch * text.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
-    return tokens * (2 * hidden + 4 * intermediate) * dtype.itemsize + logits
+    text, *others = dimensions(config)
+    widths = [max(work.prompt_tokens, text.positions) * (2 * text.hidden + 4 * text.intermediate)]
+    widths += [part.positions * (2 * part.hidden + 4 * part.intermediate) for part in others]
+    logits = text.vocab * (dtype.itemsize + 2 * torch.float32.itemsize)
+    return work.batch * (max(widths) * dtype.itemsize + logits)
 
 
 def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, work: Workload) -> int:
@@ -60,8 +67,8 @@ def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.
     if device.type == "cuda":
         libraries = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
     else:
-        text = config.get_text_config()
-        libraries = 11 * work.batch * text.vocab_size * text.hidden_size * dtype.itemsize // 10
+        text = next(dimensions(config))
+        libraries = 11 * work.batch * text.vocab * text.hidden * dtype.itemsize // 10
     return kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work) + libraries
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from djinn.errors import CheckpointError
@@ -100,7 +101,7 @@ def _on_disk(folder: Path, spill: Path) -> tuple[PreTrainedModel, dict[str, dict
     """Return the model on the meta device, and where transformers found each parameter: file, name there, dtype."""
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
                 folder,
                 dtype="auto",
                 device_map={"": "disk"},
@@ -117,6 +118,14 @@ def _on_disk(folder: Path, spill: Path) -> tuple[PreTrainedModel, dict[str, dict
             names = ", ".join(sorted(map(str, info[kind]))[:5])
             raise CheckpointError(f"{folder}: {len(info[kind])} {kind.replace('_keys', ' tensors')}: {names}")
     where = _disk_index(model)
+    made = [
+        name for name, _ in model.named_parameters() if name not in where and name not in model.all_tied_weights_keys
+    ]
+    if made:
+        raise CheckpointError(
+            f"{folder}: {type(model).__name__} computes {', '.join(made[:5])} when it is built, which its files do not "
+            "hold; djinn streams only weights that are stored"
+        )
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
@@ -133,12 +142,24 @@ def synthetic_index(model: PreTrainedModel, seed: int) -> WeightIndex:
     return WeightIndex(_ready(model), tensors, synthetic=True)
 
 
-def empty_model(config: object, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the causal language model of ``config`` with meta parameters, real buffers and ties made."""
+def model_class(config: PretrainedConfig) -> Any:
+    """Return the class that ``config`` names, as transformers' pipelines resolve it: the one that was saved.
+
+    Where it names none that this transformers has, the automatic class of causal language models.
+    """
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next((found for found in named if found is not None), AutoModelForCausalLM)
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model of ``config`` (see :func:`model_class`) with meta parameters, real buffers and ties made."""
+    found = model_class(config)
+    make = found.from_config if found is AutoModelForCausalLM else found._from_config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = make(config, dtype=dtype)
     model.tie_weights()
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
 
 

@@ -2,15 +2,18 @@
 
 The order is recorded once, by running the model on the meta device, where nothing is computed. While it runs, every
 operation that reads a parameter is seen, and the innermost module running at that moment is the parameter's reader:
-so a weight that a parent reads in its child's stead is fetched for the parent. A model that the meta device cannot run
-(its control flow depends on values) falls back to its repeated blocks in the order in which they are registered; what
-lies outside them stays on the device, because nobody knows who reads it.
+so a weight that a parent reads in its child's stead is fetched for the parent. A second pass goes on from the first
+one's cache, because some models read a weight in another place then. A model that the meta device cannot run (its
+control flow depends on values) falls back to its repeated blocks in the order in which they are registered, as do
+parameters that the traced passes did not read; what lies outside of blocks stays on the device, because nobody knows
+who reads it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,8 +22,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel
 
 from djinn.weights.index import WeightIndex, owners
+from djinn.weights.inputs import Inputs, example_inputs, following_inputs
 from djinn.weights.tensors import FileSpan, TensorEntry
 
 PAGE = 4096
@@ -105,13 +110,8 @@ class Unit:
 
 def find_units(index: WeightIndex) -> list[Unit]:
     """Return the model's units in execution order; every tensor of the index is in exactly one."""
-    names = {id(parameter): name for name, parameter in index.model.named_parameters()}
-    try:
-        reads = _trace(index.model, names)
-    except Exception:
-        # Whatever a model's own code raises on meta tensors: its order is then not known beforehand.
-        reads = []
-    members = _group(_read_by_module(reads) if reads else _read_by_block(index.model, names))
+    readers = traced_readers(index.model)
+    members = _group(readers | {name: by for name, by in _read_by_block(index.model).items() if name not in readers})
     all_readers = {reader for readers in members for reader in readers}
     return [
         Unit(
@@ -122,6 +122,26 @@ def find_units(index: WeightIndex) -> list[Unit]:
         )
         for readers, parameters in members.items()
     ]
+
+
+def traced_readers(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Return for each parameter, in order of first read, the modules that read it; nothing where no pass can be traced.
+
+    A tied parameter has every module that holds it among its readers: one that these passes did not run may run later.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    readers: dict[str, list[str]] = {}
+    for inputs in example_inputs(model):
+        # Whatever a model's own code raises on meta tensors: its order is then not known beforehand.
+        with suppress(Exception):
+            readers = _read_by_module(_trace(model, names, inputs))
+            break
+    held_by = Counter(id(parameter) for _, _, _, parameter in owners(model))
+    for full, _, _, parameter in owners(model):
+        known, owner = readers.get(names[id(parameter)]), full.rpartition(".")[0]
+        if known is not None and held_by[id(parameter)] > 1 and owner not in known:
+            known.append(owner)
+    return readers
 
 
 def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
@@ -143,7 +163,10 @@ def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
 
 
 class _ReadRecorder(TorchFunctionMode):
-    """Reports every parameter that an operation takes."""
+    """Reports every parameter that an operation takes, and answers conditions, which have no value on the meta device.
+
+    They hold: in transformers' models they ask whether a mask is all ones or whether sizes agree.
+    """
 
     def __init__(self, names: dict[int, str], report: Callable[[str], None]) -> None:
         super().__init__()
@@ -152,6 +175,8 @@ class _ReadRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (torch.Tensor.__bool__, torch.Tensor.item) and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
         result = func(*args, **kwargs)
         # Looking at an attribute of a parameter (its dtype, its device) reads no weights, unless it is a view (its T).
         if getattr(func, "__name__", "") != "__get__" or isinstance(result, torch.Tensor):
@@ -161,7 +186,7 @@ class _ReadRecorder(TorchFunctionMode):
         return result
 
 
-def _trace(model: nn.Module, names: dict[int, str]) -> list[tuple[str, tuple[str, ...]]]:
+def _trace(model: PreTrainedModel, names: dict[int, str], inputs: Inputs) -> list[tuple[str, tuple[str, ...]]]:
     """Run the model on the meta device; return every read as (parameter, modules running, outermost first)."""
     running: list[str] = []
     reads: list[tuple[str, tuple[str, ...]]] = []
@@ -184,15 +209,14 @@ def _trace(model: nn.Module, names: dict[int, str]) -> list[tuple[str, tuple[str
             for name, module in model.named_modules():
                 handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
                 handles.append(module.register_forward_hook(leave, always_call=True))
-            ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
             with torch.no_grad(), _ReadRecorder(names, report):
-                model(input_ids=ids)
+                outputs = model(**inputs)
+                with suppress(Exception):  # one that cannot go on like this reads its weights as in the first pass
+                    if following := following_inputs(model, inputs, outputs):
+                        model(**following)
         finally:
             for handle in handles:
                 handle.remove()
-    missing = set(names.values()) - {parameter for parameter, _ in reads}
-    if missing:
-        raise LookupError(f"parameters that the traced pass never read: {sorted(missing)[:3]}")
     return reads
 
 
@@ -221,8 +245,9 @@ def _read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[
     return readers
 
 
-def _read_by_block(model: nn.Module, names: dict[int, str]) -> dict[str, list[str]]:
+def _read_by_block(model: nn.Module) -> dict[str, list[str]]:
     """Return for each parameter the outermost callable element of a module list that holds it, else the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(_inside(name, block) for block in blocks):

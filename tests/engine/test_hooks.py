@@ -280,6 +280,55 @@ def test_a_skipped_unit_costs_no_reload_while_the_next_one_is_there() -> None:
     assert (stats.skips, stats.reloads) == (1, 0)
 
 
+@given(rings(), st.integers(0, 2**32), st.data())
+def test_an_order_that_repeats_is_followed(ring: tuple[list[int], int], seed: int, data: st.DataObject) -> None:
+    """As in decode, where an encoder does not run: after it has been seen twice it is the order."""
+    sizes, ring_bytes = ring
+    streamer, device, stats = streaming(sizes, ring_bytes, seed)
+    order = data.draw(st.lists(st.integers(0, len(sizes) - 1), unique=True, min_size=1))
+
+    def run(units: list[int], passes: int) -> None:
+        for _ in range(passes):
+            streamer._begin_pass()
+            for unit in units:
+                visit(streamer, device, unit)
+
+    run(order, 4)
+    left = stats.skips, stats.reloads
+    device.submitted.clear()
+    run(order, 3)
+    assert (stats.skips, stats.reloads) == left
+    assert set(device.submitted) <= set(order)
+    run(list(range(len(sizes))), 4)
+    left = stats.skips, stats.reloads
+    run(list(range(len(sizes))), 2)
+    assert (stats.skips, stats.reloads) == left, "nor is it followed for ever"
+    device.finish()
+
+
+def test_a_way_taken_once_in_a_while_is_not_expected() -> None:
+    streamer, device, stats = streaming([4] * 6, 12)
+    for order in ([0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]) * 4:
+        streamer._begin_pass()
+        for unit in order:
+            visit(streamer, device, unit)
+    device.finish()
+    assert (stats.skips, stats.reloads) == (4, 0)
+
+
+def test_what_is_expected_is_prefetched_over_the_end_of_a_pass() -> None:
+    """Invariant 4 where passes leave out the first units of the recorded order."""
+    streamer, device, _ = streaming([4] * 12, 12)
+    for _ in range(4):
+        streamer._begin_pass()
+        for unit in range(3, 12):
+            visit(streamer, device, unit)
+    streamer._begin_pass()
+    for unit in range(3, 11):
+        visit(streamer, device, unit)
+    assert device.submitted[-3:] == [11, 3, 4]
+
+
 def test_cooling_forgets_what_was_prefetched() -> None:
     streamer, device, stats = streaming([4, 4, 4, 4], 12)
     for _ in range(2):

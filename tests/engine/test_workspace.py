@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, OPTConfig
@@ -64,6 +65,42 @@ def test_activations_of_a_gated_mlp_and_last_logits() -> None:
 def test_other_names_of_the_intermediate_size(config: OPTConfig | GPT2Config, intermediate: int) -> None:
     work = Workload(prompt_tokens=1, new_tokens=1, batch=1)
     assert activation_bytes(config, BF16, work) == (2 * 64 + 4 * intermediate) * 2 + 10 * (2 + 8)
+
+
+WORK = Workload(prompt_tokens=100, new_tokens=10, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("t5", 4 * 2 * 128 * (110 + 100)),  # what the encoder read is cached, too
+        ("whisper", 4 * 2 * 128 * (110 + 100)),
+        ("deepseek-v3", 4 * 4 * (32 + 16) * 110),  # keys and values of two sizes
+        ("falcon", 5 * 2 * 2 * 32 * 110),
+        ("mamba2", 5 * 128 * (16 + 4)),  # a state that does not grow
+        ("llava", 5 * 2 * 2 * 32 * 110),
+        ("vit", 0),
+    ],
+)
+def test_what_models_of_every_kind_cache(name: str, values: int) -> None:
+    assert kv_cache_bytes(ARCHITECTURES[name].config, BF16, WORK) == values * 2 * 2
+
+
+def test_an_image_has_activations_of_its_own() -> None:
+    one = Workload(prompt_tokens=1, new_tokens=1, batch=3)
+    patches, widths = 4 * 4 + 1, 2 * 128 + 4 * 176
+    assert activation_bytes(ARCHITECTURES["vit"].config, BF16, one) == 3 * patches * widths * 2
+    text, image = 2 * 128 + 4 * 352, 2 * 64 + 4 * 176
+    logits = 3 * 256 * (2 + 8)
+    llava = ARCHITECTURES["llava"].config
+    assert activation_bytes(llava, BF16, one) == 3 * max(text, patches * image) * 2 + logits
+    assert activation_bytes(llava, BF16, WORK) == 2 * 100 * text * 2 + logits * 2 // 3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_has_a_workspace(name: str) -> None:
+    for device in ("cpu", "cuda"):
+        assert workspace_bytes(ARCHITECTURES[name].config, BF16, torch.device(device), WORK) > 0
 
 
 def test_every_device_keeps_room_for_its_libraries() -> None:

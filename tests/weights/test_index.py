@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MarianConfig, MarianMTModel
 from transformers.utils import logging as hf_logging
 
 from djinn.errors import CheckpointError
@@ -143,6 +144,22 @@ def test_seeded_models_have_no_files() -> None:
     assert not any(buffer.is_meta for buffer in index.model.buffers())
 
 
+def test_the_class_is_the_one_that_was_saved(architecture_checkpoint: Tiny, tmp_path: Path) -> None:
+    for name in ("t5", "bert", "vit", "llava"):
+        index = checkpoint_index(architecture_checkpoint(name), tmp_path)
+        assert type(index.model) is ARCHITECTURES[name].cls
+        empty = empty_model(index.model.config, torch.bfloat16)
+        assert type(empty) is ARCHITECTURES[name].cls
+        assert list(dict(empty.named_parameters())) == list(index.tensors)
+
+
+@pytest.mark.parametrize("named", [None, [], ["NoSuchModel"]])
+def test_without_a_known_class_it_is_a_causal_language_model(copy: Path, tmp_path: Path, named: object) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    assert isinstance(checkpoint_index(copy, tmp_path / "spill").model, LlamaForCausalLM)
+
+
 # Bad checkpoints.
 
 
@@ -250,6 +267,16 @@ def test_another_shape_than_the_configs_is_refused(copy: Path) -> None:
     text = refusal(copy)
     assert str(copy) in text
     assert "mlp" in text
+
+
+def test_a_weight_that_the_model_makes_itself_is_named(tmp_path: Path) -> None:
+    sizes = {
+        f"{part}_{what}": 4 for part in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
+    }
+    config = MarianConfig(d_model=16, vocab_size=32, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, **sizes)
+    MarianMTModel(config).save_pretrained(tmp_path / "marian")
+    text = refusal(tmp_path / "marian")
+    assert "MarianMTModel computes model.encoder.embed_positions.weight, model.decoder.embed_positions.weight" in text
 
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from tiny_models import TINY
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from djinn.weights.index import WeightIndex, checkpoint_index, synthetic_index
 from djinn.weights.units import PAGE, Unit, find_units
@@ -193,19 +194,98 @@ def test_a_container_that_is_not_called_is_no_block() -> None:
     assert {f"pairs.{number}.a.weight" for number in range(3)} <= set(held)
 
 
-def test_a_parameter_that_no_pass_reads_falls_back_to_blocks() -> None:
+def test_what_no_pass_reads_goes_by_blocks_and_the_rest_is_traced() -> None:
     class Unused(Habits):
         def __init__(self, config: Config) -> None:
             super().__init__(config)
             self.unused = nn.Linear(64, 64)
+            self.images = nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
 
     index = index_of(Unused(Config()))
     units = find_units(index)
     assert sorted(tensor.name for unit in units for tensor in unit.tensors) == sorted(index.tensors)
+    assert [unit.name for unit in units][:3] == ["embed", "blocks.0.0", "blocks.0.2"]
+    assert [unit.name for unit in units if not unit.held][-2:] == ["images.0", "images.1"]
+    assert [tensor.name for unit in units if unit.held for tensor in unit.tensors] == ["unused.weight", "unused.bias"]
+
+
+def test_a_weight_inside_a_traced_block_that_no_pass_reads_stays() -> None:
+    """Its block runs the traced modules, so it cannot be streamed around them."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    class Partly(Habits):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    units = find_units(index_of(Partly(Config())))
+    assert [unit.name for unit in units if unit.held] == [f"blocks.{number}" for number in range(4)]
+
+
+class Caching(Habits):
+    """Multiplies with the head's weight itself once there is a cache, as some convolutions in state-space models do."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: object = None) -> ModelOutput:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        x = self.head(x) if past_key_values is None else nn.functional.linear(x, self.head.weight)
+        return ModelOutput(logits=x, past_key_values=(x,))
+
+
+def test_a_weight_that_is_read_elsewhere_with_a_cache_has_both_readers() -> None:
+    units = find_units(index_of(Caching(Config())))
+    assert readers(units)["head.weight"] == ("head", "")
+    assert [unit.name for unit in units if unit.held] == ["head+"]
+
+
+def test_a_second_pass_that_fails_leaves_the_order_of_the_first() -> None:
+    class Failing(Caching):
+        def forward(self, input_ids: torch.Tensor, past_key_values: object = None) -> ModelOutput:
+            assert past_key_values is None
+            return super().forward(input_ids)
+
+    units = find_units(index_of(Failing(Config())))
+    assert readers(units)["head.weight"] == ("head",)
+    assert not any(unit.held for unit in units)
+
+
+def test_conditions_hold_while_a_pass_is_traced() -> None:
+    class Conditional(Habits):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            if not (input_ids >= 0).all() or not (input_ids < 50).all().item():
+                raise ValueError("an id outside the vocabulary")
+            return super().forward(input_ids)
+
+    assert readers(find_units(index_of(Conditional(Config()))))["head.weight"] == ("head",)
+
+
+def test_every_owner_of_a_tied_weight_is_a_reader() -> None:
+    """One that the traced passes did not run may run later."""
+
+    class Tied(Habits):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.head.weight = self.embed.weight
+            self.other = nn.Linear(64, 50, bias=False)
+            self.other.weight = self.embed.weight
+
+    model = Tied(Config()).to("meta")
+    model.head.weight = model.other.weight = model.embed.weight
+    assert readers(find_units(synthetic_index(model, 0)))["embed.weight"] == ("embed", "head", "other")
 
 
 def test_buffers_that_a_pass_replaces_or_adds_do_not_stay_on_the_meta_device() -> None:
-    class Caching(Habits):
+    class Buffered(Habits):
         def __init__(self, config: Config) -> None:
             super().__init__(config)
             self.register_buffer("steps", torch.arange(4.0), persistent=False)
@@ -215,7 +295,7 @@ def test_buffers_that_a_pass_replaces_or_adds_do_not_stay_on_the_meta_device() -
             self.steps = self.steps + 1
             return super().forward(input_ids)
 
-    model = Caching(Config())
+    model = Buffered(Config())
     index = index_of(model)
     model._buffers["steps"] = torch.arange(4.0)
     find_units(index)
