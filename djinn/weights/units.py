@@ -5,11 +5,13 @@ operation that reads a parameter is seen, and the innermost module running at th
 so a weight that a parent reads in its child's stead is fetched for the parent. A model that the meta device cannot run
 (its control flow depends on values) falls back to its repeated blocks in the order in which they are registered; what
 lies outside them stays on the device, because nobody knows who reads it.
+
+For a module that is in memory the order comes from a pass that :mod:`djinn.weights.recording` has recorded instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,13 +22,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from djinn.weights.index import WeightIndex, owners
+from djinn.weights.index import Reads, WeightIndex, owners
 from djinn.weights.tensors import FileSpan, TensorEntry
 
 PAGE = 4096
 """Direct reads need file offset, address and length in multiples of this."""
 ALIGNMENT = 256
 """Bytes to which tensors are aligned in memory, so that kernels choose the same path as for resident weights."""
+UNREAD = "(not read)"
+"""The unit of what no recorded pass has read: it stays on the device, because nobody knows who will read it."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,12 @@ class Unit:
 
 def find_units(index: WeightIndex) -> list[Unit]:
     """Return the model's units in execution order; every tensor of the index is in exactly one."""
-    names = {id(parameter): name for name, parameter in index.model.named_parameters()}
-    try:
-        reads = _trace(index.model, names)
-    except Exception:
-        # Whatever a model's own code raises on meta tensors: its order is then not known beforehand.
-        reads = []
-    members = _group(_read_by_module(reads) if reads else _read_by_block(index.model, names))
+    if index.reads is not None:
+        members = _group(_read_by_module(index.reads))
+    else:
+        members = _group(_foreseen_readers(index.model))
     all_readers = {reader for readers in members for reader in readers}
-    return [
+    units = [
         Unit(
             name="+".join(readers) or "(root)",
             readers=readers,
@@ -122,6 +123,19 @@ def find_units(index: WeightIndex) -> list[Unit]:
         )
         for readers, parameters in members.items()
     ]
+    known = {name for parameters in members.values() for name in parameters}
+    unread = [(name, entry) for name, entry in index.tensors.items() if name not in known]
+    return units + ([Unit(UNREAD, (), _layout(unread), held=True)] if unread else [])
+
+
+def _foreseen_readers(model: nn.Module) -> dict[str, list[str]]:
+    """Return for each parameter the modules that read it: from a pass on the meta device, or by block without one."""
+    try:
+        reads = _trace(model)
+    except Exception:
+        # Whatever a model's own code raises on meta tensors: its order is then not known beforehand.
+        reads = []
+    return _read_by_module(reads) if reads else _read_by_block(model)
 
 
 def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
@@ -142,12 +156,11 @@ def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
     return tuple(placed)
 
 
-class _ReadRecorder(TorchFunctionMode):
-    """Reports every parameter that an operation takes."""
+class ReadRecorder(TorchFunctionMode):
+    """Reports every tensor that an operation takes."""
 
-    def __init__(self, names: dict[int, str], report: Callable[[str], None]) -> None:
+    def __init__(self, report: Callable[[torch.Tensor], None]) -> None:
         super().__init__()
-        self._names = names
         self._report = report
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -156,16 +169,33 @@ class _ReadRecorder(TorchFunctionMode):
         # Looking at an attribute of a parameter (its dtype, its device) reads no weights, unless it is a view (its T).
         if getattr(func, "__name__", "") != "__get__" or isinstance(result, torch.Tensor):
             for value in tree_iter((args, kwargs)):
-                if (name := self._names.get(id(value))) is not None:
-                    self._report(name)
+                if isinstance(value, torch.Tensor):
+                    self._report(value)
         return result
 
 
-def _trace(model: nn.Module, names: dict[int, str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Run the model on the meta device; return every read as (parameter, modules running, outermost first)."""
+def _trace(model: nn.Module) -> Reads:
+    """Run the model on the meta device; return what it reads."""
+    ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    with _meta_buffers(model):
+        reads = record_reads(model, dict(model.named_parameters()), lambda: model(input_ids=ids))
+    missing = {name for name, _ in model.named_parameters()} - {parameter for parameter, _ in reads}
+    if missing:
+        raise LookupError(f"parameters that the traced pass never read: {sorted(missing)[:3]}")
+    return reads
+
+
+def record_reads(model: nn.Module, weights: Mapping[str, torch.Tensor], run: Callable[[], object]) -> Reads:
+    """Return what reads ``weights``, or views of them, while ``run`` calls ``model``."""
     running: list[str] = []
-    reads: list[tuple[str, tuple[str, ...]]] = []
+    reads: Reads = []
     handles = []
+    # A module may hand a view of its weights to its parent, which then reads them too.
+    names = {id(tensor): name for name, tensor in weights.items()}
+    storages: dict[int | None, list[str]] = {}
+    for name, tensor in weights.items():
+        storages.setdefault(storage_of(tensor), []).append(name)
+    storages.pop(None, None)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -176,23 +206,20 @@ def _trace(model: nn.Module, names: dict[int, str]) -> list[tuple[str, tuple[str
     def leave(*_: object) -> None:
         running.pop()
 
-    def report(parameter: str) -> None:
-        reads.append((parameter, tuple(running)))
+    def report(tensor: torch.Tensor) -> None:
+        known = names.get(id(tensor))
+        found = storages.get(storage_of(tensor), []) if known is None else [known]
+        reads.extend((name, tuple(running)) for name in found)
 
-    with _meta_buffers(model):
-        try:
-            for name, module in model.named_modules():
-                handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-            ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
-            with torch.no_grad(), _ReadRecorder(names, report):
-                model(input_ids=ids)
-        finally:
-            for handle in handles:
-                handle.remove()
-    missing = set(names.values()) - {parameter for parameter, _ in reads}
-    if missing:
-        raise LookupError(f"parameters that the traced pass never read: {sorted(missing)[:3]}")
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        with torch.no_grad(), ReadRecorder(report):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
     return reads
 
 
@@ -211,7 +238,7 @@ def _meta_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.update(saved)
 
 
-def _read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[str]]:
+def _read_by_module(reads: Reads) -> dict[str, list[str]]:
     """Return for each parameter, in order of first read, the modules that read it."""
     readers: dict[str, list[str]] = {}
     for parameter, running in reads:
@@ -221,8 +248,9 @@ def _read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[
     return readers
 
 
-def _read_by_block(model: nn.Module, names: dict[int, str]) -> dict[str, list[str]]:
+def _read_by_block(model: nn.Module) -> dict[str, list[str]]:
     """Return for each parameter the outermost callable element of a module list that holds it, else the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(_inside(name, block) for block in blocks):
@@ -243,6 +271,14 @@ def _group(readers: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
     for parameter, modules in readers.items():
         members.setdefault(tuple(modules), []).append(parameter)
     return members
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Return what tells a tensor's storage from others that are alive; None for tensors that have none."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _is_callable(module: nn.Module) -> bool:
