@@ -186,7 +186,7 @@ def _was_in_memory(tensor: PlacedTensor) -> bool:
 
 def _own(host: torch.Tensor) -> torch.Tensor:
     """Return the same host memory as a storage of exactly these bytes, so that who saves it saves no more."""
-    return torch.from_numpy(host.numpy())
+    return torch.from_numpy(host.numpy()) if host.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _mapped(source: FileSpan, nbytes: int) -> torch.Tensor:

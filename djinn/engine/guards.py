@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -23,20 +24,19 @@ _REFUSED = {
 """What every such call goes through, and the words for it."""
 
 
-def guard(model: nn.Module, planned: Plan, weights: Weights) -> list[RemovableHandle]:
-    """Guard ``model`` and every part of it; return handles that undo the hooks (the rest :func:`unguard` does)."""
-    handles = [model.register_forward_hook(_watch_outputs)]
+def guard(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[RemovableHandle]:
+    """Guard ``model`` and every part of it; yield handles that undo the hooks (the rest :func:`unguard` does)."""
+    yield model.register_forward_hook(_watch_outputs)
     modules = dict(model.named_modules())
     for module in modules.values():
         for method, what in _REFUSED.items():
             module.__dict__[method] = partial(_refuse, type(module).__name__, what)
         if any(parameter is not None for parameter in module._parameters.values()):
-            handles.append(module.register_load_state_dict_pre_hook(_refuse_state))
+            yield module.register_load_state_dict_pre_hook(_refuse_state)
     for unit in planned.streamed:
         parameters = weights.of(*unit.tensors)
         for reader in unit.readers:
-            handles.append(modules[reader].register_forward_hook(partial(_outdate, parameters)))
-    return handles
+            yield modules[reader].register_forward_hook(partial(_outdate, parameters))
 
 
 def unguard(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -305,7 +306,7 @@ def start(
     undo.callback(streamer.detach)
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
-    explaining = model.register_forward_hook(explain, always_call=True)
-    for handle in (explaining, *guard(model, planned, weights), *save_from_store(model, planned, weights)):
+    undo.callback(model.register_forward_hook(explain, always_call=True).remove)
+    for handle in itertools.chain(guard(model, planned, weights), save_from_store(model, planned, weights)):
         undo.callback(handle.remove)
     return Engine(planned, weights, copier, streamer, stats, before, undo.pop_all())

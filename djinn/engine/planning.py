@@ -199,7 +199,7 @@ def in_free_memory(
     """
     free = usable_ram()
     on_device = parse_bytes(budget) if device.type == "cpu" else 0
-    share = round(HOST_SHARE * free) + given_back - on_device
+    share = given_back + max(round(HOST_SHARE * free) - on_device, 0)
     planned = plan_for(share if host_memory is None else parse_bytes(host_memory))
     needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
     if needed > free + given_back:

@@ -8,6 +8,7 @@ Neither is a copy, and a checkpoint of several shards is written with one shard'
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from djinn.weights.tensors import FileSpan
 from djinn.weights.units import PlacedTensor
 
 
-def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> list[RemovableHandle]:
-    """Make state dicts of ``model`` complete; return handles that undo it (but for its ``save_pretrained``)."""
+def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[RemovableHandle]:
+    """Make state dicts of ``model`` complete; yield handles that undo it (but for its ``save_pretrained``)."""
     stored = {
         id(parameter): (tensor, None if tier is Tier.DISK else weights.images[unit.name])
         for unit, tier in zip(planned.units, planned.tiers, strict=True)
@@ -34,11 +35,10 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> list[R
         for parameter in weights.of(tensor)
     }
     given: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
-    handles = []
     for module in model.modules():
         own = {name: stored[id(each)] for name, each in module._parameters.items() if id(each) in stored}
         if own:
-            handles.append(module.register_state_dict_post_hook(partial(_complete, own, given)))
+            yield module.register_state_dict_post_hook(partial(_complete, own, given))
     if isinstance(model, PreTrainedModel):
         sources = {
             tensor.entry.source.path.parent.resolve()
@@ -47,7 +47,6 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> list[R
             if isinstance(tensor.entry.source, FileSpan)
         }
         vars(model)["save_pretrained"] = partial(_save_pretrained, weakref.ref(model), sources)
-    return handles
 
 
 def _complete(
