@@ -5,8 +5,10 @@ Only ``.data`` of a parameter changes, so whoever holds it (ties, optimisers, li
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -19,6 +21,10 @@ from djinn.errors import CheckpointError
 from djinn.weights.index import owners
 from djinn.weights.tensors import FileSpan, InMemory
 from djinn.weights.units import PlacedTensor, Unit
+
+
+TRIM_BYTES = 64 * 2**20
+"""Freed weights that the C library may keep before it is asked to give them back to the system."""
 
 
 class Weights:
@@ -39,6 +45,7 @@ class Weights:
         ]
         self.images: dict[str, torch.Tensor] = {}
         """Image of every unit that has been taken, on the device or in host memory, for as long as it streams."""
+        self._freed_bytes = 0
         for parameter, _, _ in self._homes:
             parameter.requires_grad_(False)
 
@@ -65,6 +72,10 @@ class Weights:
         if any(_was_in_memory(tensor) for tensor in unit.tensors):
             settle(futures)
             self.take(unit, torch.from_numpy(image))
+            self._freed_bytes += unit.raw_bytes
+            if self._freed_bytes >= TRIM_BYTES:
+                self._freed_bytes = 0
+                trim_heap()
         return futures
 
     def take(self, unit: Unit, image: torch.Tensor) -> None:
@@ -178,6 +189,12 @@ def move_buffers(model: nn.Module, homes: Mapping[tuple[str, str], torch.device]
         for name, buffer in module._buffers.items():
             if buffer is not None and (prefix, name) in homes:
                 buffer.data = buffer.data.to(homes[prefix, name])  # the same object: it may be shared
+
+
+def trim_heap() -> None:
+    """Give memory that has been freed back to the system; glibc keeps blocks under 32 MiB in the middle of its heap."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _was_in_memory(tensor: PlacedTensor) -> bool:

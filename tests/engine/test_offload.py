@@ -227,8 +227,9 @@ def test_parameters_that_are_views_of_one_storage() -> None:
 
 def test_weights_are_in_memory_once() -> None:
     """Each unit's memory is freed before the next is moved, and detaching copies nothing that is in host memory."""
+    torch.zeros(31 * 2**18)  # from here on the C library keeps what is freed, unless it is told to give it back
     blocks, width = 24, 1024  # 32 MiB a block
-    module = nn.Sequential(*[nn.Linear(width, 8 * width, bias=False) for _ in range(0)])
+    module = nn.Sequential()
     for _ in range(blocks):
         pair = nn.Sequential(skip_init(nn.Linear, width, 4 * width), skip_init(nn.Linear, 4 * width, width))
         for parameter in pair.parameters():
@@ -319,22 +320,21 @@ class ByParent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lent = nn.Linear(WIDTH, WIDTH)
-        self.table = self.Table()
+        self.tables = nn.ModuleList(self.Table() for _ in range(5))
         self.blocks = nn.ModuleList(Block() for _ in range(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        table = self.table()
-        for block in self.blocks:
-            x = block(x)
-        return functional.linear(x, self.lent.weight + table, self.lent.bias)
+        for block, table in zip(self.blocks, [table() for table in self.tables], strict=True):
+            x = block(x) + functional.linear(x, self.lent.weight + table, self.lent.bias)
+        return x
 
 
 def test_weights_that_a_parent_reads_are_there_when_it_does() -> None:
     module = made(ByParent)
     whole = copy.deepcopy(module)
-    streaming(module, (X,))
+    streaming(module, (X,), 0.7)
     assert names_streamed(module)
-    assert not {"lent.weight", "table.weight"} & names_streamed(module)
+    assert all(name.startswith("blocks.") for name in names_streamed(module))
     for _ in range(2):
         assert equal(module, whole, X)
 
@@ -730,6 +730,8 @@ def test_on_a_gpu_from_host_memory_and_from_the_gpu_itself(home: str) -> None:
         assert equal(module, whole, whole_ids)
     assert all(parameter.is_cuda for parameter in module.parameters())
     assert all(torch.equal(value.cpu(), whole.state_dict()[key].cpu()) for key, value in module.state_dict().items())
+    state = module.state_dict()
+    assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
     djinn.detach(module)
     assert {parameter.device.type for parameter in module.parameters()} == {home}
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(module.parameters(), whole.parameters(), strict=True))

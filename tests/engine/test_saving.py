@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import djinn
 from djinn.engine import model as engine_model
 from djinn.engine.plan import Tier
-from djinn.errors import CheckpointError, ConfigError
+from djinn.errors import CheckpointError, ConfigError, PlanError
 
 Tiny = Callable[[str], Path]
 WORK: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 16, "device": "cpu"}
@@ -78,15 +78,20 @@ def test_files_and_state_dict_are_those_of_the_resident_model(
 
 
 def test_ties_that_stream_are_one_tensor(tiny_checkpoint: Tiny) -> None:
-    module = resident(tiny_checkpoint("gpt2"))
-    whole = copy.deepcopy(module)
-    weights = sum(parameter.nbytes for parameter in module.parameters())
-    djinn.offload(module, example={"input_ids": IDS}, budget=weights // 2, workspace="1 KB", device="cpu")
-    for coding in ("none",):
-        state = module.state_dict()
-        assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr(), coding
-    assert same(module.state_dict(), whole.state_dict())
-    assert torch.equal(logits(module), logits(whole))
+    """In the smallest budget there is, which has no room for them beside the ring."""
+    folder = tiny_checkpoint("gpt2")
+    whole = resident(folder)
+    with pytest.raises(PlanError) as refusal:
+        djinn.plan(folder, budget="1 KB", ring="132 KiB", **WORK)
+    least = int(str(refusal.value).split(" need ")[1].split()[0])
+    for host in ("1 B", "1 GB"):
+        model = djinn.load(folder, budget=least, host_memory=host, ring="132 KiB", **WORK)
+        streamed = {tensor.name for unit in engine_model.placement(model).streamed for tensor in unit.tensors}
+        assert "transformer.wte.weight" in streamed
+        state = model.state_dict()
+        assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+        assert same(state, whole.state_dict())
+        assert torch.equal(logits(model), logits(whole))
 
 
 def test_what_is_in_memory_or_in_files_is_not_copied(tiny_checkpoint: Tiny) -> None:
