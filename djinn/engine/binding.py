@@ -22,7 +22,6 @@ from djinn.weights.index import owners
 from djinn.weights.tensors import FileSpan, InMemory
 from djinn.weights.units import PlacedTensor, Unit
 
-
 TRIM_BYTES = 64 * 2**20
 """Freed weights that the C library may keep before it is asked to give them back to the system."""
 
@@ -97,6 +96,15 @@ class Weights:
         weights = tensor.entry.view(raw)
         for parameter in self.of(tensor):
             parameter.data = weights
+
+    def copied_bytes(self, units: Sequence[Unit]) -> int:
+        """Return the host memory that :meth:`give_back` will take for ``units``."""
+        needed = 0
+        for unit in units:
+            image = self.images.get(unit.name)
+            if unit.on_disk if image is None else unit.coded or image.device.type != "cpu":
+                needed += unit.raw_bytes
+        return needed
 
     def give_back(self, units: Sequence[Unit]) -> None:
         """Bind ``units`` to ordinary host memory again; what is there already, uncoded, is not copied.

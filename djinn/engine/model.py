@@ -1,4 +1,4 @@
-"""``load``: an ordinary Hugging Face model whose weights stream; ``detach`` undoes it, and :mod:`offload` too."""
+"""``load``: an ordinary Hugging Face model whose weights stream; ``detach`` undoes that, and ``offload`` too."""
 
 from __future__ import annotations
 
@@ -125,17 +125,9 @@ def load(
         vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
         weights = Weights(materialise(index.model), coder)
         engine = start(
-            index.model,
-            planned,
-            weights,
-            where,
-            reader,
-            chunk_bytes,
-            shortage_hook(str(work)),
-            trace=trace,
-            progress=progress,
-            undo=undo,
-        )
+            index.model, planned, weights, where, reader, chunk_bytes, shortage_hook(str(work)),
+            trace=trace, progress=progress, undo=undo,
+        )  # fmt: skip
     register(index.model, engine)
     return index.model
 
@@ -180,15 +172,14 @@ def detach(model: Model) -> Model:
         PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
     """
     engine = _engine(model)
-    planned, images = engine.plan, engine.weights.images
-    on_host = {name for name, image in images.items() if image.device.type == "cpu"}
-    needed = sum(unit.raw_bytes for unit in planned.units if unit.coded or unit.name not in on_host)
+    units = engine.plan.units
+    needed = engine.weights.copied_bytes(units)
     if needed > usable_ram():
         raise PlanError(
             f"host memory: the whole model needs another {format_bytes(needed)}, {format_bytes(usable_ram())} are "
             "free; it goes on streaming"
         )
-    engine.weights.give_back(planned.units)
+    engine.weights.give_back(units)
     del _engines[model]
     engine.resources.close()
     restore(model, engine.weights, engine.before)
@@ -216,11 +207,6 @@ def register(model: nn.Module, engine: Engine) -> None:
     """Keep ``engine`` for as long as ``model`` lives."""
     _engines[model] = engine
     weakref.finalize(model, _release, engine.resources, os.getpid())
-
-
-def is_streaming(module: nn.Module) -> bool:
-    """Return whether ``module`` itself came from :func:`load` or :func:`djinn.offload`."""
-    return module in _engines
 
 
 def _release(resources: ExitStack, owner: int) -> None:

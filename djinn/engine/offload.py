@@ -193,7 +193,8 @@ def _check(module: nn.Module) -> None:
                 f"{name or kind} has a hook of accelerate's, which moves weights too; "
                 "accelerate.hooks.remove_hook_from_submodules(module) first"
             )
-        if isinstance(part, torch.jit.ScriptModule) or hasattr(part, "_orig_mod"):
+        compiled = hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+        if compiled or isinstance(part, torch.jit.ScriptModule):
             raise ConfigError(f"{name or kind} is compiled: its hooks would not run; offload the module it was made of")
     for name, parameter in module.named_parameters():
         wrong = _unfit(parameter)

@@ -20,6 +20,7 @@ from djinn.engine import binding, planning
 from djinn.engine import model as engine_model
 from djinn.engine import offload as offloading
 from djinn.engine.plan import Plan, Tier
+from djinn.engine.workspace import CUDA_CONTEXT_BYTES, CUDA_LIBRARIES_BYTES
 from djinn.errors import ConfigError, DjinnError, PlanError, UnavailableError
 
 WIDTH = 128
@@ -610,9 +611,16 @@ def hooked_by_accelerate() -> nn.Module:
     return module
 
 
+def compiled_in_place() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.compile()
+    return module
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (compiled_in_place, "Linear is compiled"),
         (lazy, "parameter 1.weight cannot be streamed: it has no shape yet"),
         (with_gaps, "parameter 0.weight cannot be streamed: it is a view with gaps"),
         (on_meta, "parameter weight cannot be streamed: it is a torch.strided tensor on meta"),
@@ -666,8 +674,10 @@ def test_the_whole_of_a_module_that_streams_in_part_and_its_parts_are_refused() 
 
 def test_memory_is_planned_for_what_moving_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
     module = made(Net)
-    monkeypatch.setattr(planning, "usable_ram", lambda: 10**6)
+    for room in (planning, engine_model):
+        monkeypatch.setattr(room, "usable_ram", lambda: 10**6)
     assert plan_of(streaming(module, (IDS,))).pinned_bytes > 10**6
+    djinn.detach(module)
 
 
 def test_two_modules_at_once_and_nothing_left_of_one_that_is_gone() -> None:
@@ -724,7 +734,9 @@ def test_memory_that_runs_out_is_explained_with_the_workspace() -> None:
 def test_on_a_gpu_from_host_memory_and_from_the_gpu_itself(home: str) -> None:
     module = made(Net, seed=3).to(home)
     whole = copy.deepcopy(module).to("cuda")
-    djinn.offload(module, budget="1.25 GB", workspace="60 MB", ring="2 MB", example=(IDS,), device="cuda")
+    budget = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES + 61_800_000
+    djinn.offload(module, budget=budget, workspace="60 MB", ring="1 MB", example=(IDS,), device="cuda")
+    assert names_streamed(module)
     whole_ids = IDS.cuda()
     for _ in range(3):
         assert equal(module, whole, whole_ids)

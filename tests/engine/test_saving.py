@@ -180,6 +180,21 @@ MOVES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+def test_a_model_that_was_in_memory_generates_and_is_saved_as_it_was(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    whole = resident(tiny_checkpoint("llama"))
+    model = copy.deepcopy(whole)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    djinn.offload(model, example={"input_ids": IDS}, budget=weights // 2, workspace="1 KB", device="cpu")
+    assert engine_model.placement(model).streamed
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **greedy), whole.generate(IDS, **greedy))
+    for either, folder in ((model, "streaming"), (whole, "whole")):
+        either.save_pretrained(tmp_path / folder)
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("streaming", "whole")]
+    assert files[0] == files[1]
+    assert vars(djinn.detach(model)).keys() == vars(whole).keys()
+
+
 @pytest.mark.parametrize("name", list(MOVES))
 def test_what_would_tear_weights_from_the_ring_is_refused(tiny_checkpoint: Tiny, name: str) -> None:
     model = streaming(tiny_checkpoint("llama"))
