@@ -1,8 +1,9 @@
 """Run language models larger than device memory by streaming their weights.
 
-``djinn.load`` returns an ordinary Hugging Face model that streams; ``djinn.plan`` says what it would do;
-``djinn.stats`` what it did; ``djinn.cool`` empties the ring; ``djinn.detach`` undoes it all. ``djinn.pack`` codes a
-checkpoint without loss, so that fewer bytes cross the link; ``djinn.unpack`` gives the original files back.
+``djinn.load`` returns an ordinary Hugging Face model that streams; ``djinn.offload`` makes any module in memory do so;
+``djinn.plan`` says what loading would do; ``djinn.stats`` what it did; ``djinn.cool`` empties the ring;
+``djinn.detach`` undoes it all. ``djinn.pack`` codes a checkpoint without loss, so that fewer bytes cross the link;
+``djinn.unpack`` gives the original files back.
 """
 
 from importlib import import_module
@@ -10,13 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from djinn.engine.model import cool, detach, load, stats
+    from djinn.engine.offload import offload
     from djinn.engine.planning import plan
     from djinn.weights.pack import pack, unpack
 
 __version__ = "0.1.0"
-__all__ = ["cool", "detach", "load", "pack", "plan", "stats", "unpack"]
+__all__ = ["cool", "detach", "load", "offload", "pack", "plan", "stats", "unpack"]
 
-_HOMES = {"plan": "djinn.engine.planning", "pack": "djinn.weights.pack", "unpack": "djinn.weights.pack"}
+_HOMES = {
+    "offload": "djinn.engine.offload",
+    "plan": "djinn.engine.planning",
+    "pack": "djinn.weights.pack",
+    "unpack": "djinn.weights.pack",
+}
 
 
 def __getattr__(name: str) -> Any:

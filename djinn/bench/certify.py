@@ -31,7 +31,7 @@ from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof, prove
 from djinn.config import Profile, load_profile, profile_names
 from djinn.engine.plan import Plan
-from djinn.engine.planning import as_coded, estimating, place
+from djinn.engine.planning import as_coded, estimating, place, workspace_of
 from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
@@ -191,7 +191,8 @@ def _plan(profile: Profile) -> Plan:
     work = Workload(prompt_tokens=profile.prompt_tokens, new_tokens=profile.new_tokens, batch=profile.batch)
     device = torch.device(profile.device)
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = as_coded(_index(profile, Path(spill)), device, work, profile.budget, profile.coding, layout)
+        index = _index(profile, Path(spill))
+        index = as_coded(index, workspace_of(index, device, work), profile.budget, profile.coding, layout)
     if profile.weights == "disk":
         index = replace(index, tensors={name: _in_a_file(entry) for name, entry in index.tensors.items()})
     return place(index, device, work, profile.budget, profile.ring, profile.host_memory)

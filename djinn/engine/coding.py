@@ -23,7 +23,7 @@ from djinn.engine.arena import PinnedMemory
 from djinn.engine.reader import Buffer, Piece, Reader, allocate, settle
 from djinn.errors import PlanError
 from djinn.weights.index import WeightIndex
-from djinn.weights.tensors import Decoded, Encoded, FileSpan, Seeded, TensorEntry
+from djinn.weights.tensors import Decoded, Encoded, FileSpan, InMemory, Seeded, TensorEntry
 from djinn.weights.units import PAGE, PlacedTensor, Unit, find_units
 
 _SAMPLE_BYTES = 2**20
@@ -47,7 +47,7 @@ def coded(index: WeightIndex, layout: Callable[[TensorEntry], Layout | None]) ->
             if apart:
                 tensors[tensor.name] = entry.raw
             elif entry.codable:
-                assert isinstance(entry.source, FileSpan | Seeded), "nothing has been coded yet"
+                assert isinstance(entry.source, FileSpan | Seeded | InMemory), "nothing has been coded yet"
                 found = layout(entry)
                 if found is not None:
                     tensors[tensor.name] = replace(entry, source=Encoded(entry.source), layout=found)
@@ -215,6 +215,10 @@ class Scratch:
         """Note that ``unit`` has been read; nothing to note where it never came in."""
         if unit == self._user:
             self._depth = max(self._depth - 1, 0)
+
+    def is_used_by(self, unit: str) -> bool:
+        """Return whether ``unit`` is being read."""
+        return self._depth > 0 and self._user == unit
 
     def clear(self) -> None:
         """Forget who reads: a pass that was interrupted has not said so."""

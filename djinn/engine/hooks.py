@@ -188,6 +188,10 @@ class Streamer:
             self._release_unread()
         self._stats.hook_s += time.perf_counter() - begin
 
+    def is_reading(self, unit: str) -> bool:
+        """Return whether the weights of ``unit``, which streams or is decoded, may be read now."""
+        return self._scratch.is_used_by(unit) or any(self._units[index].name == unit for index in self._reading)
+
     def _wait(self, unit: int) -> None:
         try:
             self._copier.wait(unit)

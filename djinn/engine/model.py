@@ -1,36 +1,47 @@
-"""``load``: an ordinary Hugging Face model whose weights stream; ``detach`` undoes it."""
+"""``load``: an ordinary Hugging Face model whose weights stream; ``detach`` undoes that, and ``offload`` too."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from djinn.engine.arena import Arena
+from djinn.engine.binding import Weights, buffer_homes, materialise, move_buffers
 from djinn.engine.coding import Coder, Scratch, decoding
 from djinn.engine.copier import Copier, CpuCopier, Source
 from djinn.engine.cuda import CudaCopier
+from djinn.engine.guards import guard, unguard
 from djinn.engine.hooks import Streamer
 from djinn.engine.plan import Plan, Tier
-from djinn.engine.planning import Coding, as_coded, device_of, index_of, place_here
-from djinn.engine.reader import Reader, allocate, settle
+from djinn.engine.planning import Coding, as_coded, device_of, index_of, place_here, workspace_of
+from djinn.engine.reader import Reader, allocate
 from djinn.engine.residents import load_residents
+from djinn.engine.saving import save_from_store
 from djinn.engine.stats import Stats
 from djinn.engine.workspace import Workload, shortage_hook
 from djinn.errors import ConfigError, PlanError, UnavailableError
 from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
-from djinn.weights.index import WeightIndex, owners
-from djinn.weights.units import PlacedTensor
+
+
+@dataclass(frozen=True)
+class Before:
+    """What streaming changes of a model beside its parameters and hooks, as it was."""
+
+    buffers: dict[tuple[str, str], torch.device]
+    hf_device_map: object
 
 
 @dataclass
@@ -38,13 +49,16 @@ class Engine:
     """What streams one model's weights. Holds no reference to the model, so that dropping the model frees it all."""
 
     plan: Plan
-    coder: Coder
+    weights: Weights
     copier: Copier
     streamer: Streamer
     stats: Stats
+    before: Before
     resources: ExitStack
     """Undoes everything, last things first: hooks, copies, host memory, files, converted weights."""
 
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
@@ -108,13 +122,15 @@ def load(
         undo.callback(reader.close)
         coder = Coder(reader, where)
         undo.callback(coder.close)
-        index = as_coded(index, where, work, budget, coding, coder.layout)
+        index = as_coded(index, workspace_of(index, where, work), budget, coding, coder.layout)
         planned = place_here(index, where, work, budget, ring, host_memory)
-        engine = _start(
-            index, planned, work, where, reader, coder, chunk_bytes, trace=trace, progress=progress, undo=undo
-        )
-    _engines[index.model] = engine
-    weakref.finalize(index.model, _release, engine.resources, os.getpid())
+        vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
+        weights = Weights(materialise(index.model), coder)
+        engine = start(
+            index.model, planned, weights, where, reader, chunk_bytes, shortage_hook(str(work)),
+            trace=trace, progress=progress, undo=undo,
+        )  # fmt: skip
+    register(index.model, engine)
     return index.model
 
 
@@ -122,7 +138,7 @@ def placement(model: nn.Module) -> Plan:
     """Return the plan that a streaming model follows, with the sizes that its weights really have.
 
     Raises:
-        ConfigError: not a model from :func:`load`.
+        ConfigError: not a model that streams.
     """
     return _engine(model).plan
 
@@ -131,7 +147,7 @@ def stats(model: nn.Module) -> Stats:
     """Return the running totals of a streaming model.
 
     Raises:
-        ConfigError: not a model from :func:`load`.
+        ConfigError: not a model that streams.
     """
     engine = _engine(model)
     engine.copier.resolve_timeline()
@@ -142,35 +158,57 @@ def cool(model: nn.Module) -> None:
     """Drop everything prefetched, so that the next pass begins with a cold ring.
 
     Raises:
-        ConfigError: not a model from :func:`load`.
+        ConfigError: not a model that streams.
     """
     _engine(model).streamer.cool()
 
 
-def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo :func:`load`: return the same model with all weights in ordinary host memory, hooks and ring gone.
+def detach(model: Model) -> Model:
+    """Undo :func:`load` or :func:`djinn.offload`: return the same model as an ordinary one, hooks and ring gone.
+
+    A model from :func:`load` is then in host memory; an offloaded module is where it was, bit for bit as it was but for
+    what passes have changed in its buffers. What waited in host memory stays there and is not copied.
 
     Raises:
-        ConfigError: not a model from :func:`load`.
+        ConfigError: not a model that streams.
         PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
     """
     engine = _engine(model)
-    if engine.plan.model_bytes > usable_ram():
+    units = engine.plan.units
+    needed = engine.weights.copied_bytes(units)
+    if needed > usable_ram():
         raise PlanError(
-            f"host memory: the whole model needs {format_bytes(engine.plan.model_bytes)}, "
-            f"{format_bytes(usable_ram())} are free; it goes on streaming"
+            f"host memory: the whole model needs another {format_bytes(needed)}, {format_bytes(usable_ram())} are "
+            "free; it goes on streaming"
         )
-    named = _owners_by_name(model)
-    for unit in engine.plan.units:
-        raw = unit.raw()
-        image = allocate(raw.image_bytes)
-        settle(engine.coder.fill(raw, image))
-        _bind(named, raw.tensors, torch.from_numpy(image))
-    nn.Module.to(model, "cpu")
-    del vars(model)["hf_device_map"]
+    engine.weights.give_back(units)
     del _engines[model]
     engine.resources.close()
+    restore(model, engine.weights, engine.before)
     return model
+
+
+def note_state(model: nn.Module) -> Before:
+    """Return what :func:`restore` will bring back."""
+    return Before(buffer_homes(model), vars(model).get("hf_device_map"))
+
+
+def restore(model: nn.Module, weights: Weights, before: Before) -> None:
+    """Bring a model that no longer streams back to what it was ``before``."""
+    unguard(model)
+    vars(model).pop("save_pretrained", None)
+    weights.go_home()
+    move_buffers(model, before.buffers)
+    if before.hf_device_map is not None:
+        vars(model)["hf_device_map"] = before.hf_device_map
+    else:
+        vars(model).pop("hf_device_map", None)
+
+
+def register(model: nn.Module, engine: Engine) -> None:
+    """Keep ``engine`` for as long as ``model`` lives."""
+    _engines[model] = engine
+    weakref.finalize(model, _release, engine.resources, os.getpid())
 
 
 def _release(resources: ExitStack, owner: int) -> None:
@@ -183,24 +221,29 @@ def _engine(model: nn.Module) -> Engine:
     try:
         return _engines[model]
     except KeyError:
-        raise ConfigError(f"this {type(model).__name__} does not stream; djinn.load returns models that do") from None
+        raise ConfigError(
+            f"this {type(model).__name__} does not stream; djinn.load returns models that do, and djinn.offload makes "
+            "any module do so"
+        ) from None
 
 
-def _start(
-    index: WeightIndex,
+def start(
+    model: nn.Module,
     planned: Plan,
-    work: Workload,
+    weights: Weights,
     device: torch.device,
     reader: Reader,
-    coder: Coder,
     chunk_bytes: int,
+    explain: Callable[..., None],
     *,
     trace: bool,
     progress: bool,
     undo: ExitStack,
 ) -> Engine:
-    """Allocate, fill, bind and hook; ``undo`` learns how to take each step back."""
-    model = index.model
+    """Allocate, fill, bind and hook; ``undo`` learns how to take each step back, but for what :func:`restore` does.
+
+    ``explain`` is a forward hook, called always: see :func:`djinn.engine.workspace.shortage_hook`.
+    """
     stats = Stats(
         model_bytes=planned.model_bytes,
         resident_bytes=planned.resident_bytes,
@@ -209,12 +252,16 @@ def _start(
         disk_bytes=planned.disk_bytes,
         traced=trace,
     )
-    named = _owners_by_name(model)
-    residents = load_residents(planned.at(Tier.RESIDENT), coder, device)
-    arena = Arena(planned.at(Tier.PINNED), coder, pin=device.type == "cuda", progress=progress)
+    moved = [unit for unit in planned.at(Tier.RESIDENT) if not weights.stays(unit, device)]
+    residents = load_residents(moved, weights.coder, device)
+    for unit in moved:
+        weights.take(unit, residents[unit.name])
+    arena = Arena(planned.at(Tier.PINNED), weights, pin=device.type == "cuda", progress=progress)
     undo.callback(arena.close)
-    coder.check(planned.at(Tier.DISK))
-    coder.close()  # there is nothing left to code
+    for unit in planned.at(Tier.PINNED):
+        weights.take(unit, torch.from_numpy(arena.images[unit.name]))
+    weights.coder.check(planned.at(Tier.DISK))
+    weights.coder.close()  # there is nothing left to code
     stats.page_locked = arena.pinned
     sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
     copier: Copier
@@ -231,38 +278,23 @@ def _start(
     scratch = Scratch(planned.scratch_bytes, device)
     decodings = {}
     for unit in planned.units:
-        image = residents[unit.name] if unit.name in residents else slots[unit.name]
+        image = slots.get(unit.name, weights.images.get(unit.name))
+        if image is None:
+            continue  # it stays where it is
         if unit.coded:
             decodings[unit.name] = decoding(unit, image, scratch)
-            _bind(named, unit.decoded, scratch.buffer)
-        else:
-            _bind(named, unit.tensors, image)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-    vars(model)["hf_device_map"] = {"": "disk"}  # so that generate() does not try to compile a pass with hooks
+            weights.bind(unit.decoded, scratch.buffer)
+        elif unit.name in slots:
+            weights.bind(unit.tensors, image)
+    before = note_state(model)
+    move_buffers(model, dict.fromkeys(before.buffers, device))
+    if isinstance(model, PreTrainedModel):
+        vars(model)["hf_device_map"] = {"": "disk"}  # so that generate() does not try to compile a pass with hooks
     streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
     undo.callback(streamer.detach)
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
-    undo.callback(model.register_forward_hook(shortage_hook(work), always_call=True).remove)
-    return Engine(planned, coder, copier, streamer, stats, undo.pop_all())
-
-
-def _owners_by_name(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Return for each parameter, under its first name, every (module, name there) that holds it."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
-    for _, module, local, parameter in owners(model):
-        places.setdefault(first[id(parameter)], []).append((module, local))
-    return places
-
-
-def _bind(named: dict[str, list[tuple[nn.Module, str]]], tensors: Sequence[PlacedTensor], image: torch.Tensor) -> None:
-    """Make parameters views of ``image`` (uint8, raw weights at the tensors' places), tied ones still one object."""
-    for tensor in tensors:
-        raw = image[tensor.offset : tensor.offset + tensor.entry.raw_bytes]
-        parameter = nn.Parameter(raw.view(tensor.entry.dtype).view(tensor.entry.shape), requires_grad=False)
-        for module, local in named[tensor.name]:
-            module._parameters[local] = parameter
+    undo.callback(model.register_forward_hook(explain, always_call=True).remove)
+    for handle in itertools.chain(guard(model, planned, weights), save_from_store(model, planned, weights)):
+        undo.callback(handle.remove)
+    return Engine(planned, weights, copier, streamer, stats, before, undo.pop_all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
 from djinn.weights.tensors import TensorEntry
-from djinn.weights.units import PAGE, find_units
+from djinn.weights.units import PAGE, Unit, find_units
 
 Coding = Literal["none", "lossless"]
 
@@ -57,7 +57,8 @@ def plan(
     where = device_of(device)
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = as_coded(index_of(model, Path(spill), dtype, 0), where, work, budget, coding, layout)
+        index = index_of(model, Path(spill), dtype, 0)
+        index = as_coded(index, workspace_of(index, where, work), budget, coding, layout)
         return place_here(index, where, work, budget, ring, host_memory)
 
 
@@ -97,8 +98,7 @@ def index_of(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> W
 
 def as_coded(
     index: WeightIndex,
-    device: torch.device,
-    work: Workload,
+    workspace_bytes: int,
     budget: int | str,
     coding: Coding | None,
     layout: Callable[[TensorEntry], Layout | None],
@@ -112,7 +112,7 @@ def as_coded(
     """
     if coding not in ("none", "lossless", None):
         raise ConfigError(f"coding {coding!r}: it is none or lossless")
-    fits = index.nbytes + workspace_of(index, device, work) <= parse_bytes(budget)
+    fits = index.nbytes + workspace_bytes <= parse_bytes(budget)
     if fits or coding == "none":
         return uncoded(index)
     is_packed = any(entry.crc32 is not None for entry in index.tensors.values())
@@ -132,23 +132,39 @@ def place(
     Raises:
         PlanError: a budget, ring or host memory that cannot work; says what would, the workload included.
     """
-    budget_bytes = parse_bytes(budget)
     units = find_units(index)
 
     def plan_for(workload: Workload) -> Plan:
-        return make_plan(
-            units,
-            budget=budget_bytes,
-            workspace_bytes=workspace_of(index, device, workload),
-            host_bytes=max(host_bytes, 0),
-            ring_bytes=None if ring is None else parse_bytes(ring),
-            ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)) if device.type == "cuda" else 0,
-        )
+        return place_units(units, device, workspace_of(index, device, workload), budget, ring, host_bytes)
 
     try:
         return plan_for(work)
     except PlanError as error:
         raise PlanError(f"{error}{what_fits(plan_for, work)}") from None
+
+
+def place_units(
+    units: Sequence[Unit],
+    device: torch.device,
+    workspace_bytes: int,
+    budget: int | str,
+    ring: int | str | None,
+    host_bytes: int,
+) -> Plan:
+    """Return the plan of ``units`` on a device; ``host_bytes`` is the largest arena.
+
+    Raises:
+        PlanError: a budget, ring or host memory that cannot work.
+    """
+    budget_bytes = parse_bytes(budget)
+    return make_plan(
+        units,
+        budget=budget_bytes,
+        workspace_bytes=workspace_bytes,
+        host_bytes=max(host_bytes, 0),
+        ring_bytes=None if ring is None else parse_bytes(ring),
+        ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)) if device.type == "cuda" else 0,
+    )
 
 
 def place_here(
@@ -164,14 +180,31 @@ def place_here(
     Raises:
         PlanError: as for :func:`place`, or host memory that is not there.
     """
+    return in_free_memory(
+        lambda host_bytes: place(index, device, work, budget, ring, host_bytes), device, budget, host_memory
+    )
+
+
+def in_free_memory(
+    plan_for: Callable[[int], Plan],
+    device: torch.device,
+    budget: int | str,
+    host_memory: int | str | None,
+    given_back: int = 0,
+) -> Plan:
+    """Return what ``plan_for`` makes of the host memory that is free now, and of what loading gives back, in bytes.
+
+    Raises:
+        PlanError: as ``plan_for``, or host memory that is not there.
+    """
     free = usable_ram()
     on_device = parse_bytes(budget) if device.type == "cpu" else 0
-    host_bytes = round(HOST_SHARE * free) - on_device if host_memory is None else parse_bytes(host_memory)
-    planned = place(index, device, work, budget, ring, host_bytes)
+    share = given_back + max(round(HOST_SHARE * free) - on_device, 0)
+    planned = plan_for(share if host_memory is None else parse_bytes(host_memory))
     needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
-    if needed > free:
+    if needed > free + given_back:
         raise PlanError(
-            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "
+            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free + given_back)} are free; "
             "lower host_memory or budget"
         )
     return planned

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from djinn.errors import CheckpointError
 from djinn.weights import synthetic
-from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
+from djinn.weights.tensors import FileSpan, InMemory, Seeded, TensorEntry
 from djinn.weights.units import PAGE, Unit
 
 Buffer = NDArray[np.uint8]
@@ -112,6 +113,9 @@ class Reader:
                 seed=source.seed,
                 start=piece.start,
             )
+        elif isinstance(source, InMemory):
+            target = torch.from_numpy(image[piece.offset : piece.offset + piece.nbytes])
+            target.copy_(source.bytes[piece.start : piece.start + piece.nbytes])
         else:
             raise TypeError(f"tensor {piece.name} is coded while it is loaded, which a reader does not do")
         return piece.nbytes

@@ -28,6 +28,9 @@ class Workload:
     new_tokens: int
     batch: int
 
+    def __str__(self) -> str:
+        return f"prompt_tokens={self.prompt_tokens}, new_tokens={self.new_tokens} and batch={self.batch}"
+
 
 def kv_cache_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload) -> int:
     """Return the size of the KV cache at its longest: 2 · layers · KV heads · head size · tokens · batch.
@@ -97,15 +100,15 @@ def what_fits(plan_for: Callable[[Workload], object], work: Workload) -> str:
     return f"; it would fit {' or '.join(words)}" if words else ""
 
 
-def shortage_hook(work: Workload) -> Callable[..., None]:
+def shortage_hook(kept_for: str) -> Callable[..., None]:
     """Return a forward hook, to be called always, that says on an out-of-memory error what memory was kept for."""
 
     def explain(*_: object) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, torch.OutOfMemoryError):
             error.add_note(
-                f"djinn kept device memory for prompt_tokens={work.prompt_tokens}, new_tokens={work.new_tokens} and "
-                f"batch={work.batch}: load the model with what you need, or ask for less; it can still be used"
+                f"djinn kept device memory for {kept_for}: load the model with what you need, or ask for less; it can "
+                "still be used"
             )
 
     return explain

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import transformers
@@ -29,17 +29,24 @@ from djinn.weights.files import read_checkpoint, read_shard
 from djinn.weights.pack_shard import hollow_shard, unpack_shard
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 
+Model = TypeVar("Model", bound=nn.Module)
+
+Reads = list[tuple[str, tuple[str, ...]]]
+"""Every read of a pass, in order: the parameter's first name, and the modules running, outermost first."""
+
 
 @dataclass(frozen=True)
-class WeightIndex:
-    """A model whose parameters are on the meta device, and the source of each.
+class WeightIndex(Generic[Model]):
+    """A model and the source of each of its parameters, which are on the meta device unless they are the source.
 
     ``tensors`` holds every parameter once, under the first of its names; tied parameters are one object in ``model``.
     """
 
-    model: PreTrainedModel
+    model: Model
     tensors: dict[str, TensorEntry]
     synthetic: bool
+    reads: Reads | None = None
+    """What a recorded pass has read, where there was one: for units in its order (see :mod:`djinn.weights.units`)."""
 
     @property
     def nbytes(self) -> int:

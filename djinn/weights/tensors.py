@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from djinn.codec.layout import LEAST_BYTES, Layout
 
@@ -50,11 +51,24 @@ class Seeded:
     seed: int
 
 
+@dataclass(frozen=True, eq=False)
+class InMemory:
+    """Bytes of a parameter as they lie in memory, without gaps; for as long as it has not been bound elsewhere."""
+
+    parameter: nn.Parameter
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """All of them: uint8, one dimension, on the parameter's device."""
+        weights = self.parameter.detach()
+        return weights.as_strided((weights.numel(),), (1,)).view(torch.uint8)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Bytes made by coding those of another source."""
 
-    raw: FileSpan | Seeded
+    raw: FileSpan | Seeded | InMemory
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,12 @@ class TensorEntry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: FileSpan | Seeded | Encoded | Decoded
+    source: FileSpan | Seeded | InMemory | Encoded | Decoded
     layout: Layout | None = None
     crc32: Mapping[str, int] | None = None
     """Of each section, where the checkpoint is packed: what is read is verified when it is loaded."""
+    stride: tuple[int, ...] | None = None
+    """Elements from one to the next along each dimension, where they do not lie in the order of the shape."""
 
     @property
     def nbytes(self) -> int:
@@ -95,5 +111,10 @@ class TensorEntry:
     def raw(self) -> TensorEntry:
         """The tensor as a model computes with it, without its code; itself where it is not coded."""
         if isinstance(self.source, Encoded):
-            return TensorEntry(self.dtype, self.shape, self.source.raw)
+            return TensorEntry(self.dtype, self.shape, self.source.raw, stride=self.stride)
         return self if self.layout is None else TensorEntry(self.dtype, self.shape, Decoded(self))
+
+    def view(self, raw: torch.Tensor) -> torch.Tensor:
+        """Return the weights that ``raw`` holds (uint8, at least ``raw_bytes`` in one dimension), without copying."""
+        weights = raw[: self.raw_bytes].view(self.dtype)
+        return weights.view(self.shape) if self.stride is None else weights.as_strided(self.shape, self.stride)

@@ -1,37 +1,20 @@
-"""Units: tensors that travel together, in the order in which a forward pass reads them.
-
-The order is recorded once, by running the model on the meta device, where nothing is computed. While it runs, every
-operation that reads a parameter is seen, and the innermost module running at that moment is the parameter's reader:
-so a weight that a parent reads in its child's stead is fetched for the parent. A second pass goes on from the first
-one's cache, because some models read a weight in another place then. A model that the meta device cannot run (its
-control flow depends on values) falls back to its repeated blocks in the order in which they are registered, as do
-parameters that the traced passes did not read; what lies outside of blocks stays on the device, because nobody knows
-who reads it.
-"""
+"""Units: tensors that travel together, in the order in which a forward pass reads them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter
-from transformers import PreTrainedModel
-
-from djinn.weights.index import WeightIndex, owners
-from djinn.weights.inputs import Inputs, example_inputs, following_inputs
+from djinn.weights.index import WeightIndex
 from djinn.weights.tensors import FileSpan, TensorEntry
+from djinn.weights.tracing import inside, read_by_block, read_by_module, traced_readers
 
 PAGE = 4096
 """Direct reads need file offset, address and length in multiples of this."""
 ALIGNMENT = 256
 """Bytes to which tensors are aligned in memory, so that kernels choose the same path as for resident weights."""
+UNREAD = "(not read)"
+"""The unit of what no recorded pass has read: it stays on the device, because nobody knows who will read it."""
 
 
 @dataclass(frozen=True)
@@ -110,38 +93,24 @@ class Unit:
 
 def find_units(index: WeightIndex) -> list[Unit]:
     """Return the model's units in execution order; every tensor of the index is in exactly one."""
-    readers = traced_readers(index.model)
-    members = _group(readers | {name: by for name, by in _read_by_block(index.model).items() if name not in readers})
-    all_readers = {reader for readers in members for reader in readers}
-    return [
+    if index.reads is not None:
+        readers = read_by_module(index.reads)
+    else:
+        readers = traced_readers(index.model)
+        readers |= {name: by for name, by in read_by_block(index.model).items() if name not in readers}
+    members = _group(readers)
+    all_readers = {reader for each in members for reader in each}
+    units = [
         Unit(
-            name="+".join(readers) or "(root)",
-            readers=readers,
+            name="+".join(each) or "(root)",
+            readers=each,
             tensors=_layout([(name, index.tensors[name]) for name in parameters]),
-            held=any(other != reader and _inside(other, reader) for reader in readers for other in all_readers),
+            held=any(other != reader and inside(other, reader) for reader in each for other in all_readers),
         )
-        for readers, parameters in members.items()
+        for each, parameters in members.items()
     ]
-
-
-def traced_readers(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Return for each parameter, in order of first read, the modules that read it; nothing where no pass can be traced.
-
-    A tied parameter has every module that holds it among its readers: one that these passes did not run may run later.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    readers: dict[str, list[str]] = {}
-    for inputs in example_inputs(model):
-        # Whatever a model's own code raises on meta tensors: its order is then not known beforehand.
-        with suppress(Exception):
-            readers = _read_by_module(_trace(model, names, inputs))
-            break
-    held_by = Counter(id(parameter) for _, _, _, parameter in owners(model))
-    for full, _, _, parameter in owners(model):
-        known, owner = readers.get(names[id(parameter)]), full.rpartition(".")[0]
-        if known is not None and held_by[id(parameter)] > 1 and owner not in known:
-            known.append(owner)
-    return readers
+    unread = [(name, entry) for name, entry in index.tensors.items() if name not in readers]
+    return units + ([Unit(UNREAD, (), _layout(unread), held=True)] if unread else [])
 
 
 def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
@@ -162,120 +131,12 @@ def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
     return tuple(placed)
 
 
-class _ReadRecorder(TorchFunctionMode):
-    """Reports every parameter that an operation takes, and answers conditions, which have no value on the meta device.
-
-    They hold: in transformers' models they ask whether a mask is all ones or whether sizes agree.
-    """
-
-    def __init__(self, names: dict[int, str], report: Callable[[str], None]) -> None:
-        super().__init__()
-        self._names = names
-        self._report = report
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.Tensor.__bool__, torch.Tensor.item) and args[0].is_meta and args[0].dtype == torch.bool:
-            return True
-        result = func(*args, **kwargs)
-        # Looking at an attribute of a parameter (its dtype, its device) reads no weights, unless it is a view (its T).
-        if getattr(func, "__name__", "") != "__get__" or isinstance(result, torch.Tensor):
-            for value in tree_iter((args, kwargs)):
-                if (name := self._names.get(id(value))) is not None:
-                    self._report(name)
-        return result
-
-
-def _trace(model: PreTrainedModel, names: dict[int, str], inputs: Inputs) -> list[tuple[str, tuple[str, ...]]]:
-    """Run the model on the meta device; return every read as (parameter, modules running, outermost first)."""
-    running: list[str] = []
-    reads: list[tuple[str, tuple[str, ...]]] = []
-    handles = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            running.append(name)
-
-        return hook
-
-    def leave(*_: object) -> None:
-        running.pop()
-
-    def report(parameter: str) -> None:
-        reads.append((parameter, tuple(running)))
-
-    with _meta_buffers(model):
-        try:
-            for name, module in model.named_modules():
-                handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-            with torch.no_grad(), _ReadRecorder(names, report):
-                outputs = model(**inputs)
-                with suppress(Exception):  # one that cannot go on like this reads its weights as in the first pass
-                    if following := following_inputs(model, inputs, outputs):
-                        model(**following)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return reads
-
-
-@contextmanager
-def _meta_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the model's buffers on the meta device for a while: operations cannot mix it with another."""
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        for module, saved in buffers:
-            for name, buffer in saved.items():
-                module._buffers[name] = None if buffer is None else buffer.to("meta")
-        yield
-    finally:
-        for module, saved in buffers:
-            module._buffers.clear()  # of those, too, that the pass has added
-            module._buffers.update(saved)
-
-
-def _read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[str]]:
-    """Return for each parameter, in order of first read, the modules that read it."""
-    readers: dict[str, list[str]] = {}
-    for parameter, running in reads:
-        known = readers.setdefault(parameter, [])
-        if running[-1] not in known:
-            known.append(running[-1])
-    return readers
-
-
-def _read_by_block(model: nn.Module) -> dict[str, list[str]]:
-    """Return for each parameter the outermost callable element of a module list that holds it, else the model."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    blocks: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(_inside(name, block) for block in blocks):
-            # Lists and dicts of modules are not called themselves, so no hook of theirs would run.
-            blocks += [f"{name}.{key}" for key, block in module.named_children() if _is_callable(block)]
-    readers: dict[str, list[str]] = {}
-    for full, _, _, parameter in owners(model):
-        reader = next((block for block in blocks if _inside(full, block)), "")
-        known = readers.setdefault(names[id(parameter)], [])
-        if reader not in known:
-            known.append(reader)
-    return readers
-
-
 def _group(readers: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:
     """Join the parameters that the same modules read."""
     members: dict[tuple[str, ...], list[str]] = {}
     for parameter, modules in readers.items():
         members.setdefault(tuple(modules), []).append(parameter)
     return members
-
-
-def _is_callable(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
-
-
-def _inside(name: str, ancestor: str) -> bool:
-    return ancestor == "" or name == ancestor or name.startswith(ancestor + ".")
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -23,7 +23,7 @@ import djinn
 from djinn.engine.plan import Plan
 from djinn.weights.index import checkpoint_index
 from djinn.weights.tensors import FileSpan
-from djinn.weights.units import traced_readers
+from djinn.weights.tracing import traced_readers
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 WRITE = "DJINN_WRITE_DOCS"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import djinn
 from djinn.engine.plan import Tier
-from djinn.weights import units
+from djinn.weights import tracing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,7 +137,7 @@ def test_models_that_cannot_be_traced_stream_by_blocks(
     def untraceable(*_: object) -> None:
         raise RuntimeError("its control flow asks for values")
 
-    monkeypatch.setattr(units, "_trace", untraceable)
+    monkeypatch.setattr(tracing, "_trace", untraceable)
     architecture = ARCHITECTURES[name]
     pair = Pair(name, architecture_checkpoint(name))
     streamed = [unit for unit, tier in zip(pair.plan.units, pair.plan.tiers, strict=True) if tier is not Tier.RESIDENT]

@@ -1,0 +1,223 @@
+"""Binding: a model's parameters are views of wherever their bytes are, and can be taken back to memory of their own.
+
+Only ``.data`` of a parameter changes, so whoever holds it (ties, optimisers, lists in a module) holds it still.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import nn
+
+from djinn.codec.decode import decode
+from djinn.engine.coding import Coder
+from djinn.engine.reader import Buffer, allocate, settle
+from djinn.errors import CheckpointError
+from djinn.weights.index import owners
+from djinn.weights.tensors import FileSpan, InMemory
+from djinn.weights.units import PlacedTensor, Unit
+
+TRIM_BYTES = 64 * 2**20
+"""Freed weights that the C library may keep before it is asked to give them back to the system."""
+
+
+class Weights:
+    """The parameters of one model, and what they go back to.
+
+    Args:
+        parameters: by the first name of each tensor, every parameter that stands for it.
+        coder: makes images of units.
+    """
+
+    def __init__(self, parameters: Mapping[str, Sequence[nn.Parameter]], coder: Coder) -> None:
+        self._parameters = parameters
+        self.coder = coder
+        self._homes = [
+            (parameter, parameter.device, parameter.requires_grad)
+            for alike in parameters.values()
+            for parameter in alike
+        ]
+        self.images: dict[str, torch.Tensor] = {}
+        """Image of every unit that has been taken, on the device or in host memory, for as long as it streams."""
+        self._freed_bytes = 0
+        for parameter, _, _ in self._homes:
+            parameter.requires_grad_(False)
+
+    def of(self, *tensors: PlacedTensor) -> list[nn.Parameter]:
+        """Return every parameter that stands for ``tensors``."""
+        return [parameter for tensor in tensors for parameter in self._parameters[tensor.name]]
+
+    def stays(self, unit: Unit, device: torch.device) -> bool:
+        """Return whether a resident is on ``device`` already, as it is: then nothing is to be moved."""
+        return not unit.coded and all(
+            isinstance(tensor.entry.source, InMemory)
+            and parameter.device == device
+            and parameter.untyped_storage().nbytes() == tensor.entry.raw_bytes
+            for tensor in unit.tensors
+            for parameter in self.of(tensor)
+        )
+
+    def fill(self, unit: Unit, image: Buffer) -> list[Future[int]]:
+        """Fill ``image`` as :class:`Coder` does; what was in memory until now is taken there, and its own memory freed.
+
+        So that there is never a second copy of the model, only of a unit.
+        """
+        futures = self.coder.fill(unit, image)
+        if any(_was_in_memory(tensor) for tensor in unit.tensors):
+            settle(futures)
+            self.take(unit, torch.from_numpy(image))
+            self._freed_bytes += unit.raw_bytes
+            if self._freed_bytes >= TRIM_BYTES:
+                self._freed_bytes = 0
+                trim_heap()
+        return futures
+
+    def take(self, unit: Unit, image: torch.Tensor) -> None:
+        """Note where the image of ``unit`` (uint8) is for good; nothing else holds its bytes from here on."""
+        self.images[unit.name] = image
+        for tensor in unit.tensors:
+            if tensor.entry.layout is None:
+                self.bind([tensor], image)
+            else:
+                for parameter in self.of(tensor):
+                    parameter.data = torch.empty(0, dtype=tensor.entry.dtype, device=image.device)
+
+    def bind(self, tensors: Sequence[PlacedTensor], image: torch.Tensor) -> None:
+        """Make parameters views of ``image`` (uint8, raw weights at the tensors' places)."""
+        for tensor in tensors:
+            self._bind(tensor, image[tensor.offset : tensor.offset + tensor.entry.raw_bytes])
+
+    def _bind(self, tensor: PlacedTensor, raw: torch.Tensor) -> None:
+        weights = tensor.entry.view(raw)
+        for parameter in self.of(tensor):
+            parameter.data = weights
+
+    def copied_bytes(self, units: Sequence[Unit]) -> int:
+        """Return the host memory that :meth:`give_back` will take for ``units``."""
+        needed = 0
+        for unit in units:
+            image = self.images.get(unit.name)
+            if unit.on_disk if image is None else unit.coded or image.device.type != "cpu":
+                needed += unit.raw_bytes
+        return needed
+
+    def give_back(self, units: Sequence[Unit]) -> None:
+        """Bind ``units`` to ordinary host memory again; what is there already, uncoded, is not copied.
+
+        Raises:
+            CheckpointError: a file that cannot be read.
+        """
+        for unit in units:
+            if unit.name in self.images:
+                for tensor in unit.tensors:
+                    self._bind(tensor, stored_bytes(tensor, self.images[unit.name]))
+            elif unit.on_disk:
+                raw = unit.raw()
+                image = allocate(raw.image_bytes)
+                settle(self.coder.fill(raw, image))
+                for tensor in raw.tensors:
+                    self._bind(tensor, _own(torch.from_numpy(image[tensor.offset :][: tensor.entry.nbytes])))
+
+    def go_home(self) -> None:
+        """Move parameters to the device where each was, and let them ask for gradients again as they did."""
+        for parameter, device, requires_grad in self._homes:
+            parameter.data = parameter.data.to(device)
+            parameter.requires_grad_(requires_grad)
+
+
+def stored_bytes(tensor: PlacedTensor, image: torch.Tensor | None) -> torch.Tensor:
+    """Return a tensor's raw bytes (uint8, one dimension) in host memory, in a storage of their own.
+
+    Copied are only those that lie on a GPU or are coded. Without an ``image`` they are a private map of their file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    entry = tensor.entry
+    if image is None:
+        assert isinstance(entry.source, FileSpan)
+        stored = _mapped(entry.source, entry.nbytes)
+    else:
+        stored = _own(image[tensor.offset : tensor.offset + entry.nbytes].cpu())
+    if entry.layout is None:
+        return stored
+    if stored.data_ptr() % 16:
+        stored = stored.clone()
+    raw = torch.empty(entry.layout.decoded_bytes, dtype=torch.uint8)
+    decode(stored, entry.layout, raw)
+    return _own(raw[: entry.raw_bytes])
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of ``model`` by their first names, those that are the same view of one storage together."""
+    first: dict[tuple[object, ...], str] = {}
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        view = (
+            parameter.untyped_storage()._cdata,
+            parameter.storage_offset(),
+            parameter.shape,
+            parameter.stride(),
+            parameter.dtype,
+        )
+        found.setdefault(first.setdefault(view, name), []).append(parameter)
+    return found
+
+
+def materialise(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Put empty parameters in host memory in the place of those on the meta device; return them by first name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = {
+        name: nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
+        for name, parameter in model.named_parameters()
+    }
+    for _, module, local, parameter in list(owners(model)):
+        module._parameters[local] = made[names[id(parameter)]]
+    return {name: [parameter] for name, parameter in made.items()}
+
+
+def buffer_homes(model: nn.Module) -> dict[tuple[str, str], torch.device]:
+    """Return where each buffer is, by its module's name and its name there."""
+    return {
+        (prefix, name): buffer.device
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+
+
+def move_buffers(model: nn.Module, homes: Mapping[tuple[str, str], torch.device]) -> None:
+    """Move buffers to where ``homes`` says; those that a pass has put in the place of others too."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and (prefix, name) in homes:
+                buffer.data = buffer.data.to(homes[prefix, name])  # the same object: it may be shared
+
+
+def trim_heap() -> None:
+    """Give memory that has been freed back to the system; glibc keeps blocks under 32 MiB in the middle of its heap."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _was_in_memory(tensor: PlacedTensor) -> bool:
+    return isinstance(tensor.entry.raw.source, InMemory)
+
+
+def _own(host: torch.Tensor) -> torch.Tensor:
+    """Return the same host memory as a storage of exactly these bytes, so that who saves it saves no more."""
+    return torch.from_numpy(host.numpy()) if host.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def _mapped(source: FileSpan, nbytes: int) -> torch.Tensor:
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    try:
+        return torch.from_numpy(np.memmap(source.path, np.uint8, "c", source.offset, (nbytes,)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source.path}: cannot be read any more: {error}") from error

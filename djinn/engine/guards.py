@@ -1,0 +1,89 @@
+"""Guards: what would tear a streaming model's weights from the ring is refused, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.autograd.graph import increment_version
+from torch.utils._pytree import tree_iter
+from torch.utils.hooks import RemovableHandle
+
+from djinn.engine.binding import Weights
+from djinn.engine.plan import Plan
+from djinn.errors import ConfigError
+
+_REFUSED = {
+    "_apply": "moved or converted (to, cuda, cpu, half, float, ...)",
+    "__deepcopy__": "copied",
+    "__reduce_ex__": "copied or pickled",
+}
+"""What every such call goes through, and the words for it."""
+
+
+def guard(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[RemovableHandle]:
+    """Guard ``model`` and every part of it; yield handles that undo the hooks (the rest :func:`unguard` does)."""
+    yield model.register_forward_hook(_watch_outputs)
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        for method, what in _REFUSED.items():
+            module.__dict__[method] = partial(_refuse, type(module).__name__, what)
+        if any(parameter is not None for parameter in module._parameters.values()):
+            yield module.register_load_state_dict_pre_hook(_refuse_state)
+    for unit in planned.streamed:
+        parameters = weights.of(*unit.tensors)
+        for reader in unit.readers:
+            yield modules[reader].register_forward_hook(partial(_outdate, parameters))
+
+
+def unguard(model: nn.Module) -> None:
+    """Let ``model`` be moved, copied and pickled again."""
+    for module in model.modules():
+        for method in _REFUSED:
+            vars(module).pop(method, None)
+
+
+def is_guarded(module: nn.Module) -> bool:
+    """Return whether ``module`` is a streaming model or a part of one."""
+    return "_apply" in vars(module)
+
+
+def _refuse(kind: str, what: str, *_: object, **__: object) -> NoReturn:
+    raise ConfigError(
+        f"this {kind} streams and cannot be {what}: its weights are on their way through the ring; "
+        "djinn.detach(model) makes it an ordinary model"
+    )
+
+
+def _refuse_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Refuse weights for a module that streams; a dict that has none of them (an adapter's) may be loaded."""
+    name = next((name for name in module._parameters if prefix + name in state), None)
+    if name is not None:
+        raise ConfigError(
+            f"load_state_dict: {prefix}{name} streams and cannot be overwritten; djinn.detach(model) first, or load "
+            "the new weights from a checkpoint"
+        )
+
+
+def _outdate(parameters: list[nn.Parameter], *_: object) -> None:
+    """Tell autograd that a unit's weights are overwritten from now on, so that no gradient is made with others."""
+    if torch.is_grad_enabled():
+        increment_version(parameters)
+
+
+def _watch_outputs(module: nn.Module, _: object, output: object) -> None:
+    """Refuse to begin a backward pass at what the model returned, with more words than autograd would."""
+    if torch.is_grad_enabled():
+        for tensor in tree_iter(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(_refuse_backward)
+
+
+def _refuse_backward(_: torch.Tensor) -> NoReturn:
+    raise ConfigError(
+        "gradients cannot be computed through weights that stream: they are overwritten before the backward pass "
+        "reads them; djinn.detach(model) first"
+    )

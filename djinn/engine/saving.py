@@ -1,0 +1,89 @@
+"""Saving: ``state_dict()`` and ``save_pretrained()`` of a streaming model give all of its weights, as they really are.
+
+Its parameters show whatever is in the ring. So a hook puts the weights from where they wait into every state dict that
+is made of the model or of a part of it: those in host memory as they lie there, those on disk as maps of their files.
+Neither is a copy, and a checkpoint of several shards is written with one shard's pages in memory at a time.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from djinn.engine.binding import Weights, stored_bytes
+from djinn.engine.plan import Plan, Tier
+from djinn.errors import ConfigError
+from djinn.weights.tensors import FileSpan
+from djinn.weights.units import PlacedTensor
+
+
+def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[RemovableHandle]:
+    """Make state dicts of ``model`` complete; yield handles that undo it (but for its ``save_pretrained``)."""
+    stored = {
+        id(parameter): (tensor, None if tier is Tier.DISK else weights.images[unit.name])
+        for unit, tier in zip(planned.units, planned.tiers, strict=True)
+        if tier is Tier.DISK or unit.name in weights.images
+        for tensor in unit.tensors
+        for parameter in weights.of(tensor)
+    }
+    given: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
+    for module in model.modules():
+        own = {name: stored[id(each)] for name, each in module._parameters.items() if id(each) in stored}
+        if own:
+            yield module.register_state_dict_post_hook(partial(_complete, own, given))
+    if isinstance(model, PreTrainedModel):
+        sources = {
+            tensor.entry.source.path.parent.resolve()
+            for unit in planned.at(Tier.DISK)
+            for tensor in unit.tensors
+            if isinstance(tensor.entry.source, FileSpan)
+        }
+        vars(model)["save_pretrained"] = partial(_save_pretrained, weakref.ref(model), sources)
+
+
+def _complete(
+    own: dict[str, tuple[PlacedTensor, torch.Tensor | None]],
+    given: weakref.WeakValueDictionary[str, torch.Tensor],
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _: object,
+) -> None:
+    """Replace what a module has put into a state dict; tied weights are one tensor in it, as ever."""
+    for name, (tensor, image) in own.items():
+        if prefix + name in state:
+            found = given.get(tensor.name)
+            if found is None:
+                found = given[tensor.name] = tensor.entry.view(stored_bytes(tensor, image))
+            state[prefix + name] = found
+
+
+def _save_pretrained(
+    model: weakref.ref[PreTrainedModel], sources: set[Path], save_directory: Any, *args: Any, **options: Any
+) -> None:
+    """``save_pretrained`` of a model whose state dict is complete although it seems to be offloaded.
+
+    Raises:
+        ConfigError: into the folder that the model streams from.
+    """
+    saved = model()
+    assert saved is not None
+    if Path(save_directory).resolve() in sources:
+        raise ConfigError(
+            f"save_pretrained: this model streams from {save_directory}, whose files would be overwritten while they "
+            "are read; save it to another folder, or djinn.detach(model) first"
+        )
+    # With a device map transformers takes weights for missing, and undoes its conversions shard by shard.
+    device_map = vars(saved).pop("hf_device_map")
+    try:
+        type(saved).save_pretrained(saved, save_directory, *args, **options)
+    finally:
+        vars(saved)["hf_device_map"] = device_map
