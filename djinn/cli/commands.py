@@ -110,30 +110,36 @@ def plan(
     host_memory: HostMemory = None,
     prompt_tokens: PromptTokens = 512,
     new_tokens: NewTokens = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     coding: CodingOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="A machine of data/reference, or a certified run's folder.  [default: this one]")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw it too: a .png or .pdf file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say which weights would be resident, pinned and on disk, without loading anything."""
-    import djinn
+    """Say where the weights would be, and how fast that is, without loading anything."""
+    from djinn.cli import outlook
+    from djinn.engine.forecast import forecast
 
-    chosen = djinn.plan(
+    there = outlook.machine(machine, device)
+    found = forecast(
         model,
         budget=budget,
+        device=there.device,
+        rates=there.rates,
+        free=there.free,
         ring=ring,
         host_memory=host_memory,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        batch=batch,
         coding=coding,  # type: ignore[arg-type]
     )
-    if not as_json:
-        typer.echo(chosen.table())
-        return
-    sizes = ("budget", "model_bytes", "resident_bytes", "ring_bytes", "workspace_bytes", "pinned_bytes", "disk_bytes")
-    tiers = zip(chosen.units, chosen.tiers, strict=True)
-    print_json(
-        {name: getattr(chosen, name) for name in sizes}
-        | {"units": [{"name": unit.name, "bytes": unit.weight_bytes, "tier": tier} for unit, tier in tiers]}
-    )
+    outlook.print_forecast(found, there, as_json)
+    if figure is not None:
+        outlook.draw(found, there, model, figure)
 
 
 @main.command()

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from djinn.devices import device_here
 from djinn.engine.arena import Arena
 from djinn.engine.coding import Coder, Scratch, decoding
 from djinn.engine.copier import Copier, CpuCopier, Source
 from djinn.engine.cuda import CudaCopier
 from djinn.engine.hooks import Streamer
 from djinn.engine.plan import Plan, Tier
-from djinn.engine.planning import Coding, as_coded, device_of, index_of, place_here
+from djinn.engine.planning import Coding, as_coded, index_of, place_here
 from djinn.engine.reader import Reader, allocate, settle
 from djinn.engine.residents import load_residents
 from djinn.engine.stats import Stats
 from djinn.engine.workspace import Workload, shortage_hook
-from djinn.errors import ConfigError, PlanError, UnavailableError
+from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights.index import WeightIndex, owners
@@ -93,9 +94,7 @@ def load(
         PlanError: a ring, budget or host memory that cannot work; says what would.
         UnavailableError: no such device.
     """
-    where = device_of(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
+    where = device_here(device)
     chunk_bytes = parse_bytes(chunk)
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     with ExitStack() as undo:
@@ -107,7 +106,7 @@ def load(
         coder = Coder(reader, where)
         undo.callback(coder.close)
         index = as_coded(index, where, work, budget, coding, coder.layout)
-        planned = place_here(index, where, work, budget, ring, host_memory)
+        planned = place_here(index, where, work, budget, ring, host_memory, usable_ram())
         engine = _start(
             index, planned, work, where, reader, coder, chunk_bytes, trace=trace, progress=progress, undo=undo
         )

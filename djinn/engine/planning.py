@@ -5,12 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from djinn.codec.layout import Layout
+from djinn.devices import device_of
 from djinn.engine.coding import Coder, coded, uncoded
 from djinn.engine.plan import Plan, make_plan
 from djinn.engine.reader import Reader
@@ -21,7 +24,7 @@ from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
-from djinn.weights.tensors import TensorEntry
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, find_units
 
 Coding = Literal["none", "lossless"]
@@ -57,8 +60,8 @@ def plan(
     where = device_of(device)
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = as_coded(index_of(model, Path(spill), dtype, 0), where, work, budget, coding, layout)
-        return place_here(index, where, work, budget, ring, host_memory)
+        index = as_coded(outline_of(model, Path(spill), dtype), where, work, budget, coding, layout)
+        return place_here(index, where, work, budget, ring, host_memory, usable_ram())
 
 
 @contextmanager
@@ -71,18 +74,6 @@ def estimating() -> Iterator[Callable[[TensorEntry], Layout | None]]:
         reader.close()
 
 
-def device_of(name: str | None) -> torch.device:
-    """Return the device that a user means; None is a GPU where there is one.
-
-    Raises:
-        ConfigError: neither cpu nor cuda.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r}: the devices are cpu and cuda")
-    return torch.device(name)
-
-
 def index_of(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> WeightIndex:
     """Return the index of what a user calls a model; ``dtype`` and ``seed`` are of a synthetic one.
 
@@ -93,6 +84,27 @@ def index_of(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> W
     if name.startswith("synthetic:"):
         return synthetic_index(empty_model(load_architecture(name.removeprefix("synthetic:")), dtype), seed)
     return checkpoint_index(checkpoint.resolve(name), spill)
+
+
+def outline_of(model: str | Path, spill: Path, dtype: torch.dtype) -> WeightIndex:
+    """Return the index of a model for planning alone: of a hub id, only headers are fetched.
+
+    Raises:
+        ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
+    """
+    return index_of(checkpoint.outline(str(model), spill / "outline"), spill, dtype, 0)
+
+
+def on_disk(index: WeightIndex) -> WeightIndex:
+    """Return the index of a synthetic model as it will be once its checkpoint is written; any other as it is.
+
+    Where in its file a tensor will be does not matter to a plan.
+    """
+    tensors = {
+        name: replace(entry, source=FileSpan(Path(), 0)) if isinstance(entry.source, Seeded) else entry
+        for name, entry in index.tensors.items()
+    }
+    return replace(index, tensors=tensors)
 
 
 def as_coded(
@@ -119,6 +131,28 @@ def as_coded(
     return coded(index, layout) if coding == "lossless" or is_packed else index
 
 
+def planner(index: WeightIndex, device: torch.device, ring: int | str | None) -> Callable[[int, int, Workload], Plan]:
+    """Return a function that plans ``index`` for a budget, a largest arena (both bytes) and a workload.
+
+    The model's units are found once, which is what takes time; each call raises PlanError as
+    :func:`djinn.engine.plan.make_plan` does.
+    """
+    units = find_units(index)
+    ring_bytes = None if ring is None else parse_bytes(ring)
+
+    def plan_for(budget: int, host_bytes: int, work: Workload) -> Plan:
+        return make_plan(
+            units,
+            budget=budget,
+            workspace_bytes=workspace_of(index, device, work),
+            host_bytes=max(host_bytes, 0),
+            ring_bytes=ring_bytes,
+            ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget)) if device.type == "cuda" else 0,
+        )
+
+    return plan_for
+
+
 def place(
     index: WeightIndex,
     device: torch.device,
@@ -133,22 +167,32 @@ def place(
         PlanError: a budget, ring or host memory that cannot work; says what would, the workload included.
     """
     budget_bytes = parse_bytes(budget)
-    units = find_units(index)
-
-    def plan_for(workload: Workload) -> Plan:
-        return make_plan(
-            units,
-            budget=budget_bytes,
-            workspace_bytes=workspace_of(index, device, workload),
-            host_bytes=max(host_bytes, 0),
-            ring_bytes=None if ring is None else parse_bytes(ring),
-            ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)) if device.type == "cuda" else 0,
-        )
-
+    plan_for = planner(index, device, ring)
     try:
-        return plan_for(work)
+        return plan_for(budget_bytes, host_bytes, work)
     except PlanError as error:
-        raise PlanError(f"{error}{what_fits(plan_for, work)}") from None
+        would_fit = what_fits(partial(plan_for, budget_bytes, host_bytes), work)
+        raise PlanError(f"{error}{would_fit}") from None
+
+
+def host_bytes_of(device: torch.device, budget: int, host_memory: int | str | None, free: int) -> int:
+    """Return the largest arena, bytes: what was asked for, or a share of the host memory that is free."""
+    on_device = budget if device.type == "cpu" else 0
+    return round(HOST_SHARE * free) - on_device if host_memory is None else parse_bytes(host_memory)
+
+
+def require_host_memory(planned: Plan, device: torch.device, free: int) -> None:
+    """Hold a plan against the host memory that is free, bytes.
+
+    Raises:
+        PlanError: it needs more.
+    """
+    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
+    if needed > free:
+        raise PlanError(
+            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "
+            "lower host_memory or budget"
+        )
 
 
 def place_here(
@@ -158,22 +202,16 @@ def place_here(
     budget: int | str,
     ring: int | str | None,
     host_memory: int | str | None,
+    free: int,
 ) -> Plan:
-    """Return the plan of ``index`` in the host memory that is free now.
+    """Return the plan of ``index`` in the host memory that is ``free``, bytes.
 
     Raises:
         PlanError: as for :func:`place`, or host memory that is not there.
     """
-    free = usable_ram()
-    on_device = parse_bytes(budget) if device.type == "cpu" else 0
-    host_bytes = round(HOST_SHARE * free) - on_device if host_memory is None else parse_bytes(host_memory)
+    host_bytes = host_bytes_of(device, parse_bytes(budget), host_memory, free)
     planned = place(index, device, work, budget, ring, host_bytes)
-    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
-    if needed > free:
-        raise PlanError(
-            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "
-            "lower host_memory or budget"
-        )
+    require_host_memory(planned, device, free)
     return planned
 
 

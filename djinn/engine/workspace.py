@@ -37,6 +37,14 @@ def kv_cache_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload)
     return 2 * text.num_hidden_layers * heads * head_size * tokens * work.batch * dtype.itemsize
 
 
+def attention_flops(config: PretrainedConfig, work: Workload) -> float:
+    """Return what a prefill computes between its tokens: 2 products · 2 · head size · heads · tokens² ÷ 2 a layer."""
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_layer = 2 * text.num_attention_heads * head_size * work.prompt_tokens**2 * work.batch
+    return float(text.num_hidden_layers * per_layer)
+
+
 def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload) -> int:
     """Return the largest set of activations alive at once.
 
