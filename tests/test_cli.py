@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,46 @@ def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:
     assert 1 <= measured["new_tokens"] <= 4
     assert measured["text"].strip() in shown.stdout
     assert measured["effective_gbps"] > 0
+    assert measured["link_gbps"] > 0
+    assert 0 < measured["peak_device_bytes"] < 200e6  # libraries' own memory is much of that of so small a model
+    assert "peak device memory" in shown.stderr
+    assert "limited by: " in shown.stderr
+    assert set(measured["shares"]) == {"link", "disk", "host", "compute"}
+    assert sum(measured["shares"].values()) == pytest.approx(1)
+    assert measured["shares"][measured["limit"]] == max(measured["shares"].values())
+
+
+def test_generate_samples_as_it_is_told(tiny_checkpoint: Path) -> None:
+    arguments = [
+        "generate",
+        str(tiny_checkpoint),
+        "--prompt",
+        "Hello",
+        "--budget",
+        "5 MB",
+        "--new-tokens",
+        "8",
+        "--json",
+    ]
+    texts = [
+        json.loads(djinn(*arguments, "--temperature", "2", "--seed", seed, "--device", "cpu").stdout)["text"]
+        for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_chat_goes_through_the_tokenizers_template(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    talking = tmp_path / "talking"
+    shutil.copytree(tiny_checkpoint, talking)
+    told = ["--budget", "5 MB", "--new-tokens", "3", "--json"]
+    refused = djinn("generate", str(talking), "--prompt", "Hello", *told, "--chat")
+    assert refused.exit_code == 2
+    assert "no chat template" in refused.stderr
+    (talking / "chat_template.jinja").write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    chat = djinn("generate", str(talking), "--prompt", "Hello", *told, "--chat")
+    plain = djinn("generate", str(talking), "--prompt", "<Hello>", *told)
+    assert chat.exit_code == plain.exit_code == 0, chat.output
+    assert json.loads(chat.stdout)["text"] == json.loads(plain.stdout)["text"]
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
-import time
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from djinn.cli.show import exit_unless, print_json, print_paths, print_records, print_table, print_tensor_sizes
+from djinn.cli.show import (
+    exit_unless,
+    print_generated,
+    print_json,
+    print_paths,
+    print_records,
+    print_table,
+    print_tensor_sizes,
+)
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 
 if TYPE_CHECKING:
@@ -198,51 +206,34 @@ def generate(
     host_memory: HostMemory = None,
     chunk: Chunk = "64 MiB",
     coding: CodingOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: a GPU where there is one]")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, streaming the weights, and say how fast that was."""
-    from transformers import AutoTokenizer, TextStreamer
+    """Continue a prompt, streaming the weights, and say how fast that was, and what limited it."""
+    from djinn.bench.generation import generate as run
 
-    import djinn
-    from djinn.weights.checkpoint import resolve
-
-    folder = resolve(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    prompt_tokens = inputs["input_ids"].shape[1]
-    streaming = djinn.load(
-        folder,
+    made = run(
+        model,
+        prompt,
         budget=budget,
+        new_tokens=new_tokens,
+        device=device,
         ring=ring,
         host_memory=host_memory,
         chunk=chunk,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
         coding=coding,  # type: ignore[arg-type]
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        show=not as_json,
     )
-    streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True)
-    start = time.perf_counter()
-    ids = streaming.generate(  # type: ignore[operator]
-        **inputs.to(streaming.device), max_new_tokens=new_tokens, do_sample=False, streamer=streamer
-    )[0, prompt_tokens:]
-    wall_s, stats = time.perf_counter() - start, djinn.stats(streaming)
-    result = {
-        "text": tokenizer.decode(ids, skip_special_tokens=True),
-        "new_tokens": len(ids),
-        "wall_s": wall_s,
-        "tokens_per_s": len(ids) / wall_s,
-        "link_gbps": stats.link_bytes / wall_s / 1e9,
-        "effective_gbps": stats.passes * stats.model_bytes / wall_s / 1e9,
-        "stall_s": stats.stall_s,
-    }
     if as_json:
-        print_json(result)
-        return
-    typer.echo(
-        f"{len(ids)} tokens in {wall_s:.3g} s: {result['tokens_per_s']:.3g} tokens/s, effective bandwidth "
-        f"{result['effective_gbps']:.3g} GB/s, of which {result['link_gbps']:.3g} GB/s crossed the link",
-        err=True,
-    )
+        print_json(asdict(made))
+    else:
+        print_generated(made)
 
 
 @main.command()
