@@ -103,7 +103,7 @@ def test_plan_for_a_machine_that_is_not_here(tmp_path: Path) -> None:
     assert "one more GB of budget saves 0.018" in shown.stdout
     assert "taken to be free: compute, host" in shown.stdout
     assert {path.name for path in tmp_path.glob("plan.*")} == {"plan.png", "plan.pdf", "plan.csv"}
-    plan = json.loads(djinn(*PLAN, "--batch", "4", "--json").stdout)
+    plan = json.loads(djinn(*PLAN, "--batch", "4", "--json", "--figure", str(tmp_path / "four.pdf")).stdout)
     assert plan["device"] == "cuda"
     assert plan["predicted"]["limit"] == "link"
     assert [choice["batch"] for choice in plan["batches"]] == [1, 2, 4, 8, 16, 32]

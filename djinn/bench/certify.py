@@ -69,7 +69,7 @@ class Certification(BaseModel):
     @property
     def rates(self) -> Rates:
         """What plans are predicted from: the best of each kind of rate, of the device that was certified."""
-        on_gpu = self.machine.torch_sees_gpu
+        on_gpu = any(rate.kind == "pinned to device" for rate in self.link)
         kind = "pinned to device" if on_gpu else "memcpy"
         copies = [rate.gbps * 1e9 for rate in self.link if rate.kind == kind]
         reads = [rate.gbps * 1e9 for rate in self.disk if rate.kind == "read" and rate.gbps is not None]

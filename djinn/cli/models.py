@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +22,7 @@ from djinn.cli.options import (
     PromptTokens,
     Ring,
 )
-from djinn.cli.show import print_generated, print_json, print_tensor_sizes
+from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes
 from djinn.errors import ConfigError
 
 
@@ -37,7 +39,7 @@ def plan(
     machine: Annotated[
         str | None, typer.Option(help="A machine of data/reference, or a certified run's folder.  [default: this one]")
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw it too: a .png or .pdf file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw it too, as .png, .pdf and .csv of this name.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say where the weights would be, and how fast that is, without loading anything."""
@@ -60,7 +62,8 @@ def plan(
     )
     outlook.print_forecast(found, there, as_json)
     if figure is not None:
-        outlook.draw(found, there, model, figure)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            print_paths(outlook.draw(found, there, model, figure))
 
 
 def generate(

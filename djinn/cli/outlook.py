@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from djinn.cli.show import print_json, print_paths, print_table
+from djinn.cli.show import print_json, print_table
 from djinn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
         typer.echo(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
 
 
-def draw(forecast: Forecast, there: Machine, model: str, path: Path) -> None:
-    """Draw a forecast as PDF, PNG and CSV, named as ``path`` is, and print where they are.
+def draw(forecast: Forecast, there: Machine, model: str, path: Path) -> list[Path]:
+    """Draw a forecast as PDF, PNG and CSV, named as ``path`` is; return where they are.
 
     Raises:
         ConfigError: another kind of picture.
@@ -98,7 +98,7 @@ def draw(forecast: Forecast, there: Machine, model: str, path: Path) -> None:
     from djinn.figures.draw import save
 
     figure = picture.draw(forecast, f"{model} on {there.name}")
-    print_paths(save(figure, picture.budgets_frame(forecast), path.with_suffix("")))
+    return save(figure, picture.budgets_frame(forecast), path.with_suffix(""))
 
 
 def _row(choice: Choice) -> list[Any]:

@@ -45,7 +45,7 @@ def test_the_tables_have_a_row_per_check_and_per_rate(certification: Certificati
 
 def test_plans_are_predicted_from_what_was_measured(certification: Certification) -> None:
     rates = certification.rates
-    assert rates.device == ("cuda" if certification.machine.torch_sees_gpu else "cpu")
+    assert rates.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert rates.link in [rate.gbps * 1e9 for rate in certification.link]
     assert rates.disk in [rate.gbps * 1e9 for rate in certification.disk if rate.gbps and rate.kind == "read"]
     assert certification.compute is not None
