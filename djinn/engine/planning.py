@@ -23,7 +23,7 @@ from djinn.hardware import usable_ram
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
+from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, synthetic_index
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, find_units
 
@@ -92,7 +92,9 @@ def outline_of(model: str | Path, spill: Path, dtype: torch.dtype) -> WeightInde
     Raises:
         ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
     """
-    return index_of(checkpoint.outline(str(model), spill / "outline"), spill, dtype, 0)
+    outline = spill / "outline"
+    found = checkpoint.outline(str(model), outline)
+    return header_index(outline) if outline.is_dir() else index_of(found, spill, dtype, 0)
 
 
 def on_disk(index: WeightIndex) -> WeightIndex:

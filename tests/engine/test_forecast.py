@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from djinn.engine.planning import index_of, on_disk, place_here
 from djinn.engine.predict import ComputeRate, Rates, predict, work_of
 from djinn.engine.workspace import Workload
 from djinn.errors import PlanError
+from djinn.weights import checkpoint
 
 MODEL = "synthetic:llama-2-7b"
 FREE = 8 * 10**9
@@ -78,3 +82,28 @@ def test_without_rates_there_is_a_plan_and_a_reason() -> None:
 def test_a_budget_that_cannot_work_says_what_would() -> None:
     with pytest.raises(PlanError, match=r"budget: .*it would fit a prompt of \d+ tokens"):
         forecast(MODEL, budget="6 GB", device="cuda", free=FREE, prompt_tokens=4000, batch=64)
+
+
+def test_a_hub_id_is_planned_as_its_checkpoint(
+    codable_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this one the headers are all there is: what stands for the hub fetches them from a folder."""
+
+    def outline(model: str, into: Path) -> str:
+        assert model == "org/name"
+        return shutil.copytree(codable_checkpoint, into)
+
+    monkeypatch.setattr(checkpoint, "outline", outline)
+    told = {
+        "budget": "20 MB",
+        "device": "cpu",
+        "prompt_tokens": 8,
+        "new_tokens": 4,
+        "free": FREE,
+        "host_memory": "1 GB",
+    }
+    hub = forecast("org/name", rates=RATES, **told)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    here = forecast(codable_checkpoint, rates=RATES, **told)  # type: ignore[arg-type]
+    assert hub.predicted == here.predicted
+    assert (hub.plan.tiers, hub.plan.slots) == (here.plan.tiers, here.plan.slots)
