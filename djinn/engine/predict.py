@@ -182,14 +182,16 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float) -
     for unit, tier in zip(plan.units, plan.tiers, strict=True):
         rows = work.workload.batch if unit.name in work.head else tokens
         on_disk = tier is Tier.DISK
+        compute_s = _multiply_s(unit.raw_bytes, rows, work.shares.get(unit.name, 1.0), rates.compute)
+        if on_cpu and unit.name in work.head and rates.link:
+            # A CPU's torch copies the output projection for each sequence; see workspace_bytes.
+            compute_s += rows * unit.raw_bytes / rates.link
+        over_link = tier is Tier.PINNED or (on_disk and not on_cpu)
         visits.append(
             _Visit(
                 disk_s=unit.image_bytes / _known("disk", rates.disk) if on_disk else 0.0,
-                link_s=unit.image_bytes / _known("link", rates.link)
-                if tier is Tier.PINNED or (on_disk and not on_cpu)
-                else 0.0,
-                compute_s=_multiply_s(unit.raw_bytes, rows, work.shares.get(unit.name, 1.0), rates.compute)
-                + extra_s * unit.raw_bytes / plan.model_bytes,
+                link_s=unit.image_bytes / _known("link", rates.link) if over_link else 0.0,
+                compute_s=compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
                 host_s=rates.module_s,
                 in_order=on_cpu,
             )

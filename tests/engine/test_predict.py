@@ -125,6 +125,15 @@ def test_the_head_sees_one_token_of_each_sequence_and_looked_up_rows_cost_nothin
     assert headed.ttft_s == pytest.approx(headed.token_s)
 
 
+def test_a_cpu_copies_the_output_projection_for_each_sequence() -> None:
+    plan = make_plan([unit("a", 1000), unit("b", 3000)], budget=10**9, workspace_bytes=0, host_bytes=0)
+    plain = work(attention_flops=0.0, cache_bytes=0, head=frozenset({"b"}))
+    known = Rates(device="cpu", link=1e9, compute=COMPUTE)
+    copied = LOAD.batch * plan.units[1].raw_bytes / 1e9
+    with_copy, on_gpu = (predict(plan, each, plain).token_s for each in (known, replace(known, device="cuda")))
+    assert with_copy - on_gpu == pytest.approx(copied)
+
+
 def test_compute_and_copies_overlap_on_a_gpu_and_add_up_from_a_cpus_own_memory() -> None:
     units = [unit(str(k), 100) for k in range(50)]
     plan = make_plan(units, budget=400 * PAGE, workspace_bytes=0, host_bytes=10**9, ring_bytes=300 * PAGE)
