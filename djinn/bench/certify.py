@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from djinn import hardware
 from djinn.bench import compute, disk, link
-from djinn.bench.checks import Check, Findings, Package, check_all
+from djinn.bench.checks import check_all
 from djinn.bench.compute import Compute
 from djinn.bench.disk import DiskRate
+from djinn.bench.findings import Check, Findings, Package
 from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof, prove
 from djinn.config import Profile, load_profile, profile_names
