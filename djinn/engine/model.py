@@ -106,7 +106,7 @@ def load(
         coder = Coder(reader, where)
         undo.callback(coder.close)
         index = as_coded(index, where, work, budget, coding, coder.layout)
-        planned = place_here(index, where, work, budget, ring, host_memory, usable_ram())
+        planned = place_here(index, where, work, budget, ring, host_memory)
         engine = _start(
             index, planned, work, where, reader, coder, chunk_bytes, trace=trace, progress=progress, undo=undo
         )

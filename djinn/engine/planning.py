@@ -61,7 +61,7 @@ def plan(
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
         index = as_coded(outline_of(model, Path(spill), dtype), where, work, budget, coding, layout)
-        return place_here(index, where, work, budget, ring, host_memory, usable_ram())
+        return place_here(index, where, work, budget, ring, host_memory)
 
 
 @contextmanager
@@ -204,13 +204,14 @@ def place_here(
     budget: int | str,
     ring: int | str | None,
     host_memory: int | str | None,
-    free: int,
+    free: int | None = None,
 ) -> Plan:
-    """Return the plan of ``index`` in the host memory that is ``free``, bytes.
+    """Return the plan of ``index`` in the host memory that is ``free``, bytes; by default what is free here now.
 
     Raises:
         PlanError: as for :func:`place`, or host memory that is not there.
     """
+    free = usable_ram() if free is None else free
     host_bytes = host_bytes_of(device, parse_bytes(budget), host_memory, free)
     planned = place(index, device, work, budget, ring, host_bytes)
     require_host_memory(planned, device, free)
