@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner, Result
 
+from djinn.artifact import notebook
 from djinn.bench.records import Record, read_records
 from djinn.cli import main
 from djinn.config import Profile, load_profile, profile_names
+
+PLAN = ("plan", "synthetic:llama-2-70b-16-layers", "--budget", "10 GB", "--machine", "h200_2026-11-24")
 
 
 def djinn(*arguments: str) -> Result:
@@ -51,6 +55,14 @@ def test_profiles_for_people() -> None:
         (["plan", "synthetic:llama-9", "--budget", "5 MB"], "no architecture 'llama-9'"),
         (["plan", "synthetic:llama-tiny", "--budget", "5"], "size '5' is not a positive number with a unit"),
         (["plan", "synthetic:llama-tiny", "--budget", "5 KB"], "budget: 5 KB is too small"),
+        (["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--machine", "l4"], "no machine 'l4'; the machines are"),
+        (["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--device", "tpu"], "device 'tpu': the devices are"),
+        ([*PLAN, "--device", "cpu"], "the rates of h200_2026-11-24 are those of device cuda"),
+        (["pack", "synthetic:llama-tiny", "--dry-run", "--device", "tpu"], "device 'tpu': the devices are"),
+        (
+            ["pack", "synthetic:llama-tiny", "--dry-run", "--device", "cuda:x"],
+            "device 'cuda:x': the devices are cpu and cuda",
+        ),
         (["generate", "nowhere", "--prompt", "x", "--budget", "5 MB"], "no folder 'nowhere'"),
         (["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5 MB", "--coding", "zip"], "coding 'zip'"),
         (["pack", "nowhere", "--dry-run"], "no folder 'nowhere'"),
@@ -84,6 +96,35 @@ def test_plan_as_json_accounts_for_every_byte() -> None:
     assert sum(unit["bytes"] for unit in plan["units"]) == plan["model_bytes"]
 
 
+def test_plan_for_a_machine_that_is_not_here(tmp_path: Path) -> None:
+    shown = djinn(*PLAN, "--figure", str(tmp_path / "plan.png"))
+    assert shown.exit_code == 0, shown.output
+    assert "predicted for h200_2026-11-24, link 55.5 GB/s, disk 2.09 GB/s" in shown.stdout
+    assert "one more GB of budget saves 0.018" in shown.stdout
+    assert "taken to be free: compute, host" in shown.stdout
+    assert {path.name for path in tmp_path.glob("plan.*")} == {"plan.png", "plan.pdf", "plan.csv"}
+    plan = json.loads(djinn(*PLAN, "--batch", "4", "--json", "--figure", str(tmp_path / "four.pdf")).stdout)
+    assert plan["device"] == "cuda"
+    assert plan["predicted"]["limit"] == "link"
+    assert [choice["batch"] for choice in plan["batches"]] == [1, 2, 4, 8, 16, 32]
+    same = next(choice for choice in plan["batches"] if choice["batch"] == 4)
+    assert {key: same[key] for key in plan["predicted"]} == plan["predicted"]
+    assert next(point for point in plan["budgets"] if point["budget"] == plan["budget"])["limit"] == "link"
+
+
+def test_plan_for_a_machine_that_nobody_certified_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebook, "RUNS_DIR", tmp_path)
+    arguments = ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--prompt-tokens", "8", "--device", "cpu"]
+    shown = djinn(*arguments)
+    assert shown.exit_code == 0
+    assert "the largest batch that fits is" in shown.stdout
+    assert "no times: no rates" in shown.stdout
+    assert "djinn certify" in shown.stdout
+    assert djinn(*arguments, "--figure", str(tmp_path / "plan.pdf")).exit_code == 2
+
+
 def test_pack_says_what_it_saves_and_unpack_gives_it_back(codable_checkpoint: Path, tmp_path: Path) -> None:
     packed, back = tmp_path / "packed", tmp_path / "back"
     would = djinn("pack", str(codable_checkpoint), "--dry-run", "--json", "--device", "cpu")
@@ -108,6 +149,46 @@ def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:
     assert 1 <= measured["new_tokens"] <= 4
     assert measured["text"].strip() in shown.stdout
     assert measured["effective_gbps"] > 0
+    assert measured["link_gbps"] > 0
+    assert 0 < measured["peak_device_bytes"] < 200e6  # libraries' own memory is much of that of so small a model
+    assert "peak device memory" in shown.stderr
+    assert "limited by: " in shown.stderr
+    assert set(measured["shares"]) == {"link", "disk", "host", "compute"}
+    assert sum(measured["shares"].values()) == pytest.approx(1)
+    assert measured["shares"][measured["limit"]] == max(measured["shares"].values())
+
+
+def test_generate_samples_as_it_is_told(tiny_checkpoint: Path) -> None:
+    arguments = [
+        "generate",
+        str(tiny_checkpoint),
+        "--prompt",
+        "Hello",
+        "--budget",
+        "5 MB",
+        "--new-tokens",
+        "8",
+        "--json",
+    ]
+    texts = [
+        json.loads(djinn(*arguments, "--temperature", "2", "--seed", seed, "--device", "cpu").stdout)["text"]
+        for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_chat_goes_through_the_tokenizers_template(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    talking = tmp_path / "talking"
+    shutil.copytree(tiny_checkpoint, talking)
+    told = ["--budget", "5 MB", "--new-tokens", "3", "--json"]
+    refused = djinn("generate", str(talking), "--prompt", "Hello", *told, "--chat")
+    assert refused.exit_code == 2
+    assert "no chat template" in refused.stderr
+    (talking / "chat_template.jinja").write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    chat = djinn("generate", str(talking), "--prompt", "Hello", *told, "--chat")
+    plain = djinn("generate", str(talking), "--prompt", "<Hello>", *told)
+    assert chat.exit_code == plain.exit_code == 0, chat.output
+    assert json.loads(chat.stdout)["text"] == json.loads(plain.stdout)["text"]
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_python_examples_run(
     monkeypatch.setattr(checkpoint, "CHECKPOINT_DIR", tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
-    if "djinn.load" in block:
+    if "bytes were streamed" in block:
         streamed = re.search(r"(\d+) bytes were streamed", capsys.readouterr().out)
         assert streamed is not None
         assert int(streamed[1]) > 0

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,21 +23,23 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from djinn import hardware
-from djinn.bench import disk, link
-from djinn.bench.checks import Check, Findings, Package, check_all
+from djinn.bench import compute, disk, link
+from djinn.bench.checks import check_all
+from djinn.bench.compute import Compute
 from djinn.bench.disk import DiskRate
+from djinn.bench.findings import Check, Findings, Package
 from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof, prove
 from djinn.config import Profile, load_profile, profile_names
 from djinn.engine.plan import Plan
-from djinn.engine.planning import as_coded, estimating, place, workspace_of
+from djinn.engine.planning import as_coded, estimating, on_disk, place, workspace_of
+from djinn.engine.predict import ComputeRate, Rates
 from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
 from djinn.weights.architectures import load_architecture
 from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC, synthetic_folder
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
-from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 
 RESULT = Path("results") / "certify.json"
 
@@ -56,6 +57,8 @@ class Certification(BaseModel):
     machine: Machine
     link: tuple[LinkRate, ...]
     disk: tuple[DiskRate, ...]
+    compute: Compute | None = None
+    """None in records from before it was measured, and where measuring it failed."""
     proof: Proof | None
     checks: tuple[Check, ...]
 
@@ -63,6 +66,27 @@ class Certification(BaseModel):
     def ok(self) -> bool:
         """Whether no check failed."""
         return all(check.verdict != "fail" for check in self.checks)
+
+    @property
+    def rates(self) -> Rates:
+        """What plans are predicted from: the best of each kind of rate, of the device that was certified."""
+        on_gpu = any(rate.kind == "pinned to device" for rate in self.link)
+        kind = "pinned to device" if on_gpu else "memcpy"
+        copies = [rate.gbps * 1e9 for rate in self.link if rate.kind == kind]
+        reads = [rate.gbps * 1e9 for rate in self.disk if rate.kind == "read" and rate.gbps is not None]
+        direct = [rate.gbps * 1e9 for rate in self.disk if (rate.kind, rate.mode) == ("read", "direct") and rate.gbps]
+        # Small chunks stay in a processor's cache, which a model does not.
+        best = max if on_gpu else min
+        return Rates(
+            device="cuda" if on_gpu else "cpu",
+            link=best(copies, default=None),
+            disk=max(direct or reads, default=None),
+            compute=tuple(
+                ComputeRate(tokens=rate.tokens, rate=rate.gbps * 1e9)
+                for rate in (self.compute.rates if self.compute else ())
+            ),
+            module_s=self.compute.module_s if self.compute else 0.0,
+        )
 
     def frame(self) -> pd.DataFrame:
         """Return a row per check: check, measured, needed, verdict, remedy."""
@@ -90,7 +114,8 @@ class Certification(BaseModel):
 def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certification:
     """Measure, check and prove; write the result to ``run_dir/results/certify.json`` and return it.
 
-    Takes about a minute: the disk is measured with a file of at most 1 GiB that is deleted again.
+    Takes about a minute, or two on a slow processor: the disk is measured with a file of at most 1 GiB that is deleted
+    again.
 
     Raises:
         OSError: the run directory cannot be written.
@@ -101,7 +126,7 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
     folder = CHECKPOINT_DIR if checkpoint else run_dir
     folder.mkdir(parents=True, exist_ok=True)
     chunks = sorted({profile.chunk, *profile.sweep.chunks})
-    with tqdm(total=4, desc="certify: link", disable=not progress) as bar:
+    with tqdm(total=5, desc="certify: link", disable=not progress) as bar:
 
         def step(then: str) -> None:
             bar.update()
@@ -112,11 +137,13 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
         machine = hardware.describe(folder)
         step("disk")
         disk_rates, disk_reason = _tried(lambda: disk.rates(folder, min(2**30, profile.min_disk // 4)))
+        step("compute")
+        on_gpu = machine.torch_sees_gpu and torch.cuda.is_available()
+        computed, _ = _tried(lambda: compute.measure(torch.device("cuda" if on_gpu else "cpu")))
         step("plan")
         plan, plan_reason = _tried(lambda: _plan(profile))
         step("streamed = resident")
-        on_gpu = profile.device == "cuda" and torch.cuda.is_available()
-        proof, proof_reason = _tried(lambda: prove("cuda" if on_gpu else "cpu"))
+        proof, proof_reason = _tried(lambda: prove("cuda" if on_gpu and profile.device == "cuda" else "cpu"))
         step("done")
     findings = Findings(
         profile=profile,
@@ -143,6 +170,7 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
         machine=machine,
         link=tuple(findings.link),
         disk=tuple(findings.disk),
+        compute=computed,
         proof=proof,
         checks=tuple(check_all(findings)),
     )
@@ -153,13 +181,13 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
 
 
 def read_certification(run_dir: Path) -> Certification | None:
-    """Read the certification of a run; None if there is none yet.
+    """Read the certification of a run, or of a folder that holds it alone; None if there is none yet.
 
     Raises:
         ConfigError: the file is damaged.
     """
-    path = run_dir / RESULT
-    if not path.is_file():
+    path = next((path for path in (run_dir / RESULT, run_dir / RESULT.name) if path.is_file()), None)
+    if path is None:
         return None
     try:
         return Certification.model_validate_json(path.read_text())
@@ -194,13 +222,8 @@ def _plan(profile: Profile) -> Plan:
         index = _index(profile, Path(spill))
         index = as_coded(index, workspace_of(index, device, work), profile.budget, profile.coding, layout)
     if profile.weights == "disk":
-        index = replace(index, tensors={name: _in_a_file(entry) for name, entry in index.tensors.items()})
+        index = on_disk(index)
     return place(index, device, work, profile.budget, profile.ring, profile.host_memory)
-
-
-def _in_a_file(entry: TensorEntry) -> TensorEntry:
-    """Return a tensor as it will be once the checkpoint is written; where in its file does not matter to a plan."""
-    return replace(entry, source=FileSpan(Path(), 0)) if isinstance(entry.source, Seeded) else entry
 
 
 def _index(profile: Profile, spill: Path) -> WeightIndex:

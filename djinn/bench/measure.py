@@ -133,7 +133,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         "link_utilisation": link_bytes / wall_s / ceiling,
         "stall_s": None if stalled is None or stalled_s is None else stalled_s - stalled,
         "effective_gbps": model_bytes * profile.new_tokens / wall_s / 1e9,
-        "peak_device_bytes": _peak_device(system, job, peak),
+        "peak_device_bytes": peak_device(peak, on_gpu=job.on_gpu, host_bytes=system.host_bytes),
         "peak_host_bytes": peak.rss_bytes,
         "peak_anon_bytes": peak.anon_bytes,
         "tokens": tokens,
@@ -229,15 +229,15 @@ def _read_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
-def _peak_device(system: System, job: Job, peak: MemoryPeak) -> int:
+def peak_device(peak: MemoryPeak, *, on_gpu: bool, host_bytes: int) -> int:
     """Return the peak of device memory, bytes.
 
-    On a CPU the device is what the system added to the process's anonymous memory, less the weights that it keeps
-    aside in host memory: residents, ring, KV cache, activations and scratch of its libraries.
+    On a CPU the device is what a system added to the process's anonymous memory, less the ``host_bytes`` of weights
+    that it keeps aside in host memory: residents, ring, KV cache, activations and scratch of its libraries.
     """
-    if job.on_gpu:
+    if on_gpu:
         free, total = torch.cuda.mem_get_info()
         used = hardware.gpu_used_bytes() or total - free
         context = used - peak.bare_device_bytes - torch.cuda.memory_reserved()
         return torch.cuda.max_memory_reserved() + max(context, 0)
-    return max(peak.anon_bytes - peak.bare_bytes - system.host_bytes, 0)
+    return max(peak.anon_bytes - peak.bare_bytes - host_bytes, 0)

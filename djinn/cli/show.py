@@ -16,6 +16,7 @@ from rich.table import Table
 from djinn.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from djinn.bench.generation import Generated
     from djinn.bench.records import Record
     from djinn.weights.pack import TensorSize
 
@@ -62,6 +63,18 @@ def print_tensor_sizes(sizes: Sequence[TensorSize], as_json: bool) -> None:
     rows = [_size_row(f"{kind} x {len(members)}", dtype, members) for (kind, dtype, _), members in kinds.items()]
     rows.append(_size_row(f"all {len(sizes)}", "", sizes))
     print_table(["tensors", "dtype", "stored", "bytes", "as stored", "bits of 16"], rows)
+
+
+def print_generated(made: Generated) -> None:
+    """Say on standard error how a text was generated, which is on standard output already."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(made.shares.items(), key=lambda kv: -kv[1]))
+    typer.echo(
+        f"{made.new_tokens} tokens in {made.wall_s:.3g} s: {made.tokens_per_s:.3g} tokens/s, effective bandwidth "
+        f"{made.effective_gbps:.3g} GB/s, of which {made.link_gbps:.3g} GB/s were streamed\n"
+        f"peak device memory {format_bytes(made.peak_device_bytes)}\n"
+        f"limited by: {made.limit}; shares of the time: {shares}",
+        err=True,
+    )
 
 
 def _size_row(tensors: str, dtype: str, sizes: Sequence[TensorSize]) -> list[str]:

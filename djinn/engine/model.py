@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from djinn.devices import device_here
 from djinn.engine.arena import Arena
 from djinn.engine.binding import Weights, buffer_homes, materialise, move_buffers
 from djinn.engine.coding import Coder, Scratch, decoding
@@ -25,13 +26,13 @@ from djinn.engine.cuda import CudaCopier
 from djinn.engine.guards import guard, unguard
 from djinn.engine.hooks import Streamer
 from djinn.engine.plan import Plan, Tier
-from djinn.engine.planning import Coding, as_coded, device_of, index_of, place_here, workspace_of
+from djinn.engine.planning import Coding, as_coded, index_of, place_here, workspace_of
 from djinn.engine.reader import Reader, allocate
 from djinn.engine.residents import load_residents
 from djinn.engine.saving import save_from_store
 from djinn.engine.stats import Stats
 from djinn.engine.workspace import Workload, shortage_hook
-from djinn.errors import ConfigError, PlanError, UnavailableError
+from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
 
@@ -109,9 +110,7 @@ def load(
         PlanError: a ring, budget or host memory that cannot work; says what would.
         UnavailableError: no such device.
     """
-    where = device_of(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
+    where = device_here(device)
     chunk_bytes = parse_bytes(chunk)
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     with ExitStack() as undo:

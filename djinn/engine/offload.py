@@ -9,14 +9,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from djinn.devices import device_here
 from djinn.engine.binding import Weights, parameters_by_name
 from djinn.engine.coding import Coder
 from djinn.engine.guards import is_guarded
 from djinn.engine.model import Engine, note_state, register, restore, start
-from djinn.engine.planning import Coding, as_coded, device_of, in_free_memory, place_units
+from djinn.engine.planning import Coding, as_coded, in_free_memory, place_units
 from djinn.engine.reader import Reader
 from djinn.engine.workspace import CUDA_CONTEXT_BYTES, CUDA_LIBRARIES_BYTES, shortage_hook
-from djinn.errors import ConfigError, PlanError, UnavailableError
+from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights.index import WeightIndex
@@ -161,9 +162,7 @@ def _check_reads(
 
 
 def _device(name: str | None) -> torch.device:
-    where = device_of(name)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
+    where = device_here(name)
     if where.type == "cuda" and where.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return where

@@ -1,8 +1,8 @@
 """The plan: which units stay on the device, which wait in pinned host memory, which on disk, and how large the ring is.
 
-Pure: sizes and rates in, placement and predicted times out; refused here is whatever could not work, before a byte
-is allocated. Within the budget the ring comes first, as small as still overlaps, because a byte of ring above that
-buys nothing while a resident byte never crosses the link again.
+Pure: sizes in, placement out (how fast that is, :mod:`djinn.engine.predict` says); refused here is whatever could not
+work, before a byte is allocated. Within the budget the ring comes first, as small as still overlaps, because a byte of
+ring above that buys nothing while a resident byte never crosses the link again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,6 @@ class Tier(StrEnum):
     RESIDENT = "resident"
     PINNED = "pinned"
     DISK = "disk"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Measured rates of a machine, bytes/s."""
-
-    link: float
-    disk: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +81,6 @@ class Plan:
     def oversubscription(self) -> float:
         """Model bytes ÷ budget."""
         return self.model_bytes / self.budget
-
-    def pass_s(self, rates: Rates) -> float:
-        """Return the predicted seconds of a pass that waits for nothing but its weights.
-
-        Disk reads overlap the link's copies, so the slower of the two decides.
-        """
-        streamed = self.pinned_bytes + self.disk_bytes
-        return max(streamed / rates.link, self.disk_bytes / rates.disk)
 
     @property
     def is_coded(self) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from djinn.codec.layout import Layout
+from djinn.devices import device_of
 from djinn.engine.coding import Coder, coded, uncoded
 from djinn.engine.plan import Plan, make_plan
 from djinn.engine.reader import Reader
@@ -20,8 +23,8 @@ from djinn.hardware import usable_ram
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
-from djinn.weights.tensors import TensorEntry
+from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, synthetic_index
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, Unit, find_units
 
 Coding = Literal["none", "lossless"]
@@ -57,7 +60,7 @@ def plan(
     where = device_of(device)
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = index_of(model, Path(spill), dtype, 0)
+        index = outline_of(model, Path(spill), dtype)
         index = as_coded(index, workspace_of(index, where, work), budget, coding, layout)
         return place_here(index, where, work, budget, ring, host_memory)
 
@@ -72,18 +75,6 @@ def estimating() -> Iterator[Callable[[TensorEntry], Layout | None]]:
         reader.close()
 
 
-def device_of(name: str | None) -> torch.device:
-    """Return the device that a user means; None is a GPU where there is one.
-
-    Raises:
-        ConfigError: neither cpu nor cuda.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r}: the devices are cpu and cuda")
-    return torch.device(name)
-
-
 def index_of(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> WeightIndex:
     """Return the index of what a user calls a model; ``dtype`` and ``seed`` are of a synthetic one.
 
@@ -94,6 +85,29 @@ def index_of(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> W
     if name.startswith("synthetic:"):
         return synthetic_index(empty_model(load_architecture(name.removeprefix("synthetic:")), dtype), seed)
     return checkpoint_index(checkpoint.resolve(name), spill)
+
+
+def outline_of(model: str | Path, spill: Path, dtype: torch.dtype) -> WeightIndex:
+    """Return the index of a model for planning alone: of a hub id, only headers are fetched.
+
+    Raises:
+        ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
+    """
+    outline = spill / "outline"
+    found = checkpoint.outline(str(model), outline)
+    return header_index(outline) if outline.is_dir() else index_of(found, spill, dtype, 0)
+
+
+def on_disk(index: WeightIndex) -> WeightIndex:
+    """Return the index of a synthetic model as it will be once its checkpoint is written; any other as it is.
+
+    Where in its file a tensor will be does not matter to a plan.
+    """
+    tensors = {
+        name: replace(entry, source=FileSpan(Path(), 0)) if isinstance(entry.source, Seeded) else entry
+        for name, entry in index.tensors.items()
+    }
+    return replace(index, tensors=tensors)
 
 
 def as_coded(
@@ -119,28 +133,18 @@ def as_coded(
     return coded(index, layout) if coding == "lossless" or is_packed else index
 
 
-def place(
-    index: WeightIndex,
-    device: torch.device,
-    work: Workload,
-    budget: int | str,
-    ring: int | str | None,
-    host_bytes: int,
-) -> Plan:
-    """Return the plan of ``index`` on a device; ``host_bytes`` is the largest arena.
+def planner(index: WeightIndex, device: torch.device, ring: int | str | None) -> Callable[[int, int, Workload], Plan]:
+    """Return a function that plans ``index`` for a budget, a largest arena (both bytes) and a workload.
 
-    Raises:
-        PlanError: a budget, ring or host memory that cannot work; says what would, the workload included.
+    The model's units are found once, which is what takes time; each call raises PlanError as
+    :func:`djinn.engine.plan.make_plan` does.
     """
     units = find_units(index)
 
-    def plan_for(workload: Workload) -> Plan:
-        return place_units(units, device, workspace_of(index, device, workload), budget, ring, host_bytes)
+    def plan_for(budget: int, host_bytes: int, work: Workload) -> Plan:
+        return place_units(units, device, workspace_of(index, device, work), budget, ring, host_bytes)
 
-    try:
-        return plan_for(work)
-    except PlanError as error:
-        raise PlanError(f"{error}{what_fits(plan_for, work)}") from None
+    return plan_for
 
 
 def place_units(
@@ -167,6 +171,55 @@ def place_units(
     )
 
 
+def place(
+    index: WeightIndex,
+    device: torch.device,
+    work: Workload,
+    budget: int | str,
+    ring: int | str | None,
+    host_bytes: int,
+) -> Plan:
+    """Return the plan of ``index`` on a device; ``host_bytes`` is the largest arena.
+
+    Raises:
+        PlanError: a budget, ring or host memory that cannot work; says what would, the workload included.
+    """
+    budget_bytes = parse_bytes(budget)
+    plan_for = planner(index, device, ring)
+    try:
+        return plan_for(budget_bytes, host_bytes, work)
+    except PlanError as error:
+        would_fit = what_fits(partial(plan_for, budget_bytes, host_bytes), work)
+        raise PlanError(f"{error}{would_fit}") from None
+
+
+def host_bytes_of(
+    device: torch.device, budget: int, host_memory: int | str | None, free: int, given_back: int = 0
+) -> int:
+    """Return the largest arena, bytes: what was asked for, or a share of the host memory that is free.
+
+    What loading gives back while it fills the arena is all the arena's.
+    """
+    if host_memory is not None:
+        return parse_bytes(host_memory)
+    on_device = budget if device.type == "cpu" else 0
+    return given_back + max(round(HOST_SHARE * free) - on_device, 0)
+
+
+def require_host_memory(planned: Plan, device: torch.device, free: int) -> None:
+    """Hold a plan against the host memory that is free, bytes.
+
+    Raises:
+        PlanError: it needs more.
+    """
+    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
+    if needed > free:
+        raise PlanError(
+            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "
+            "lower host_memory or budget"
+        )
+
+
 def place_here(
     index: WeightIndex,
     device: torch.device,
@@ -174,14 +227,15 @@ def place_here(
     budget: int | str,
     ring: int | str | None,
     host_memory: int | str | None,
+    free: int | None = None,
 ) -> Plan:
-    """Return the plan of ``index`` in the host memory that is free now.
+    """Return the plan of ``index`` in the host memory that is ``free``, bytes; by default what is free here now.
 
     Raises:
         PlanError: as for :func:`place`, or host memory that is not there.
     """
     return in_free_memory(
-        lambda host_bytes: place(index, device, work, budget, ring, host_bytes), device, budget, host_memory
+        lambda host_bytes: place(index, device, work, budget, ring, host_bytes), device, budget, host_memory, free
     )
 
 
@@ -190,23 +244,19 @@ def in_free_memory(
     device: torch.device,
     budget: int | str,
     host_memory: int | str | None,
+    free: int | None = None,
     given_back: int = 0,
 ) -> Plan:
-    """Return what ``plan_for`` makes of the host memory that is free now, and of what loading gives back, in bytes.
+    """Return what ``plan_for`` makes of a largest arena, for the memory that is ``free`` and what loading gives back.
+
+    All in bytes; by default free is what is free here now.
 
     Raises:
         PlanError: as ``plan_for``, or host memory that is not there.
     """
-    free = usable_ram()
-    on_device = parse_bytes(budget) if device.type == "cpu" else 0
-    share = given_back + max(round(HOST_SHARE * free) - on_device, 0)
-    planned = plan_for(share if host_memory is None else parse_bytes(host_memory))
-    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
-    if needed > free + given_back:
-        raise PlanError(
-            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free + given_back)} are free; "
-            "lower host_memory or budget"
-        )
+    free = usable_ram() if free is None else free
+    planned = plan_for(host_bytes_of(device, parse_bytes(budget), host_memory, free, given_back))
+    require_host_memory(planned, device, free + given_back)
     return planned
 
 

@@ -7,7 +7,7 @@ bound to it once, and the copy of the next pass's first units needs nothing but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,15 @@ class Slot:
     nbytes: int
     clashes: int
     """The units whose slots share bytes with this one, itself among them: a set, bit ``u`` for unit ``u``."""
+
+    @property
+    def sharing(self) -> Iterator[int]:
+        """The same units, one by one."""
+        rest = self.clashes
+        while rest:
+            lowest = rest & -rest
+            yield lowest.bit_length() - 1
+            rest ^= lowest
 
 
 def schedule(sizes: Sequence[int], ring_bytes: int) -> list[Slot]:

@@ -47,6 +47,12 @@ def kv_cache_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload)
     return text.layers * (text.cache * tokens + text.state) * work.batch * dtype.itemsize
 
 
+def attention_flops(config: PretrainedConfig, work: Workload) -> float:
+    """Return what a prefill computes between its tokens: 2 products · 2 · head size · heads · tokens² ÷ 2 a layer."""
+    text = next(dimensions(config))
+    return float(2 * text.layers * text.attention * work.prompt_tokens**2 * work.batch)
+
+
 def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload) -> int:
     """Return the largest set of activations alive at once.
 

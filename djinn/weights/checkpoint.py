@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfFileSystem, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from djinn.errors import CheckpointError, UnavailableError
+from djinn.weights.files import read_checkpoint
 from djinn.weights.header import read_header
 from djinn.weights.packed import is_packed
 from djinn.weights.synth import read_manifest, synthesise, verify
@@ -67,6 +70,35 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
     )
 
 
+def outline(model: str, into: Path) -> str:
+    """Return what to index ``model`` by without having its weights: a folder ``into`` with the headers of a hub id's.
+
+    Its safetensors files have their whole size, and take no room on the disk. What is on this disk already, or is no
+    hub id, is returned as it is.
+
+    Raises:
+        CheckpointError, UnavailableError: as :func:`resolve`.
+    """
+    match = _HUB_ID.fullmatch(model)
+    if match is None or Path(model).expanduser().is_dir():
+        return model
+    repo, revision = match["repo"], match["revision"]
+    with _hub_errors(repo, revision):
+        try:
+            cached = snapshot_download(repo, revision=revision, local_files_only=True)
+            read_checkpoint(Path(cached))
+            return cached
+        except (LocalEntryNotFoundError, CheckpointError):  # not here, or not all of it
+            into.mkdir(parents=True, exist_ok=True)
+        snapshot_download(repo, revision=revision, allow_patterns=["*.json"], ignore_patterns=["*/*"], local_dir=into)
+        hub = HfFileSystem()
+        for path in hub.glob(f"{repo}/*.safetensors", revision=revision):
+            name = path.rpartition("/")[2]
+            if not name.startswith("consolidated"):
+                _write_header(hub, path, revision, into / name)
+    return str(_checked(into))
+
+
 def is_synthetic(folder: Path) -> bool:
     """Return whether the weights in ``folder`` are seeded random numbers, as its manifest says.
 
@@ -85,16 +117,30 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
+def _write_header(hub: HfFileSystem, path: str, revision: str | None, target: Path) -> None:
+    with hub.open(path, revision=revision, block_size=2**20) as remote, target.open("wb") as local:
+        length = remote.read(8)
+        local.write(length + remote.read(int.from_bytes(length, "little")))
+        local.truncate(remote.size)
+
+
 def _fetched(repo: str, revision: str | None) -> Path:
-    if revision is None or not _COMMIT.fullmatch(revision):
-        warnings.warn(
-            f"{repo} is not pinned to a commit, so its weights may change; write {repo}@<40-digit commit>", stacklevel=3
-        )
-    asked = repo if revision is None else f"{repo}@{revision}"
-    try:
+    with _hub_errors(repo, revision):
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES)
         )
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Warn about a moving revision; what the hub refuses becomes an error that says what to do."""
+    if revision is None or not _COMMIT.fullmatch(revision):
+        warnings.warn(
+            f"{repo} is not pinned to a commit, so its weights may change; write {repo}@<40-digit commit>", stacklevel=5
+        )
+    asked = repo if revision is None else f"{repo}@{revision}"
+    try:
+        yield
     except GatedRepoError:  # first, being a RepositoryNotFoundError as well
         raise CheckpointError(
             f"{asked}: gated; accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"

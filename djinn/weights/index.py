@@ -149,6 +149,31 @@ def synthetic_index(model: PreTrainedModel, seed: int) -> WeightIndex:
     return WeightIndex(_ready(model), tensors, synthetic=True)
 
 
+def header_index(folder: Path) -> WeightIndex:
+    """Return an index for planning alone, of a folder whose files may be headers without weights.
+
+    Nothing is read or converted: what has another name in the files, or is made of several tensors there, has the
+    shape and dtype that the model gives it.
+
+    Raises:
+        CheckpointError: a damaged header, or a config that transformers has no model for.
+    """
+    files = read_checkpoint(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        stored = next((entry.dtype for entry in files.values() if entry.dtype.is_floating_point), torch.float32)
+        model = empty_model(config, getattr(config, "dtype", None) or stored)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder.name}: transformers cannot make its model: {error}") from error
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        found = files.get(name)
+        if found is None or found.shape != tuple(parameter.shape):
+            found = TensorEntry(parameter.dtype, tuple(parameter.shape), FileSpan(folder, 0))
+        tensors[name] = found
+    return WeightIndex(_ready(model), tensors, synthetic=False)
+
+
 def model_class(config: PretrainedConfig) -> Any:
     """Return the class that ``config`` names, as transformers' pipelines resolve it: the one that was saved.
 

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from djinn.codec.encode import layout_of
+from djinn.devices import device_here
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
 from djinn.weights import packed
 from djinn.weights.checkpoint import resolve
@@ -67,7 +67,7 @@ def pack(model: str | Path, out: str | Path, *, device: str | None = None, progr
         ConfigError: an ``out`` that is, holds or is in the source.
         UnavailableError: the disk is full; what was finished is kept.
     """
-    return _converted(resolve(str(model)), Path(out), "pack", partial(pack_shard, device=_device(device)), progress)
+    return _converted(resolve(str(model)), Path(out), "pack", partial(pack_shard, device=device_here(device)), progress)
 
 
 def unpack(folder: str | Path, out: str | Path, *, device: str | None = None, progress: bool = False) -> Path:
@@ -77,7 +77,7 @@ def unpack(folder: str | Path, out: str | Path, *, device: str | None = None, pr
         CheckpointError, ConfigError, UnavailableError: as for :func:`pack`; a ``folder`` that is not packed.
     """
     return _converted(
-        resolve(str(folder)), Path(out), "unpack", partial(unpack_shard, device=_device(device)), progress
+        resolve(str(folder)), Path(out), "unpack", partial(unpack_shard, device=device_here(device)), progress
     )
 
 
@@ -87,17 +87,13 @@ def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSi
     Raises:
         CheckpointError: a checkpoint that is missing or damaged.
     """
-    where = _device(device)
+    where = device_here(device)
     for name, entry in read_checkpoint(resolve(str(model))).items():
         layout = entry.layout
         if entry.codable:
             layout = layout_of(read_tensor(entry).view(entry.dtype).to(where))
         dtype = str(entry.dtype).removeprefix("torch.")
         yield TensorSize(name, dtype, entry.raw_bytes, packed.stored_bytes(entry, layout), layout is not None)
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: bool) -> Path:

@@ -43,6 +43,16 @@ def test_the_tables_have_a_row_per_check_and_per_rate(certification: Certificati
     assert len(certification.rates_frame()) == len(certification.link) + len(certification.disk) > 0
 
 
+def test_plans_are_predicted_from_what_was_measured(certification: Certification) -> None:
+    rates = certification.rates
+    assert rates.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert rates.link in [rate.gbps * 1e9 for rate in certification.link]
+    assert rates.disk in [rate.gbps * 1e9 for rate in certification.disk if rate.gbps and rate.kind == "read"]
+    assert certification.compute is not None
+    assert [rate.tokens for rate in rates.compute] == [rate.tokens for rate in certification.compute.rates]
+    assert rates.module_s == certification.compute.module_s > 0
+
+
 def test_no_certification_yet_and_a_damaged_one(tmp_path: Path) -> None:
     assert read_certification(tmp_path) is None
     (tmp_path / RESULT).parent.mkdir()
@@ -59,6 +69,7 @@ def test_a_measurement_that_breaks_is_a_failed_check(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "prove", broken)
     monkeypatch.setattr(module.link, "rates", broken)
     monkeypatch.setattr(module.disk, "rates", broken)
+    monkeypatch.setattr(module.compute, "measure", broken)
     found = certify(load_profile("virt_mem_h100"), tmp_path, progress=False)
     assert not found.ok
     checks = {check.name: check for check in found.checks}

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from djinn import hardware
-from djinn.bench.checks import Check, Findings, Package, check_all
+from djinn.bench.checks import check_all
 from djinn.bench.disk import DiskRate
+from djinn.bench.findings import Check, Findings, Package
 from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof
 from djinn.config import load_profile

@@ -21,8 +21,9 @@ from transformers.utils import logging as hf_logging
 from djinn.errors import CheckpointError
 from djinn.weights.architectures import load_architecture
 from djinn.weights.files import read_checkpoint, read_shard
-from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, owners, synthetic_index
+from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, owners, synthetic_index
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
+from djinn.weights.units import find_units
 
 Tiny = Callable[[str], Path]
 INDEX = "model.safetensors.index.json"
@@ -133,6 +134,35 @@ def test_a_single_file_is_a_checkpoint_too(copy: Path, tmp_path: Path) -> None:
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     index = checkpoint_index(copy, tmp_path / "spill")
     assert all(torch.equal(value_of(entry), tensors[name]) for name, entry in index.tensors.items())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_headers_alone_tell_what_a_model_would_hold(tiny_checkpoint: Tiny, tmp_path: Path, name: str) -> None:
+    folder, hollow, spill = tiny_checkpoint(name), tmp_path / "hollow", tmp_path / "spill"
+    for made in (hollow, spill):
+        made.mkdir()
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file, (hollow / path.name).open("wb") as copied:
+                length = file.read(8)
+                copied.write(length + file.read(int.from_bytes(length, "little")))
+                copied.truncate(path.stat().st_size)
+        else:
+            shutil.copy(path, hollow)
+    before = {path: path.stat().st_blocks for path in hollow.iterdir()}
+    found, whole = header_index(hollow), checkpoint_index(folder, spill)
+    assert [(name, entry.dtype, entry.shape) for name, entry in found.tensors.items()] == [
+        (name, entry.dtype, entry.shape) for name, entry in whole.tensors.items()
+    ]
+    assert found.nbytes == whole.nbytes
+    assert [unit.name for unit in find_units(found)] == [unit.name for unit in find_units(whole)]
+    assert {path: path.stat().st_blocks for path in hollow.iterdir()} == before
+
+
+def test_a_config_that_no_model_has_is_refused_by_headers_too(copy: Path) -> None:
+    (copy / "config.json").write_text('{"model_type": "ours"}')
+    with pytest.raises(CheckpointError, match="transformers cannot make its model"):
+        header_index(copy)
 
 
 def test_seeded_models_have_no_files() -> None:

@@ -1,0 +1,104 @@
+"""How fast a device computes what a decoder computes: weights times a few tokens or many, and a module's own overhead.
+
+Weights are bfloat16 and larger together than any cache, so that one token measures how fast memory gives them and many
+tokens how fast the device multiplies. The overhead is what a module costs the host where there is nothing to compute:
+Python, kernel launches, and all that stands between two products.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch.nn.functional import linear
+
+from djinn.weights.architectures import load_architecture
+from djinn.weights.index import owners
+
+TOKENS = (1, 8, 64, 512, 4096)
+_SHAPE = (8192, 4096)
+_MATRICES = 2
+_REPEATS = 3
+_LONGEST_S = 0.1
+"""A device that took longer for all matrices has reached its rate, and is not asked for more tokens."""
+_MODEL = "llama-tiny"
+_STEPS = 8
+
+
+class ComputeRate(BaseModel):
+    """Bytes of bfloat16 weights that are multiplied by ``tokens`` rows in a second, in 10^9: FLOP/s over tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: int
+    gbps: float
+
+
+class Compute(BaseModel):
+    """What a device computes. ``module_s`` are host seconds of a module that has weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    rates: tuple[ComputeRate, ...]
+    module_s: float
+
+
+def measure(device: torch.device) -> Compute:
+    """Measure ``device``; takes seconds and 128 MiB of its memory."""
+    return Compute(device=device.type, rates=tuple(_rates(device)), module_s=_module_s(device))
+
+
+@torch.no_grad()
+def _rates(device: torch.device) -> list[ComputeRate]:
+    weights = [torch.ones(_SHAPE, dtype=torch.bfloat16, device=device) for _ in range(_MATRICES)]
+    nbytes = sum(weight.nbytes for weight in weights)
+    found = []
+    for tokens in TOKENS:
+        inputs = torch.ones(tokens, _SHAPE[1], dtype=torch.bfloat16, device=device)
+
+        def multiply(inputs: torch.Tensor = inputs) -> None:
+            for weight in weights:
+                linear(inputs, weight)
+
+        seconds = _median_s(multiply, device)
+        found.append(ComputeRate(tokens=tokens, gbps=nbytes / seconds / 1e9))
+        if seconds > _LONGEST_S:
+            break
+    return found
+
+
+@torch.no_grad()
+def _module_s(device: torch.device) -> float:
+    """Time decode steps of a model so small that they are overhead alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(load_architecture(_MODEL), dtype=torch.bfloat16).to(device).eval()
+    modules = {id(module) for _, module, _, _ in owners(model)}
+    cache = model(torch.ones(1, 8, dtype=torch.int64, device=device)).past_key_values
+    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+
+    def steps() -> None:
+        for _ in range(_STEPS):
+            model(token, past_key_values=cache)
+
+    return _median_s(steps, device) / _STEPS / len(modules)
+
+
+def _median_s(run: Callable[[], None], device: torch.device) -> float:
+    seconds = []
+    for _ in range(_REPEATS + 1):  # the first one is for warming up
+        _synchronize(device)
+        begun = time.perf_counter()
+        run()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,66 @@
+"""Commands about a run and the records it leaves: figures, report, verify, bundle, replay, reproduce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from djinn.cli.options import RunDir
+from djinn.cli.show import exit_unless, print_paths, print_table
+
+
+def figures(run_dir: RunDir) -> None:
+    """Draw every figure that the results of a run allow."""
+    from djinn.figures import draw_all
+
+    print_paths(draw_all(run_dir))
+
+
+def report(run_dir: RunDir) -> None:
+    """Write the report of a run: systems side by side, claims, machine."""
+    from djinn.artifact.claims import claims_frame, write_claims
+    from djinn.artifact.report import write_report
+
+    page = write_report(run_dir)
+    outcomes = write_claims(run_dir)
+    frame = claims_frame(outcomes).drop(columns="why")
+    print_table(list(frame.columns), frame.to_numpy().tolist())
+    print_paths([page])
+    exit_unless(all(outcome.verdict != "FAIL" for outcome in outcomes))
+
+
+def verify(run_dir: RunDir) -> None:
+    """Hold every file of a run, or of reference records, against its checksums."""
+    from djinn.artifact import bundle
+
+    typer.echo(f"{run_dir}: {bundle.verify(run_dir)} files are what their checksums say")
+
+
+def bundle(
+    run_dir: RunDir, output: Annotated[Path | None, typer.Option(help="The archive.  [default: RUN_DIR.tar.gz]")] = None
+) -> None:
+    """Write a run as the archive to deposit: the same run gives the same bytes."""
+    from djinn.artifact import bundle as archive
+
+    print_paths([archive.bundle(run_dir, output)])
+
+
+def replay(
+    output_dir: Annotated[Path, typer.Option(help="Where the run directories go.")] = Path("artifact/runs"),
+) -> None:
+    """Draw figures, claims and report of the reference records again; needs no GPU and measures nothing."""
+    from djinn.artifact.replay import replay as run
+
+    run(output_dir)
+
+
+def reproduce(
+    profile: Annotated[str, typer.Option(help="A profile, or auto: the largest this machine can hold.")] = "auto",
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory to make or continue.")] = None,
+) -> None:
+    """Run the four notebooks in order and write figures and report, which says whether the claims hold."""
+    from djinn.artifact.runner import reproduce as run
+
+    run(profile, run_dir)

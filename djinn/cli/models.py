@@ -1,0 +1,148 @@
+"""Commands about one model: plan, generate, synth, pack, unpack."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from djinn.cli.options import (
+    Budget,
+    Chunk,
+    CodingOption,
+    Device,
+    HostMemory,
+    Json,
+    Model,
+    NewTokens,
+    PromptTokens,
+    Ring,
+)
+from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes
+from djinn.errors import ConfigError
+
+
+def plan(
+    model: Model,
+    budget: Budget,
+    ring: Ring = None,
+    host_memory: HostMemory = None,
+    prompt_tokens: PromptTokens = 512,
+    new_tokens: NewTokens = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    coding: CodingOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
+    machine: Annotated[
+        str | None, typer.Option(help="A machine of data/reference, or a certified run's folder.  [default: this one]")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw it too, as .png, .pdf and .csv of this name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say where the weights would be, and how fast that is, without loading anything."""
+    from djinn.cli import outlook
+    from djinn.engine.forecast import forecast
+
+    there = outlook.machine(machine, device)
+    found = forecast(
+        model,
+        budget=budget,
+        device=there.device,
+        rates=there.rates,
+        free=there.free,
+        ring=ring,
+        host_memory=host_memory,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        coding=coding,  # type: ignore[arg-type]
+    )
+    outlook.print_forecast(found, there, as_json)
+    if figure is not None:
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            print_paths(outlook.draw(found, there, model, figure))
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    budget: Budget,
+    new_tokens: NewTokens = 32,
+    ring: Ring = None,
+    host_memory: HostMemory = None,
+    chunk: Chunk = "64 MiB",
+    coding: CodingOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: a GPU where there is one]")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, streaming the weights, and say how fast that was, and what limited it."""
+    from djinn.bench.generation import generate as run
+
+    made = run(
+        model,
+        prompt,
+        budget=budget,
+        new_tokens=new_tokens,
+        device=device,
+        ring=ring,
+        host_memory=host_memory,
+        chunk=chunk,
+        coding=coding,  # type: ignore[arg-type]
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        show=not as_json,
+    )
+    if as_json:
+        print_json(asdict(made))
+    else:
+        print_generated(made)
+
+
+def synth(
+    architecture: Annotated[str, typer.Argument(help="A name of data/architectures, such as llama-2-13b.")],
+    output_dir: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: str = "bfloat16",
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything back against the digests.")] = False,
+) -> None:
+    """Write a real sharded checkpoint of seeded random weights; an interrupted one is continued."""
+    from djinn.weights import synth as synthesis
+
+    folder = synthesis.synthesise(architecture, output_dir, seed=seed, dtype=dtype)
+    synthesis.verify(folder, full=verify)
+    typer.echo(folder)
+
+
+def pack(
+    model: Model,
+    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what coding would save, and write nothing.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Code a checkpoint without loss, once; an interrupted packing is continued."""
+    from djinn.weights import pack as packing
+
+    if not dry_run:
+        if out is None:
+            raise ConfigError("pack: name the folder to write, or say --dry-run")
+        model = str(packing.pack(model, out, device=device, progress=True))
+    print_tensor_sizes(list(packing.survey(model, device=device)), as_json)
+
+
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    device: Device = None,
+) -> None:
+    """Write the files that a packed checkpoint was made from, byte for byte."""
+    import djinn
+
+    typer.echo(djinn.unpack(folder, out, device=device, progress=True))

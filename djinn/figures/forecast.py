@@ -1,0 +1,73 @@
+"""A forecast as a picture: time per token against budget, and where every unit of the chosen plan lies."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from djinn.engine.forecast import Forecast
+from djinn.engine.plan import Plan, Tier
+from djinn.errors import UnavailableError
+from djinn.figures.style import GREY, LOOKS, PAGE_IN, explain, house_style, words_at
+from djinn.sizes import format_bytes
+
+COLOURS = {Tier.RESIDENT: "#0072B2", Tier.PINNED: "#E69F00", Tier.DISK: "#D55E00"}
+_PLACES = {Tier.RESIDENT: "resident", Tier.PINNED: "host memory", Tier.DISK: "disk"}
+
+
+def budgets_frame(forecast: Forecast) -> pd.DataFrame:
+    """Return a row per budget: budget_bytes, token_s, limit, resident_bytes, pinned_bytes, disk_bytes, chosen."""
+    return pd.DataFrame(
+        {
+            "budget_bytes": choice.budget,
+            "token_s": choice.predicted.token_s,
+            "limit": choice.predicted.limit,
+            "resident_bytes": choice.plan.resident_bytes,
+            "pinned_bytes": choice.plan.pinned_bytes,
+            "disk_bytes": choice.plan.disk_bytes,
+            "chosen": choice.budget == forecast.plan.budget,
+        }
+        for choice in forecast.budgets
+    )
+
+
+@house_style()
+def draw(forecast: Forecast, title: str) -> Figure:
+    """Draw a forecast.
+
+    Raises:
+        UnavailableError: nothing was predicted.
+    """
+    if forecast.predicted is None:
+        raise UnavailableError(f"no figure: {forecast.unknown}")
+    figure = Figure(figsize=(PAGE_IN, 3.1), layout="constrained")
+    curve, strip = figure.subplots(2, 1, height_ratios=[5, 1])
+    frame = budgets_frame(forecast)
+    curve.plot(frame["budget_bytes"] / 1e9, frame["token_s"], color=LOOKS["djinn"].colour)
+    x, y = forecast.plan.budget / 1e9, forecast.predicted.token_s
+    curve.plot([x], [y], marker="o", color=LOOKS["djinn"].colour)
+    words_at(curve, f"{format_bytes(forecast.plan.budget)}: {y:.3g} s", x, y)
+    curve.set(xlabel="budget (GB)", ylabel="time per token (s)", ylim=(0, None))
+    explain(curve, title, "Predicted from measured rates; below, the units of the chosen plan in execution order.")
+    _units(strip, forecast.plan)
+    return figure
+
+
+def _units(ax: Axes, plan: Plan) -> None:
+    """Draw the units as one bar, each as wide as its bytes, coloured by where it lies."""
+    begin = 0.0
+    named: set[Tier] = set()
+    for unit, tier in zip(plan.units, plan.tiers, strict=True):
+        width = unit.raw_bytes / 1e9
+        label = "" if tier in named else f"{_PLACES[tier]} {format_bytes(sum(u.raw_bytes for u in plan.at(tier)))}"
+        ax.barh(0, width, left=begin, color=COLOURS[tier], linewidth=0, label=label)
+        named.add(tier)
+        begin += width
+    ax.set(xlim=(0, begin), yticks=[], xlabel="model (GB of weights, in execution order)")
+    ax.xaxis.set_major_locator(MaxNLocator(8))
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set_color(GREY)
+    ax.legend(ncols=len(named), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
