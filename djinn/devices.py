@@ -31,3 +31,9 @@ def device_here(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
     return device
+
+
+def free_device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes of a GPU that this process can still allocate, and those that it has in all."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from djinn.devices import device_here
+from djinn.devices import device_here, free_device_memory
 from djinn.engine.arena import Arena
 from djinn.engine.binding import Weights, buffer_homes, materialise, move_buffers
 from djinn.engine.coding import Coder, Scratch, decoding
@@ -26,7 +26,7 @@ from djinn.engine.cuda import CudaCopier
 from djinn.engine.guards import guard, unguard
 from djinn.engine.hooks import Streamer
 from djinn.engine.plan import Plan, Tier
-from djinn.engine.planning import Coding, as_coded, index_of, place_here, workspace_of
+from djinn.engine.planning import Coding, as_coded, index_of, place_here, require_device_memory, workspace_of
 from djinn.engine.reader import Reader, allocate
 from djinn.engine.residents import load_residents
 from djinn.engine.saving import save_from_store
@@ -123,6 +123,8 @@ def load(
         undo.callback(coder.close)
         index = as_coded(index, workspace_of(index, where, work), budget, coding, coder.layout)
         planned = place_here(index, where, work, budget, ring, host_memory)
+        if where.type == "cuda":
+            require_device_memory(planned, *free_device_memory(where))
         vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
         weights = Weights(materialise(index.model), coder)
         engine = start(

@@ -17,7 +17,7 @@ from djinn.devices import device_of
 from djinn.engine.coding import Coder, coded, uncoded
 from djinn.engine.plan import Plan, make_plan
 from djinn.engine.reader import Reader
-from djinn.engine.workspace import Workload, what_fits, workspace_bytes
+from djinn.engine.workspace import CUDA_CONTEXT_BYTES, Workload, what_fits, workspace_bytes
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
 from djinn.sizes import format_bytes, parse_bytes
@@ -145,6 +145,21 @@ def planner(index: WeightIndex, device: torch.device, ring: int | str | None) ->
         return place_units(units, device, workspace_of(index, device, work), budget, ring, host_bytes)
 
     return plan_for
+
+
+def require_device_memory(planned: Plan, free: int, total: int) -> None:
+    """Hold a plan against the memory of a GPU, bytes; ``free`` is what is free once the CUDA context is there.
+
+    Raises:
+        PlanError: it needs more.
+    """
+    needed = planned.device_bytes - CUDA_CONTEXT_BYTES
+    if needed > free:
+        raise PlanError(
+            f"device memory: the plan needs {format_bytes(planned.device_bytes)}, but of the GPU's "
+            f"{format_bytes(total)} only {format_bytes(free)} are free; a budget of "
+            f"{free + CUDA_CONTEXT_BYTES} bytes fits, as does what other processes give back"
+        )
 
 
 def place_units(

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn.engine.plan import Plan, Tier, make_plan
+from djinn.engine.planning import require_device_memory
+from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import PlanError
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, PlacedTensor, Unit
@@ -218,6 +220,18 @@ def test_weights_that_have_files_make_room_for_those_that_have_none() -> None:
     made = make_plan(mixed, budget=150 * PAGE, workspace_bytes=0, host_bytes=210 * PAGE)
     assert made.disk_bytes > 0
     assert all(unit.on_disk for unit in made.at(Tier.DISK))
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_a_budget_that_fits_it() -> None:
+    workspace = CUDA_CONTEXT_BYTES + 10 * PAGE
+    made = make_plan(decoder(), budget=workspace + 150 * PAGE, workspace_bytes=workspace, host_bytes=500 * PAGE)
+    enough = made.device_bytes - CUDA_CONTEXT_BYTES
+    require_device_memory(made, enough, 2 * GB)
+    with pytest.raises(PlanError, match="of the GPU's 2 GB only") as refusal:
+        require_device_memory(made, enough - 4 * PAGE, 2 * GB)
+    fitting = int(re.findall(r"a budget of (\d+) bytes", str(refusal.value))[0])
+    again = make_plan(decoder(), budget=fitting, workspace_bytes=workspace, host_bytes=500 * PAGE)
+    require_device_memory(again, enough - 4 * PAGE, 2 * GB)
 
 
 def test_oversubscription_is_model_over_budget() -> None:
