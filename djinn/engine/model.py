@@ -239,7 +239,8 @@ def _start(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    vars(model)["hf_device_map"] = {"": "disk"}  # so that generate() does not try to compile a pass with hooks
+    # Its first entry is where a pipeline puts inputs; one on disk keeps generate() from compiling a pass with hooks.
+    vars(model)["hf_device_map"] = {"": str(device), "streamed": "disk"}
     streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
     undo.callback(streamer.detach)
     streamer.attach(model)
