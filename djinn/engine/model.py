@@ -140,19 +140,29 @@ def cool(model: nn.Module) -> None:
     """Drop everything prefetched, so that the next pass begins with a cold ring.
 
     Raises:
-        ConfigError: not a model from :func:`load`.
+        ConfigError: not a model from :func:`load`, or called in the middle of a pass.
     """
-    _engine(model).streamer.cool()
+    streamer = _engine(model).streamer
+    with streamer.turns.lock:
+        streamer.turns.refuse_while_running("cool")
+        streamer.cool()
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo :func:`load`: return the same model with all weights in ordinary host memory, hooks and ring gone.
 
     Raises:
-        ConfigError: not a model from :func:`load`.
+        ConfigError: not a model from :func:`load`, or called in the middle of a pass.
         PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
     """
     engine = _engine(model)
+    with engine.streamer.turns.lock:
+        engine.streamer.turns.refuse_while_running("detach")
+        _detach(model, engine)
+    return model
+
+
+def _detach(model: PreTrainedModel, engine: Engine) -> None:
     if engine.plan.model_bytes > usable_ram():
         raise PlanError(
             f"host memory: the whole model needs {format_bytes(engine.plan.model_bytes)}, "
@@ -168,7 +178,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     del vars(model)["hf_device_map"]
     del _engines[model]
     engine.resources.close()
-    return model
 
 
 def _release(resources: ExitStack, owner: int) -> None:

@@ -159,7 +159,7 @@ def test_a_pipeline_takes_a_streamed_model(models: Pair, tokenizer: PreTrainedTo
 
 
 def test_a_draft_model_makes_one_pass_verify_several_tokens(models: Pair, tiny_checkpoint: Tiny) -> None:
-    """A draft that agrees, which costs a pass for several tokens, and one that does not, which costs nothing but time."""
+    """A draft that agrees, which makes one pass give several tokens, and one that does not, which changes no token."""
     agreeing, other = models.resident, resident(tiny_checkpoint("opt"))
     for draft, most in ((agreeing, 6), (other, 12)):
         draft.generation_config.num_assistant_tokens = 5

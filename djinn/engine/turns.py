@@ -1,0 +1,90 @@
+"""Turns: one thread at a time runs modules whose weights stream, from its outermost call until that returns.
+
+Hooks cannot see to that: an interrupt runs none, and code that torch compiled for a module without hooks is used again
+for one that has them, since its guards look at types and not at hooks. So each module that holds streamed weights,
+its own or its children's, gets a class of its own, which differs from the module's in how a call begins and ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from djinn.errors import ConfigError
+
+COMPILED = "djinn moves weights in between: compile without fullgraph, or load the model with a budget that holds it"
+
+
+class Turns:
+    """Who may run, and whether somebody does.
+
+    Args:
+        recover: called when a thread's turn begins, to mend what an interrupted one may have left.
+    """
+
+    def __init__(self, recover: Callable[[], None]) -> None:
+        self.lock = threading.RLock()
+        self.running = False
+        """Whether a module is running; true for none but the thread that holds the lock, if that looks at it."""
+        self.recover = recover
+        self._taking: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def cover(self, modules: Iterable[nn.Module]) -> None:
+        """Make calls of ``modules`` take turns."""
+        for module in modules:
+            if "_turns" not in vars(module):
+                vars(module)["_turns"] = self
+                module.__class__ = _taking_turns(type(module))  # type: ignore[arg-type]
+                self._taking.add(module)
+
+    def uncover(self) -> None:
+        """Give the modules their own classes back."""
+        for module in self._taking:
+            module.__class__ = type(module).__mro__[2]
+            del vars(module)["_turns"]
+        self._taking.clear()
+
+    def refuse_while_running(self, what: str) -> None:
+        """Refuse what cannot be done from within a pass; to be called by a thread that holds the lock.
+
+        Raises:
+            ConfigError: this thread is in the middle of a pass.
+        """
+        if self.running:
+            raise ConfigError(f"djinn.{what} was called in the middle of a pass; call it when the pass has ended")
+
+
+class _TakesTurns(nn.Module):
+    @torch.compiler.disable(recursive=False, reason=COMPILED)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__
+        turns: Turns | None = vars(self).get("_turns")
+        if turns is None:
+            return call(*args, **kwargs)  # detached by another thread just now
+        # An interrupt may come between any two calls: a lock's own `with` is closed to it, and so is a `try`.
+        with turns.lock:
+            if turns.running:
+                return call(*args, **kwargs)
+            try:
+                turns.running = True
+                turns.recover()
+                return call(*args, **kwargs)
+            finally:
+                turns.running = False
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise ConfigError(
+            f"this {type(self).__name__} streams its weights and cannot be copied; load it twice, or djinn.detach it"
+        )
+
+
+@cache
+def _taking_turns(cls: type[nn.Module]) -> type[nn.Module]:
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (_TakesTurns, cls), names)
