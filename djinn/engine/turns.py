@@ -63,12 +63,12 @@ class Turns:
 class _TakesTurns(nn.Module):
     @torch.compiler.disable(recursive=False, reason=COMPILED)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = super().__call__
         turns: Turns | None = vars(self).get("_turns")
         if turns is None:
-            return call(*args, **kwargs)  # detached by another thread just now
-        # An interrupt may come between any two calls: a lock's own `with` is closed to it, and so is a `try`.
+            return _own_call(self)(*args, **kwargs)
+        # An interrupt may come between any two calls, but not between a lock's own `with` and what it guards.
         with turns.lock:
+            call = _own_call(self)
             if turns.running:
                 return call(*args, **kwargs)
             try:
@@ -82,6 +82,11 @@ class _TakesTurns(nn.Module):
         raise ConfigError(
             f"this {type(self).__name__} streams its weights and cannot be copied; load it twice, or djinn.detach it"
         )
+
+
+def _own_call(module: nn.Module) -> Callable[..., Any]:
+    """Return the call of the module's own class, which is its class again if it was detached while a thread waited."""
+    return super(_TakesTurns, module).__call__ if isinstance(module, _TakesTurns) else module.__call__
 
 
 @cache
