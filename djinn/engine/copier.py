@@ -113,6 +113,7 @@ class CpuCopier:
         self._reader = reader
         self._stats = stats
         self._fills: dict[int, Fill] = {}
+        self._lost = False
         self._read_from: dict[int, float] = {}
         self._ring = ring
         self.ring = torch.from_numpy(ring)
@@ -121,8 +122,10 @@ class CpuCopier:
         source, slot = self._sources[unit], self._slots[unit]
         target = self._ring[slot.offset : slot.offset + slot.nbytes]
         fill = self._fills[unit] = Fill()
+        self._lost = True  # for an interrupt that takes the future of a piece which the threads have
         for piece in pieces(source.unit, self._reader.chunk_bytes):
             fill.add(self._reader.pool.submit(self._move, piece, source.image, target))
+        self._lost = False
 
     def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> float:
         if image is None:
@@ -160,6 +163,9 @@ class CpuCopier:
         self._stats.add(Interval("decode", unit.name, begin, time.perf_counter(), unit.weight_bytes))
 
     def settle(self) -> None:
+        if self._lost:
+            self._reader.drain()
+            self._lost = False
         for fill in self._fills.values():
             fill.settle()
 

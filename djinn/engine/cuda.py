@@ -176,6 +176,7 @@ class _DiskStream:
         self._reader = reader
         self.stream = torch.cuda.Stream(copier.ring.device)
         self._fills: dict[int, Fill] = {}
+        self._lost = False
         self._lock = threading.Lock()
         size = reader.chunk_bytes + 2 * PAGE
         self._memory = PinnedMemory(STAGING_BUFFERS * size)
@@ -190,8 +191,10 @@ class _DiskStream:
         target = self._copier.ring[slot.offset : slot.offset + slot.nbytes]
         release = None if after is None else self._copier._free[after]
         fill = self._fills[unit] = Fill()
+        self._lost = True  # for an interrupt that takes the future of a piece which the threads have
         for piece in pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes):
             fill.add(self._reader.pool.submit(self._move, unit, piece, target, release))
+        self._lost = False
 
     def _move(self, unit: int, piece: Piece, target: torch.Tensor, release: torch.cuda.Event | None) -> float:
         with self._staging() as staging:
@@ -223,6 +226,9 @@ class _DiskStream:
             fill.wait()
 
     def settle(self) -> None:
+        if self._lost:
+            self._reader.drain()
+            self._lost = False
         for fill in self._fills.values():
             fill.settle()
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from torch.compiler import disable as opaque  # called where it stands, in compiled code too
 
 from djinn.engine.coding import Scratch
 from djinn.engine.copier import Copier
 from djinn.engine.ring import Slot
 from djinn.engine.stats import Stats
+from djinn.engine.turns import Turns
 from djinn.errors import PlanError
 from djinn.weights.units import Unit
 
@@ -32,6 +33,9 @@ class Streamer:
 
     Three counters say everything. Visits before ``released`` have been released, the pass will next read ``cursor``,
     and copies have been submitted for all visits before ``submitted``: released <= cursor <= submitted.
+
+    They are one thread's at a time (see ``turns``), and ``torn`` while one is changing them: an interrupt may come
+    between any two lines, and the next turn then begins with an empty ring.
     """
 
     def __init__(
@@ -61,53 +65,58 @@ class Streamer:
         self._occupied = 0
         """The units that are in the ring or on their way and have not been released: a set, as in ``Slot.clashes``."""
         self._reading: dict[int, _Reading] = {}
+        self._torn = False
         self._handles: list[Any] = []
+        self.turns = Turns(self._recover)
 
     def attach(self, model: nn.Module) -> None:
         """Hook every reader of every streamed unit."""
-        modules = dict(model.named_modules())
-        self._handles.append(model.register_forward_pre_hook(self._begin_pass, prepend=True))
-        if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder:
-            # generate() runs the encoder on its own, before the first pass.
-            self._handles.append(model.get_encoder().register_forward_pre_hook(self._begin, prepend=True))
+        self._handles.append(model.register_forward_pre_hook(opaque(self._count_pass), prepend=True))
         for index, unit in enumerate(self._units):
-            for reader in unit.readers:
-                # First before the module's forward and, called always, last after it: its other hooks see its weights.
-                self._handles.append(modules[reader].register_forward_pre_hook(self._acquire_hook(index), prepend=True))
-                self._handles.append(modules[reader].register_forward_hook(self._release_hook(index), always_call=True))
+            self._hook(model, unit, self._acquire_hook(index), self._release_hook(index))
 
     def attach_residents(self, model: nn.Module, units: Sequence[Unit]) -> None:
         """Hook the readers of coded units that stay on the device: they have only to be decoded."""
-        modules = dict(model.named_modules())
         for unit in units:
-            for reader in unit.readers:
-                decode = self._decode_hook(unit)
-                self._handles.append(modules[reader].register_forward_pre_hook(decode, prepend=True))
-                leave = modules[reader].register_forward_hook(self._leave_hook(unit.name), always_call=True)
-                self._handles.append(leave)
+            self._hook(model, unit, self._decode_hook(unit), self._leave_hook(unit.name))
+
+    def _hook(self, model: nn.Module, unit: Unit, before: Callable[..., None], after: Callable[..., None]) -> None:
+        """Hook the unit's readers; they and the modules around them take turns from now on."""
+        for name in unit.readers:
+            around = [name[:end] for end, letter in enumerate(name) if letter == "."]
+            self.turns.cover(model.get_submodule(path) for path in ("", *around, name))
+            reader = model.get_submodule(name)
+            # First before the module's forward and, called always, last after it: its other hooks see its weights.
+            self._handles.append(reader.register_forward_pre_hook(opaque(before), prepend=True))
+            self._handles.append(reader.register_forward_hook(opaque(after), always_call=True))
 
     def detach(self) -> None:
         """Take every hook off again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.turns.uncover()
 
     def cool(self) -> None:
         """Forget all that was prefetched, so that the next pass begins with a cold ring."""
+        self._torn = True
         self._copier.settle()
         self._forget_readers()
         if self._units:
             self._restart(0)
+        self._torn = False
 
-    def _begin_pass(self, *_: object) -> None:
-        self._stats.passes += 1
-        self._begin()
-
-    def _begin(self, *_: object) -> None:
-        # An interrupt (not an Exception) that ended the last pass has run no release hook: nothing is read any more.
+    def _recover(self) -> None:
+        """Mend what an interrupt (not an Exception) has left: it ran no release hook, and nothing is read any more."""
+        if self._torn:
+            self.cool()
+        self._torn = True
         self._forget_readers()
-        self._release_until(self._cursor)
-        self._advance()
+        self._release_unread()
+        self._torn = False
+
+    def _count_pass(self, *_: object) -> None:
+        self._stats.passes += 1
 
     def _forget_readers(self) -> None:
         self._reading.clear()
@@ -128,13 +137,17 @@ class Streamer:
 
     def _acquire_hook(self, unit: int) -> Callable[..., None]:
         def acquire(*_: object) -> None:
+            self._torn = True
             self.acquire(unit)
+            self._torn = False
 
         return acquire
 
     def _release_hook(self, unit: int) -> Callable[..., None]:
         def release(*_: object) -> None:
+            self._torn = True
             self.release(unit)
+            self._torn = False
 
         return release
 

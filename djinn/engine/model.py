@@ -159,9 +159,12 @@ def cool(model: nn.Module) -> None:
     """Drop everything prefetched, so that the next pass begins with a cold ring.
 
     Raises:
-        ConfigError: not a model that streams.
+        ConfigError: not a model that streams, or called in the middle of a pass.
     """
-    _engine(model).streamer.cool()
+    streamer = _engine(model).streamer
+    with streamer.turns.lock:
+        streamer.turns.refuse_while_running("cool")
+        streamer.cool()
 
 
 def detach(model: Model) -> Model:
@@ -171,10 +174,17 @@ def detach(model: Model) -> Model:
     what passes have changed in its buffers. What waited in host memory stays there and is not copied.
 
     Raises:
-        ConfigError: not a model that streams.
+        ConfigError: not a model that streams, or called in the middle of a pass.
         PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
     """
     engine = _engine(model)
+    with engine.streamer.turns.lock:
+        engine.streamer.turns.refuse_while_running("detach")
+        _detach(model, engine)
+    return model
+
+
+def _detach(model: nn.Module, engine: Engine) -> None:
     units = engine.plan.units
     needed = engine.weights.copied_bytes(units)
     if needed > usable_ram():
@@ -186,7 +196,6 @@ def detach(model: Model) -> Model:
     del _engines[model]
     engine.resources.close()
     restore(model, engine.weights, engine.before)
-    return model
 
 
 def note_state(model: nn.Module) -> Before:
@@ -290,7 +299,8 @@ def start(
     before = note_state(model)
     move_buffers(model, dict.fromkeys(before.buffers, device))
     if isinstance(model, PreTrainedModel):
-        vars(model)["hf_device_map"] = {"": "disk"}  # so that generate() does not try to compile a pass with hooks
+        # Its first entry is where a pipeline puts inputs; one on disk keeps generate() from compiling what has hooks.
+        vars(model)["hf_device_map"] = {"": str(device), "streamed": "disk"}
     streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
     undo.callback(streamer.detach)
     streamer.attach(model)

@@ -146,7 +146,7 @@ def compare(name: str, folder: Path, spill: Path) -> Seen:
     architecture, pair = ARCHITECTURES[name], Pair(name, folder)
     streamed, resident, planned = pair.streamed, pair.resident, pair.plan
     assert len(list(folder.glob("*.safetensors"))) > 1
-    assert type(streamed) is architecture.cls
+    assert isinstance(streamed, architecture.cls)
     stats = djinn.stats(streamed)
 
     inputs = architecture.inputs() | architecture.decoder

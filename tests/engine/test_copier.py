@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -101,20 +102,40 @@ def test_a_copy_that_fails_is_raised_where_it_is_waited_for(units: list[Unit], r
     assert torch.equal(in_slot(copier, units, 0), load_file(path)[units[0].name])
 
 
-def test_an_interrupt_while_a_copy_is_started_leaves_nothing_to_wait_for(
-    units: list[Unit], reader: Reader, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("taken", [False, True])
+def test_settling_waits_for_a_piece_whose_future_an_interrupt_took(
+    units: list[Unit], reader: Reader, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
+    """The signal comes before the threads have the second piece, or after that and before its future is kept."""
     copier = copier_of(units, reader, new_stats(), in_memory=False)
-    really, calls = reader.pool.submit, iter(range(10))
+    gate, ended = threading.Event(), []
+    submit, read = reader.pool.submit, reader.read
+    pieces = itertools.count()
 
     def interrupted(*arguments: object) -> Future[float]:
-        if next(calls) == 2:
+        number = next(pieces)
+        if number == 1 and not taken:
             raise KeyboardInterrupt
-        return really(*arguments)  # type: ignore[arg-type]
+        future = submit(*arguments)  # type: ignore[arg-type]
+        if number == 1:
+            raise KeyboardInterrupt
+        return future
+
+    def slow(piece: object, image: np.ndarray) -> int:
+        gate.wait()
+        done = read(piece, image)  # type: ignore[arg-type]
+        ended.append(piece)
+        return done
 
     monkeypatch.setattr(reader.pool, "submit", interrupted)
+    monkeypatch.setattr(reader, "read", slow)
     with pytest.raises(KeyboardInterrupt):
         copier.submit(0, None)
+    threading.Timer(0.05, gate.set).start()
+    copier.settle()
+    assert len(ended) == 1 + taken
+    copier.submit(0, None)
+    copier.wait(0)
     copier.close()
 
 

@@ -7,9 +7,11 @@ else does. While a copy runs its slot holds garbage. Every read checks the whole
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from djinn.engine import hooks
 from djinn.engine.coding import Scratch
 from djinn.engine.hooks import Streamer
 from djinn.engine.ring import Slot, schedule
@@ -55,11 +58,15 @@ class SimulatedDevice:
         self.unreadable: set[int] = set()
         """Units whose copies fail if they are submitted now."""
         self.failed: set[int] = set()
+        self.under_way: set[int] = set()
+        """Units whose copy nobody has waited for yet."""
         self.random = random.Random(seed)
 
     # What the streamer calls.
 
     def submit(self, unit: int, after: int | None) -> None:
+        assert unit not in self.under_way, f"two copies of unit {unit} are under way, and only one is waited for"
+        self.under_way.add(unit)
         self.submitted.append(unit)
         self.failed.discard(unit)
         if unit in self.unreadable:
@@ -77,6 +84,7 @@ class SimulatedDevice:
     def wait(self, unit: int) -> None:
         if unit in self.failed:
             raise CheckpointError(f"unit {unit} cannot be read")
+        self.under_way.discard(unit)
         self.waited.append(unit)
         arrived = self.ready[unit]
         self.compute.append(lambda: arrived.passed)
@@ -89,6 +97,7 @@ class SimulatedDevice:
         self._advance()
 
     def settle(self) -> None:
+        self.under_way.clear()
         event = Event()
         self.compute.append(event.passing)
         self.copies.append(lambda: event.passed)
@@ -156,6 +165,12 @@ def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:
     streamer.release(unit)
 
 
+def begin_turn(streamer: Streamer) -> None:
+    """What calling the model does before it visits anything."""
+    streamer.turns.recover()
+    streamer._begin_pass()
+
+
 @st.composite
 def rings(draw: st.DrawFn) -> tuple[list[int], int]:
     sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
@@ -204,7 +219,7 @@ def test_passes_that_break_off_leave_a_streamer_that_works(
     streamer, device, _ = streaming(sizes, ring_bytes, seed)
     units = st.integers(0, len(sizes) - 1)
     for _ in range(data.draw(st.integers(1, 4))):
-        streamer._begin_pass()
+        begin_turn(streamer)
         unreadable = data.draw(st.none() | units)
         device.unreadable = set() if unreadable is None else {unreadable}
         with suppress(CheckpointError):
@@ -212,18 +227,18 @@ def test_passes_that_break_off_leave_a_streamer_that_works(
                 visit(streamer, device, unit)
         device.unreadable = set()
         if data.draw(st.booleans()):
-            streamer._begin_pass()
+            begin_turn(streamer)
             with suppress(CheckpointError):
                 streamer.acquire(data.draw(units))  # and then Ctrl-C: no hook runs any more
         if data.draw(st.booleans()):
             streamer.cool()
     if device.failed:  # prefetched while it could not be read: that is still to be told
         with suppress(CheckpointError):
-            streamer._begin_pass()
+            begin_turn(streamer)
             for unit in range(len(sizes)):
                 visit(streamer, device, unit)
     for _ in range(2):
-        streamer._begin_pass()
+        begin_turn(streamer)
         for unit in range(len(sizes)):
             visit(streamer, device, unit)
     device.finish()
@@ -396,6 +411,48 @@ def test_whatever_a_module_raises_the_next_pass_works(error: BaseException) -> N
         assert model(0) == 5
     device.finish()
     assert stats.passes == 6
+
+
+def interrupted(call: Callable[[], object], line: int) -> bool:
+    """Run ``call`` with Ctrl-C before the given line that it runs of the streamer; return whether it got there."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object] | None:
+        nonlocal left
+        if frame.f_code.co_filename != hooks.__file__:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_interrupt_before_any_line_leaves_a_model_that_works(warm: bool) -> None:
+    """A signal is handled between two lines, wherever that is: the next pass is right."""
+    line, came = 0, True
+    while came:
+        line += 1
+        model, streamer, device, _ = hooked()
+        if warm:
+            model(0)
+        came = interrupted(lambda model=model: model(0), line)
+        assert model(0) == 5
+        came = interrupted(streamer.cool, line) or came
+        assert model(0) == 5
+        device.finish()
+    assert line > 100
 
 
 @pytest.mark.parametrize("unit", [0, 1, 4])
