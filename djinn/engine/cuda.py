@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from djinn.engine.arena import PinnedMemory
-from djinn.engine.copier import Fill, Source, reading_lane
+from djinn.engine.copier import Source, reading_lane
+from djinn.engine.feeder import Feeder, Fill
 from djinn.engine.memcpy import Command, prepare
 from djinn.engine.reader import THREADS, Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
@@ -176,7 +178,7 @@ class _DiskStream:
         self._reader = reader
         self.stream = torch.cuda.Stream(copier.ring.device)
         self._fills: dict[int, Fill] = {}
-        self._lost = False
+        self._feeder = Feeder(reader)
         self._lock = threading.Lock()
         size = reader.chunk_bytes + 2 * PAGE
         self._memory = PinnedMemory(STAGING_BUFFERS * size)
@@ -191,10 +193,8 @@ class _DiskStream:
         target = self._copier.ring[slot.offset : slot.offset + slot.nbytes]
         release = None if after is None else self._copier._free[after]
         fill = self._fills[unit] = Fill()
-        self._lost = True  # for an interrupt that takes the future of a piece which the threads have
-        for piece in pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes):
-            fill.add(self._reader.pool.submit(self._move, unit, piece, target, release))
-        self._lost = False
+        cut = pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes)
+        self._feeder.begin(fill, [partial(self._move, unit, piece, target, release) for piece in cut])
 
     def _move(self, unit: int, piece: Piece, target: torch.Tensor, release: torch.cuda.Event | None) -> float:
         with self._staging() as staging:
@@ -226,13 +226,10 @@ class _DiskStream:
             fill.wait()
 
     def settle(self) -> None:
-        if self._lost:
-            self._reader.drain()
-            self._lost = False
-        for fill in self._fills.values():
-            fill.settle()
+        self._feeder.settle()
 
     def close(self) -> None:
+        self._feeder.close()
         self._memory.close()
 
 
