@@ -58,6 +58,7 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(ring.device)
         self._device_index = ring.device.index if ring.device.index is not None else torch.cuda.current_device()
         self._compute: dict[int, torch.cuda.Stream] = {}
+        self._computing: torch.cuda.Stream | None = None
         self._ready = [torch.cuda.Event() for _ in sources]
         self._free = [torch.cuda.Event() for _ in sources]
         self._issue = [
@@ -110,10 +111,11 @@ class CudaCopier:
         self._free[unit].record(compute)
 
     def decode(self, unit: Unit, decode: Callable[[], None]) -> None:
+        compute = self._compute_stream()
         if self._trace is None:
             decode()
         else:
-            self._trace.around(unit, decode, self._compute_stream())
+            self._trace.around(unit, decode, compute)
 
     def _compute_stream(self) -> torch.cuda.Stream:
         """Return the stream that the caller computes on; never asked for in a copy stream's context.
@@ -123,12 +125,18 @@ class CudaCopier:
         handle = torch._C._cuda_getCurrentRawStream(self._device_index)
         if handle not in self._compute:
             self._compute[handle] = torch.cuda.current_stream(self.ring.device)
-        return self._compute[handle]
+        stream = self._compute[handle]
+        if stream is not self._computing:
+            # A thread may compute on a stream of its own; one release stands for all before it only in one order.
+            if self._computing is not None:
+                stream.wait_stream(self._computing)
+            self._computing = stream
+        return stream
 
     def settle(self) -> None:
         if self._disk is not None:
             self._disk.settle()
-        self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
+        self._stream.wait_stream(self._compute_stream())
         if self._disk is not None:
             # The two copy streams too: what one still has under way must not land on what the other copies next.
             self._stream.wait_stream(self._disk.stream)
