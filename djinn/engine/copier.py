@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from djinn.engine.feeder import Feeder, Fill
 from djinn.engine.reader import Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
 from djinn.engine.stats import Interval, Lane, Stats
@@ -73,32 +74,6 @@ def reading_lane(unit: Unit) -> Lane:
     return "decode" if unit.coded else "compute"
 
 
-class Fill:
-    """The copy of one unit under way, on threads: a future for each piece, whose result is when it ended."""
-
-    def __init__(self) -> None:
-        self._futures: list[Future[float]] = []
-        self.start_s = time.perf_counter()
-
-    def add(self, piece: Future[float]) -> None:
-        """Take a piece that was given to the threads."""
-        self._futures.append(piece)
-
-    @property
-    def done(self) -> bool:
-        """Whether every piece has ended."""
-        return all(future.done() for future in self._futures)
-
-    def settle(self) -> None:
-        """Block until every piece has ended, well or badly."""
-        wait(self._futures)
-
-    def wait(self) -> float:
-        """Block until every piece has ended; return when the last one did, or raise the first error."""
-        self.settle()
-        return max(future.result() for future in self._futures)
-
-
 class CpuCopier:
     """Copies on threads; the ring is host memory, and compute is done when its call returns.
 
@@ -113,7 +88,7 @@ class CpuCopier:
         self._reader = reader
         self._stats = stats
         self._fills: dict[int, Fill] = {}
-        self._lost = False
+        self._feeder = Feeder(reader)
         self._read_from: dict[int, float] = {}
         self._ring = ring
         self.ring = torch.from_numpy(ring)
@@ -122,10 +97,8 @@ class CpuCopier:
         source, slot = self._sources[unit], self._slots[unit]
         target = self._ring[slot.offset : slot.offset + slot.nbytes]
         fill = self._fills[unit] = Fill()
-        self._lost = True  # for an interrupt that takes the future of a piece which the threads have
-        for piece in pieces(source.unit, self._reader.chunk_bytes):
-            fill.add(self._reader.pool.submit(self._move, piece, source.image, target))
-        self._lost = False
+        cut = pieces(source.unit, self._reader.chunk_bytes)
+        self._feeder.begin(fill, [partial(self._move, piece, source.image, target) for piece in cut])
 
     def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> float:
         if image is None:
@@ -163,16 +136,12 @@ class CpuCopier:
         self._stats.add(Interval("decode", unit.name, begin, time.perf_counter(), unit.weight_bytes))
 
     def settle(self) -> None:
-        if self._lost:
-            self._reader.drain()
-            self._lost = False
-        for fill in self._fills.values():
-            fill.settle()
+        self._feeder.settle()
 
     def resolve_timeline(self) -> None:
         """Nothing to do: intervals are added as they end."""
 
     def close(self) -> None:
-        self.settle()
+        self._feeder.close()
         self._fills.clear()
         self.ring = torch.empty(0, dtype=torch.uint8)

@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from djinn.engine.arena import PinnedMemory
-from djinn.engine.copier import Fill, Source, reading_lane
+from djinn.engine.copier import Source, reading_lane
+from djinn.engine.feeder import Feeder, Fill
 from djinn.engine.memcpy import Command, prepare
 from djinn.engine.reader import THREADS, Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
@@ -56,6 +58,7 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(ring.device)
         self._device_index = ring.device.index if ring.device.index is not None else torch.cuda.current_device()
         self._compute: dict[int, torch.cuda.Stream] = {}
+        self._computing: torch.cuda.Stream | None = None
         self._ready = [torch.cuda.Event() for _ in sources]
         self._free = [torch.cuda.Event() for _ in sources]
         self._issue = [
@@ -108,10 +111,11 @@ class CudaCopier:
         self._free[unit].record(compute)
 
     def decode(self, unit: Unit, decode: Callable[[], None]) -> None:
+        compute = self._compute_stream()
         if self._trace is None:
             decode()
         else:
-            self._trace.around(unit, decode, self._compute_stream())
+            self._trace.around(unit, decode, compute)
 
     def _compute_stream(self) -> torch.cuda.Stream:
         """Return the stream that the caller computes on; never asked for in a copy stream's context.
@@ -121,12 +125,18 @@ class CudaCopier:
         handle = torch._C._cuda_getCurrentRawStream(self._device_index)
         if handle not in self._compute:
             self._compute[handle] = torch.cuda.current_stream(self.ring.device)
-        return self._compute[handle]
+        stream = self._compute[handle]
+        if stream is not self._computing:
+            # A thread may compute on a stream of its own; one release stands for all before it only in one order.
+            if self._computing is not None:
+                stream.wait_stream(self._computing)
+            self._computing = stream
+        return stream
 
     def settle(self) -> None:
         if self._disk is not None:
             self._disk.settle()
-        self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
+        self._stream.wait_stream(self._compute_stream())
         if self._disk is not None:
             # The two copy streams too: what one still has under way must not land on what the other copies next.
             self._stream.wait_stream(self._disk.stream)
@@ -176,7 +186,7 @@ class _DiskStream:
         self._reader = reader
         self.stream = torch.cuda.Stream(copier.ring.device)
         self._fills: dict[int, Fill] = {}
-        self._lost = False
+        self._feeder = Feeder(reader)
         self._lock = threading.Lock()
         size = reader.chunk_bytes + 2 * PAGE
         self._memory = PinnedMemory(STAGING_BUFFERS * size)
@@ -191,10 +201,8 @@ class _DiskStream:
         target = self._copier.ring[slot.offset : slot.offset + slot.nbytes]
         release = None if after is None else self._copier._free[after]
         fill = self._fills[unit] = Fill()
-        self._lost = True  # for an interrupt that takes the future of a piece which the threads have
-        for piece in pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes):
-            fill.add(self._reader.pool.submit(self._move, unit, piece, target, release))
-        self._lost = False
+        cut = pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes)
+        self._feeder.begin(fill, [partial(self._move, unit, piece, target, release) for piece in cut])
 
     def _move(self, unit: int, piece: Piece, target: torch.Tensor, release: torch.cuda.Event | None) -> float:
         with self._staging() as staging:
@@ -226,13 +234,10 @@ class _DiskStream:
             fill.wait()
 
     def settle(self) -> None:
-        if self._lost:
-            self._reader.drain()
-            self._lost = False
-        for fill in self._fills.values():
-            fill.settle()
+        self._feeder.settle()
 
     def close(self) -> None:
+        self._feeder.close()
         self._memory.close()
 
 

@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +86,6 @@ class Reader:
 
     def __init__(self, chunk_bytes: int, threads: int = THREADS, cpus: set[int] | None = None) -> None:
         self.chunk_bytes = max(chunk_bytes // PAGE * PAGE, PAGE)
-        self._threads = threads
         self.pool = ThreadPoolExecutor(threads, "djinn-reader", partial(_run_on, cpus) if cpus else None)
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -161,15 +160,6 @@ class Reader:
             buffer = allocate(max(nbytes, self.chunk_bytes + 2 * PAGE))
             self._bounce.buffer = buffer
         return buffer[:nbytes]
-
-    def drain(self) -> None:
-        """Wait until the threads have done all that they were given, also what nobody holds a future of."""
-        barrier = threading.Barrier(self._threads)
-        try:
-            # They take what they are given in order: once all of them meet, none has anything else in hand.
-            wait([self.pool.submit(barrier.wait) for _ in range(self._threads)])
-        finally:
-            barrier.abort()  # or an interrupt here would leave them waiting
 
     def close(self) -> None:
         """Let the threads end and close the files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,23 @@ def test_queues_of_any_speed_give_equal_bits(tiny_checkpoint: Tiny, tiers: str) 
     found = [logits(model) for _ in range(200)]  # compared at the end, so that no pass waits for the one before
     assert all(torch.equal(output, wanted) for output in found)
     assert djinn.stats(model).reloads == 0
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+def test_threads_with_streams_of_their_own_give_equal_bits(tiny_checkpoint: Tiny, tiers: str) -> None:
+    """A pass on one stream may not overwrite what a pass on another still reads."""
+    model = streaming(tiny_checkpoint("llama"), tiers)
+    wanted = logits(resident(tiny_checkpoint("llama")))
+    delayed(model, seed=4)
+
+    def run(_: int) -> list[torch.Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [logits(model) for _ in range(30)]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(torch.equal(output, wanted) for found in threads.map(run, range(3)) for output in found)
 
 
 @pytest.mark.parametrize("tiers", TIERS)

@@ -168,7 +168,7 @@ def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:
 def begin_turn(streamer: Streamer) -> None:
     """What calling the model does before it visits anything."""
     streamer.turns.recover()
-    streamer._begin_pass()
+    streamer._count_pass()
 
 
 @st.composite
@@ -184,7 +184,7 @@ def test_passes_in_order_read_right_bytes_and_never_start_anew(
     sizes, ring_bytes = ring
     streamer, device, stats = streaming(sizes, ring_bytes, seed)
     for _ in range(passes):
-        streamer._begin_pass()
+        begin_turn(streamer)
         for unit in range(len(sizes)):
             visit(streamer, device, unit)
     device.finish()
@@ -202,7 +202,7 @@ def test_any_order_of_visits_reads_right_bytes(ring: tuple[list[int], int], seed
     streamer, device, stats = streaming(sizes, ring_bytes, seed)
     orders = data.draw(st.lists(st.lists(st.integers(0, len(sizes) - 1), max_size=12), max_size=4))
     for order in orders:
-        streamer._begin_pass()
+        begin_turn(streamer)
         for unit in order:
             visit(streamer, device, unit)
     device.finish()
@@ -250,7 +250,7 @@ def test_reads_within_reads_are_right_or_refused(ring: tuple[list[int], int], se
     sizes, ring_bytes = ring
     streamer, device, _ = streaming(sizes, ring_bytes, seed)
     units = st.integers(0, len(sizes) - 1)
-    streamer._begin_pass()
+    begin_turn(streamer)
     for outer, inner in data.draw(st.lists(st.tuples(units, units), max_size=6)):
         streamer.acquire(outer)
         device.read(outer)
@@ -263,7 +263,7 @@ def test_reads_within_reads_are_right_or_refused(ring: tuple[list[int], int], se
 
 def test_a_read_that_cannot_be_nested_says_which_units() -> None:
     streamer, _, _ = streaming([4, 4, 4], 4)
-    streamer._begin_pass()
+    begin_turn(streamer)
     streamer.acquire(0)
     with pytest.raises(PlanError, match="unit u1 is read inside u0"):
         streamer.acquire(1)
@@ -272,7 +272,7 @@ def test_a_read_that_cannot_be_nested_says_which_units() -> None:
 def test_the_next_pass_is_prefetched_while_the_host_samples() -> None:
     """Invariant 4: once a pass has ended, the copies of the next one's first units have been issued."""
     streamer, device, _ = streaming([4, 4, 4, 4, 4], 12)
-    streamer._begin_pass()
+    begin_turn(streamer)
     for unit in range(5):
         visit(streamer, device, unit)
     assert device.submitted == [0, 1, 2, 3, 4, 0, 1, 2][: len(device.submitted)]
@@ -281,14 +281,14 @@ def test_the_next_pass_is_prefetched_while_the_host_samples() -> None:
 
 def test_the_ring_is_full_before_the_first_unit_is_read() -> None:
     streamer, device, _ = streaming([4, 4, 4, 4, 4], 12)
-    streamer._begin_pass()
+    begin_turn(streamer)
     assert device.submitted == [0, 1, 2]
 
 
 def test_a_skipped_unit_costs_no_reload_while_the_next_one_is_there() -> None:
     streamer, device, stats = streaming([4, 4, 4, 4, 4], 12)
     for order in ([0, 1, 3, 4], [0, 1, 2, 3, 4]):
-        streamer._begin_pass()
+        begin_turn(streamer)
         for unit in order:
             visit(streamer, device, unit)
     device.finish()
@@ -304,7 +304,7 @@ def test_an_order_that_repeats_is_followed(ring: tuple[list[int], int], seed: in
 
     def run(units: list[int], passes: int) -> None:
         for _ in range(passes):
-            streamer._begin_pass()
+            begin_turn(streamer)
             for unit in units:
                 visit(streamer, device, unit)
 
@@ -324,7 +324,7 @@ def test_an_order_that_repeats_is_followed(ring: tuple[list[int], int], seed: in
 def test_a_way_taken_once_in_a_while_is_not_expected() -> None:
     streamer, device, stats = streaming([4] * 6, 12)
     for order in ([0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]) * 4:
-        streamer._begin_pass()
+        begin_turn(streamer)
         for unit in order:
             visit(streamer, device, unit)
     device.finish()
@@ -335,10 +335,10 @@ def test_what_is_expected_is_prefetched_over_the_end_of_a_pass() -> None:
     """Invariant 4 where passes leave out the first units of the recorded order."""
     streamer, device, _ = streaming([4] * 12, 12)
     for _ in range(4):
-        streamer._begin_pass()
+        begin_turn(streamer)
         for unit in range(3, 12):
             visit(streamer, device, unit)
-    streamer._begin_pass()
+    begin_turn(streamer)
     for unit in range(3, 11):
         visit(streamer, device, unit)
     assert device.submitted[-3:] == [11, 3, 4]
@@ -347,13 +347,13 @@ def test_what_is_expected_is_prefetched_over_the_end_of_a_pass() -> None:
 def test_cooling_forgets_what_was_prefetched() -> None:
     streamer, device, stats = streaming([4, 4, 4, 4], 12)
     for _ in range(2):
-        streamer._begin_pass()
+        begin_turn(streamer)
         for unit in range(4):
             visit(streamer, device, unit)
         device.submitted.clear()
         streamer.cool()
         assert device.submitted == []
-        streamer._begin_pass()
+        begin_turn(streamer)
         assert device.submitted == [0, 1, 2]
         streamer.cool()
     device.finish()
