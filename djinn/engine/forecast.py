@@ -92,7 +92,7 @@ def forecast(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     coding: Coding | None = None,
 ) -> Forecast:
     """Return the forecast of :func:`djinn.load` with the same arguments; reads headers at the most, no weights.

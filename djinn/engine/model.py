@@ -75,7 +75,7 @@ def load(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     coding: Coding | None = None,
     trace: bool = False,
@@ -95,7 +95,9 @@ def load(
         host_memory: most page-locked host memory for streamed weights; what does not fit is read from disk each pass.
         chunk: size of one copy command, and of one disk read.
         prompt_tokens, new_tokens, batch: the longest generation to keep device memory for.
-        dtype: of synthetic weights; a checkpoint keeps its own.
+        dtype: bfloat16, float16 or float32; by default a checkpoint's own, and bfloat16 for synthetic weights. Weights
+            in another one are converted while they are loaded, and have to fit the device and host memory. As in
+            transformers, some models keep some weights in float32.
         seed: of synthetic weights.
         coding: ``"lossless"`` codes bfloat16 weights while they are loaded, to about 0.7 of their size, and rebuilds
             their exact bits on the device. Weights coded here have to fit the device and host memory; those of a

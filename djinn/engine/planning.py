@@ -29,6 +29,7 @@ from djinn.weights.units import PAGE, Unit, find_units
 
 Coding = Literal["none", "lossless"]
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RING_FLOOR_BYTES = 1_250_000_000
 """A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens."""
 RING_FLOOR_SHARE = 0.125
@@ -47,7 +48,7 @@ def plan(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     coding: Coding | None = None,
 ) -> Plan:
     """Return the plan that :func:`djinn.load` would follow with the same arguments; loads no weights.
@@ -75,27 +76,35 @@ def estimating() -> Iterator[Callable[[TensorEntry], Layout | None]]:
         reader.close()
 
 
-def index_of(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> WeightIndex:
-    """Return the index of what a user calls a model; ``dtype`` and ``seed`` are of a synthetic one.
+def index_of(model: str | Path, spill: Path, dtype: torch.dtype | None, seed: int) -> WeightIndex:
+    """Return the index of what a user calls a model; ``seed`` is of a synthetic one.
 
     Raises:
         ConfigError, CheckpointError, UnavailableError: a model that cannot be had, or is damaged.
     """
+    _check_dtype(dtype)
     name = str(model)
     if name.startswith("synthetic:"):
-        return synthetic_index(empty_model(load_architecture(name.removeprefix("synthetic:")), dtype), seed)
-    return checkpoint_index(checkpoint.resolve(name), spill)
+        config = load_architecture(name.removeprefix("synthetic:"))
+        return synthetic_index(empty_model(config, dtype or torch.bfloat16), seed)
+    return checkpoint_index(checkpoint.resolve(name), spill, dtype)
 
 
-def outline_of(model: str | Path, spill: Path, dtype: torch.dtype) -> WeightIndex:
+def outline_of(model: str | Path, spill: Path, dtype: torch.dtype | None) -> WeightIndex:
     """Return the index of a model for planning alone: of a hub id, only headers are fetched.
 
     Raises:
         ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
     """
+    _check_dtype(dtype)
     outline = spill / "outline"
     found = checkpoint.outline(str(model), outline)
-    return header_index(outline) if outline.is_dir() else index_of(found, spill, dtype, 0)
+    return header_index(outline, dtype) if outline.is_dir() else index_of(found, spill, dtype, 0)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (*_DTYPES, None):
+        raise ConfigError(f"dtype {dtype}: it is {', '.join(map(str, _DTYPES))}, or None for the checkpoint's own")
 
 
 def on_disk(index: WeightIndex) -> WeightIndex:

@@ -68,7 +68,7 @@ class InMemory:
 class Encoded:
     """Bytes made by coding those of another source."""
 
-    raw: FileSpan | Seeded | InMemory
+    raw: FileSpan | Seeded | InMemory | Converted
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,19 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Converted:
+    """Bytes made by converting a tensor that is stored in another dtype."""
+
+    stored: TensorEntry
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """One tensor: what it is, where its bytes come from, and how they are coded, if they are."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: FileSpan | Seeded | InMemory | Encoded | Decoded
+    source: FileSpan | Seeded | InMemory | Encoded | Decoded | Converted
     layout: Layout | None = None
     crc32: Mapping[str, int] | None = None
     """Of each section, where the checkpoint is packed: what is read is verified when it is loaded."""
@@ -113,6 +120,10 @@ class TensorEntry:
         if isinstance(self.source, Encoded):
             return TensorEntry(self.dtype, self.shape, self.source.raw, stride=self.stride)
         return self if self.layout is None else TensorEntry(self.dtype, self.shape, Decoded(self))
+
+    def to(self, dtype: torch.dtype) -> TensorEntry:
+        """The tensor in ``dtype``, raw; itself where it is stored so."""
+        return self if dtype == self.dtype else TensorEntry(dtype, self.shape, Converted(self))
 
     def view(self, raw: torch.Tensor) -> torch.Tensor:
         """Return the weights that ``raw`` holds (uint8, at least ``raw_bytes`` in one dimension), without copying."""
