@@ -197,13 +197,17 @@ def note_state(model: nn.Module) -> Before:
 def restore(model: nn.Module, weights: Weights, before: Before) -> None:
     """Bring a model that no longer streams back to what it was ``before``."""
     unguard(model)
-    vars(model).pop("save_pretrained", None)
+    for name in ("save_pretrained", "hf_device_map", "_valid_auto_compile_criteria"):
+        vars(model).pop(name, None)
     weights.go_home()
     move_buffers(model, before.buffers)
     if before.hf_device_map is not None:
         vars(model)["hf_device_map"] = before.hf_device_map
-    else:
-        vars(model).pop("hf_device_map", None)
+
+
+def _never_compile(*_: object) -> bool:
+    """What ``generate()`` asks before it compiles a pass: one with hooks it cannot."""
+    return False
 
 
 def register(model: nn.Module, engine: Engine) -> None:
@@ -290,7 +294,9 @@ def start(
     before = note_state(model)
     move_buffers(model, dict.fromkeys(before.buffers, device))
     if isinstance(model, PreTrainedModel):
-        vars(model)["hf_device_map"] = {"": "disk"}  # so that generate() does not try to compile a pass with hooks
+        # Where pipelines and adapters put their tensors. "disk" or "cpu" would make PEFT dispatch the model anew.
+        vars(model)["hf_device_map"] = {"": device}
+        vars(model)["_valid_auto_compile_criteria"] = _never_compile
     streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
     undo.callback(streamer.detach)
     streamer.attach(model)

@@ -69,7 +69,7 @@ def _complete(
 def _save_pretrained(
     model: weakref.ref[PreTrainedModel], sources: set[Path], save_directory: Any, *args: Any, **options: Any
 ) -> None:
-    """``save_pretrained`` of a model whose state dict is complete although it seems to be offloaded.
+    """``save_pretrained``, into any folder but the one that the model streams from.
 
     Raises:
         ConfigError: into the folder that the model streams from.
@@ -81,9 +81,4 @@ def _save_pretrained(
             f"save_pretrained: this model streams from {save_directory}, whose files would be overwritten while they "
             "are read; save it to another folder, or djinn.detach(model) first"
         )
-    # With a device map transformers takes weights for missing, and undoes its conversions shard by shard.
-    device_map = vars(saved).pop("hf_device_map")
-    try:
-        type(saved).save_pretrained(saved, save_directory, *args, **options)
-    finally:
-        vars(saved)["hf_device_map"] = device_map
+    type(saved).save_pretrained(saved, save_directory, *args, **options)
