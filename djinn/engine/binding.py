@@ -18,7 +18,7 @@ from djinn.codec.decode import decode
 from djinn.engine.coding import Coder
 from djinn.engine.reader import Buffer, allocate, settle
 from djinn.errors import CheckpointError
-from djinn.weights.index import owners
+from djinn.weights.index import WeightIndex, owners
 from djinn.weights.tensors import FileSpan, InMemory
 from djinn.weights.units import PlacedTensor, Unit
 
@@ -167,6 +167,13 @@ def parameters_by_name(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         )
         found.setdefault(first.setdefault(view, name), []).append(parameter)
     return found
+
+
+def parameters_of(index: WeightIndex) -> dict[str, list[nn.Parameter]]:
+    """Return an index's parameters by first name: those in memory, or empty ones in place of meta ones."""
+    if not index.in_memory_bytes:
+        return materialise(index.model)
+    return {name: [parameter] for name, parameter in index.model.named_parameters()}
 
 
 def materialise(model: nn.Module) -> dict[str, list[nn.Parameter]]:

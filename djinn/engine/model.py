@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from djinn.devices import device_here
 from djinn.engine.arena import Arena
-from djinn.engine.binding import Weights, buffer_homes, materialise, move_buffers
+from djinn.engine.binding import Weights, buffer_homes, move_buffers, parameters_of
 from djinn.engine.coding import Coder, Scratch, decoding
 from djinn.engine.copier import Copier, CpuCopier, Source
 from djinn.engine.cuda import CudaCopier
@@ -87,7 +87,8 @@ def load(
 
     Args:
         model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``, whose seeded
-            random weights are made straight in host memory.
+            random weights are made straight in host memory. Tensors that its class has no place for are ignored, with
+            a warning. Quantised ones: see :mod:`djinn.weights.quantised`.
         budget: device memory for residents, ring, KV cache and activations; a size such as ``"24 GB"``.
         device: ``"cuda"`` or ``"cpu"``; by default a GPU where there is one. On a CPU the device is a budget of host
             memory, and weights are streamed from disk.
@@ -108,9 +109,9 @@ def load(
 
     Raises:
         ConfigError: an argument that means nothing.
-        CheckpointError: a checkpoint that is missing or damaged.
+        CheckpointError: a checkpoint that is missing or damaged, or quantised by a method that djinn does not stream.
         PlanError: a ring, budget or host memory that cannot work; says what would.
-        UnavailableError: no such device.
+        UnavailableError: no such device, or a package that a quantised checkpoint needs.
     """
     where = device_here(device)
     chunk_bytes = parse_bytes(chunk)
@@ -118,7 +119,7 @@ def load(
     with ExitStack() as undo:
         spill = Path(tempfile.mkdtemp(prefix="djinn-"))
         undo.callback(shutil.rmtree, spill, ignore_errors=True)
-        index = index_of(model, spill, dtype, seed)
+        index = index_of(model, spill, where, dtype, seed)
         reader = Reader(chunk_bytes, cpus=local_cpus(where.index or 0) if where.type == "cuda" else None)
         undo.callback(reader.close)
         coder = Coder(reader, where)
@@ -126,7 +127,7 @@ def load(
         index = as_coded(index, workspace_of(index, where, work), budget, coding, coder.layout)
         planned = place_here(index, where, work, budget, ring, host_memory)
         vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
-        weights = Weights(materialise(index.model), coder)
+        weights = Weights(parameters_of(index), coder)
         engine = start(
             index.model, planned, weights, where, reader, chunk_bytes, shortage_hook(str(work)),
             trace=trace, progress=progress, undo=undo,

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -37,7 +37,9 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
     given: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
     for module in model.modules():
         own = {name: stored[id(each)] for name, each in module._parameters.items() if id(each) in stored}
-        if own:
+        if any(hasattr(each, "quant_state") for each in module._parameters.values()):
+            yield module.register_state_dict_pre_hook(_refuse_state_dict)
+        elif own:
             yield module.register_state_dict_post_hook(partial(_complete, own, given))
     if isinstance(model, PreTrainedModel):
         sources = {
@@ -47,6 +49,14 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
             if isinstance(tensor.entry.source, FileSpan)
         }
         vars(model)["save_pretrained"] = partial(_save_pretrained, weakref.ref(model), sources)
+
+
+def _refuse_state_dict(module: nn.Module, *_: object) -> NoReturn:
+    """Refuse what is made of bitsandbytes' weights by changing them in place, which are in the ring."""
+    raise ConfigError(
+        f"state_dict: this {type(module).__name__} is quantised and streams, so that its weights cannot be saved; "
+        "copy the checkpoint, or djinn.detach(model) first"
+    )
 
 
 def _complete(

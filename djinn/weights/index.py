@@ -29,7 +29,7 @@ from transformers.utils import logging as hf_logging
 from djinn.errors import CheckpointError
 from djinn.weights.files import read_checkpoint, read_shard
 from djinn.weights.pack_shard import hollow_shard, unpack_shard
-from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
+from djinn.weights.tensors import FileSpan, InMemory, Seeded, TensorEntry
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,11 +49,18 @@ class WeightIndex(Generic[Model]):
     synthetic: bool
     reads: Reads | None = None
     """What a recorded pass has read, where there was one: for units in its order (see :mod:`djinn.weights.units`)."""
+    kept_bytes: int = 0
+    """Of what the weights come with and what stays on the device: scales of quantised ones."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, ties counted once."""
         return sum(entry.raw_bytes for entry in self.tensors.values())
+
+    @property
+    def in_memory_bytes(self) -> int:
+        """Bytes of the weights that are in memory already, and are freed there while they are taken."""
+        return sum(entry.raw_bytes for entry in self.tensors.values() if isinstance(entry.raw.source, InMemory))
 
 
 def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None) -> WeightIndex:
@@ -118,7 +125,7 @@ def _on_disk(
     A place is a file, a name there and a dtype.
     """
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = model_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
@@ -225,7 +232,7 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence bars and warnings about loading for a while: nothing is loaded, and what is wrong is raised."""
     accelerate = logging.getLogger("accelerate")
     levels = hf_logging.get_verbosity(), accelerate.level
