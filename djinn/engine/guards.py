@@ -83,7 +83,7 @@ def _refuse_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: obj
         )
 
 
-def _outdate(parameters: list[nn.Parameter], *_: object) -> None:
+def _outdate(parameters: list[torch.Tensor], *_: object) -> None:
     """Tell autograd that a unit's weights are overwritten from now on, so that no gradient is made with others."""
     if torch.is_grad_enabled():
         increment_version(parameters)

@@ -24,7 +24,7 @@ from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, synthetic_index
-from djinn.weights.quantised import BITSANDBYTES_4BIT, quantisation_of, quantised_index, require_streamable
+from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, Unit, find_units
 
@@ -92,7 +92,7 @@ def index_of(model: str | Path, spill: Path, device: torch.device, dtype: torch.
     method = quantisation_of(folder)
     if method is not None:
         require_streamable(folder, method, device)
-    if method == BITSANDBYTES_4BIT:
+    if method in IN_MEMORY:
         return quantised_index(folder, dtype)
     return checkpoint_index(folder, spill, dtype)
 

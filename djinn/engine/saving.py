@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -36,8 +37,9 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
     }
     given: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
     for module in model.modules():
+        own_parameters = module._parameters.values()
         own = {name: stored[id(each)] for name, each in module._parameters.items() if id(each) in stored}
-        if any(hasattr(each, "quant_state") for each in module._parameters.values()):
+        if any(hasattr(each, "quant_state") or is_traceable_wrapper_subclass(each) for each in own_parameters):
             yield module.register_state_dict_pre_hook(_refuse_state_dict)
         elif own:
             yield module.register_state_dict_post_hook(partial(_complete, own, given))
@@ -52,7 +54,7 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
 
 
 def _refuse_state_dict(module: nn.Module, *_: object) -> NoReturn:
-    """Refuse what is made of bitsandbytes' weights by changing them in place, which are in the ring."""
+    """Refuse what quantisers make of parameters, which show what is in the ring; bitsandbytes changes them in place."""
     raise ConfigError(
         f"state_dict: this {type(module).__name__} is quantised and streams, so that its weights cannot be saved; "
         "copy the checkpoint, or djinn.detach(model) first"

@@ -7,10 +7,12 @@ code books), these stay on the device.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, PreTrainedModel
 
 from djinn.errors import CheckpointError, PlanError, UnavailableError
@@ -22,7 +24,8 @@ from djinn.weights.inputs import example_inputs
 from djinn.weights.tensors import InMemory, TensorEntry
 from djinn.weights.tracing import read_by_block, traced_readers
 
-BITSANDBYTES_4BIT = "bitsandbytes_4bit"
+IN_MEMORY = ("bitsandbytes_4bit", "torchao Int8WeightOnlyConfig", "torchao Int8DynamicActivationInt8WeightConfig")
+"""Loaded by transformers into host memory, and streamed from there."""
 DEQUANTISED = "fp8"
 """Without a GPU, transformers makes bfloat16 weights of these while it loads them: then they are ordinary ones."""
 
@@ -36,7 +39,15 @@ def quantisation_of(folder: Path) -> str | None:
         return None
     if method == "bitsandbytes":
         return f"{method}_{'4bit' if found.get('load_in_4bit') else '8bit'}"
+    if method == "torchao":
+        return f"{method} {_torchao_type(found.get('quant_type'))}"
     return method
+
+
+def _torchao_type(config: Any) -> str:
+    """Return the name of the config that torchao has used, or names if it has used several."""
+    kinds = config.values() if isinstance(config, dict) else [config]
+    return ", ".join(str(kind.get("_type") if isinstance(kind, dict) else kind) for kind in kinds)
 
 
 def require_streamable(folder: Path, method: str, device: torch.device) -> None:
@@ -45,12 +56,12 @@ def require_streamable(folder: Path, method: str, device: torch.device) -> None:
     Raises:
         CheckpointError: says which method, and what streams instead.
     """
-    proven = method == BITSANDBYTES_4BIT or (method == DEQUANTISED and not torch.cuda.is_available())
+    proven = method in IN_MEMORY or (method == DEQUANTISED and not torch.cuda.is_available())
     if device.type != "cpu" or not proven:
         raise CheckpointError(
             f"{folder}: quantised by {method}, which djinn does not stream to device {device.type}; use a checkpoint "
             "of unquantised weights, which coding lossless makes a third smaller (of quantised ones it streams "
-            f"{BITSANDBYTES_4BIT} on a CPU, and {DEQUANTISED} where there is no GPU)"
+            f"{', '.join(IN_MEMORY)} on a CPU, and {DEQUANTISED} where there is no GPU)"
         )
 
 
@@ -84,16 +95,30 @@ def quantised_index(folder: Path, dtype: torch.dtype | None) -> WeightIndex:
     model.eval()
     model.requires_grad_(False)
     _run_once(model)
+    leaves = {name: dict(_leaves(name, parameter)) for name, parameter in model.named_parameters()}
     tensors = {
-        name: TensorEntry(parameter.dtype, tuple(parameter.shape), InMemory(parameter))
-        for name, parameter in model.named_parameters()
+        name: TensorEntry(leaf.dtype, tuple(leaf.shape), InMemory(leaf))
+        for parts in leaves.values()
+        for name, leaf in parts.items()
     }
+    gaps = [name for parts in leaves.values() for name, leaf in parts.items() if not leaf.is_contiguous()]
+    if gaps:
+        raise CheckpointError(f"{folder}: tensor {gaps[0]} does not lie in the order of its shape in memory")
     # The same modules read the same names in the model as it was before it was quantised, on the meta device.
     del config.quantization_config
     readers = traced_readers(empty_model(config, model.dtype))
     readers |= {name: by for name, by in read_by_block(model).items() if name not in readers}
-    reads: Reads = [(name, (reader,)) for name, by in readers.items() for reader in by]
+    reads: Reads = [(leaf, (reader,)) for name, by in readers.items() for leaf in leaves[name] for reader in by]
     return WeightIndex(model, tensors, synthetic=False, reads=reads, kept_bytes=_kept_bytes(model))
+
+
+def _leaves(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the plain tensors that a parameter is made of, by name: itself, or the parts of a tensor subclass."""
+    if is_traceable_wrapper_subclass(tensor):
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from _leaves(f"{name}.{part}", getattr(tensor, part))
+    else:
+        yield name, tensor
 
 
 def _run_once(model: PreTrainedModel) -> None:

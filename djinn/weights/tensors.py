@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from djinn.codec.layout import LEAST_BYTES, Layout
 
@@ -55,7 +54,7 @@ class Seeded:
 class InMemory:
     """Bytes of a parameter as they lie in memory, without gaps; for as long as it has not been bound elsewhere."""
 
-    parameter: nn.Parameter
+    parameter: torch.Tensor
 
     @property
     def bytes(self) -> torch.Tensor:

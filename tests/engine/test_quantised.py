@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, TorchAoConfig
 
 import djinn
 from djinn.engine import planning
@@ -26,7 +26,7 @@ Tiny = Callable[[str], Path]
 WORK: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 16, "device": "cpu"}
 IDS = torch.arange(3, 10).view(1, 7)
 METHODS = {
-    "awq": "awq", "gptq": "gptq", "torchao": "torchao", "compressed-tensors": "compressed-tensors", "hqq": "hqq",
+    "awq": "awq", "gptq": "gptq", "torchao": "torchao None", "compressed-tensors": "compressed-tensors", "hqq": "hqq",
     "fbgemm_fp8": "fbgemm_fp8", "mxfp4": "mxfp4", "bitsandbytes": "bitsandbytes_8bit", "of-tomorrow": "of-tomorrow",
 }  # fmt: skip
 
@@ -161,6 +161,37 @@ def test_offload_takes_four_bits_and_refuses_eight(four_bits: Path, plain: Path)
     )
     with pytest.raises(ConfigError, match=r"parameter model\.layers\.0\.\S+ cannot be streamed: bitsandbytes"):
         djinn.offload(eight, budget="480 KB", example=(IDS,), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensor_subclasses_stream_part_by_part(plain: Path, tmp_path: Path, name: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    config = TorchAoConfig(getattr(torchao, name)())
+    quantised = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, dtype=torch.bfloat16)
+    quantised.save_pretrained(tmp_path / "quantised")
+    model, whole = streaming(tmp_path / "quantised"), resident(tmp_path / "quantised")
+    streamed = {tensor.name: tensor.entry.dtype for unit in placement(model).streamed for tensor in unit.tensors}
+    assert {dtype for part, dtype in streamed.items() if part.endswith("_proj.weight.qdata")} == {torch.int8}
+    assert any(part.endswith("_proj.weight.scale") for part in streamed)
+    wanted = logits(whole)
+    for _ in range(3):
+        assert torch.equal(logits(model), wanted)
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    assert torch.equal(model.generate(IDS, **greedy), whole.generate(IDS, **greedy))
+    with pytest.raises(ConfigError, match="state_dict: this Linear is quantised and streams"):
+        model.state_dict()
+    djinn.detach(model)
+    assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize(
+    "types", [{"default": {"_type": "Int4WeightOnlyConfig"}}, {"a": {"_type": "A"}, "b": 2}, "int8", None]
+)
+def test_another_kind_of_torchao_is_refused_by_name(plain: Path, types: object) -> None:
+    mark(plain, quant_method="torchao", quant_type=types)
+    with pytest.raises(CheckpointError, match=r"quantised by torchao (Int4WeightOnlyConfig|A, 2|int8|None),"):
+        djinn.plan(plain, budget="1 GB", **WORK)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, transformers does not dequantise them")
