@@ -18,7 +18,7 @@ from djinn.codec.decode import decode
 from djinn.engine.coding import Coder
 from djinn.engine.reader import Buffer, allocate, settle
 from djinn.errors import CheckpointError
-from djinn.weights.index import owners
+from djinn.weights.index import WeightIndex, owners
 from djinn.weights.tensors import FileSpan, InMemory
 from djinn.weights.units import PlacedTensor, Unit
 
@@ -34,7 +34,7 @@ class Weights:
         coder: makes images of units.
     """
 
-    def __init__(self, parameters: Mapping[str, Sequence[nn.Parameter]], coder: Coder) -> None:
+    def __init__(self, parameters: Mapping[str, Sequence[torch.Tensor]], coder: Coder) -> None:
         self._parameters = parameters
         self.coder = coder
         self._homes = [
@@ -48,7 +48,7 @@ class Weights:
         for parameter, _, _ in self._homes:
             parameter.requires_grad_(False)
 
-    def of(self, *tensors: PlacedTensor) -> list[nn.Parameter]:
+    def of(self, *tensors: PlacedTensor) -> list[torch.Tensor]:
         """Return every parameter that stands for ``tensors``."""
         return [parameter for tensor in tensors for parameter in self._parameters[tensor.name]]
 
@@ -167,6 +167,13 @@ def parameters_by_name(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         )
         found.setdefault(first.setdefault(view, name), []).append(parameter)
     return found
+
+
+def parameters_of(index: WeightIndex) -> Mapping[str, Sequence[torch.Tensor]]:
+    """Return an index's parameters by first name: those in memory, or empty ones in place of meta ones."""
+    sources = {name: entry.raw.source for name, entry in index.tensors.items()}
+    held = {name: [source.parameter] for name, source in sources.items() if isinstance(source, InMemory)}
+    return held or materialise(index.model)
 
 
 def materialise(model: nn.Module) -> dict[str, list[nn.Parameter]]:

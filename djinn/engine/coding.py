@@ -23,7 +23,7 @@ from djinn.engine.arena import PinnedMemory
 from djinn.engine.reader import Buffer, Piece, Reader, allocate, settle
 from djinn.errors import PlanError
 from djinn.weights.index import WeightIndex
-from djinn.weights.tensors import Decoded, Encoded, FileSpan, InMemory, Seeded, TensorEntry
+from djinn.weights.tensors import Converted, Decoded, Encoded, FileSpan, InMemory, Seeded, TensorEntry
 from djinn.weights.units import PAGE, PlacedTensor, Unit, find_units
 
 _SAMPLE_BYTES = 2**20
@@ -47,7 +47,7 @@ def coded(index: WeightIndex, layout: Callable[[TensorEntry], Layout | None]) ->
             if apart:
                 tensors[tensor.name] = entry.raw
             elif entry.codable:
-                assert isinstance(entry.source, FileSpan | Seeded | InMemory), "nothing has been coded yet"
+                assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
                 found = layout(entry)
                 if found is not None:
                     tensors[tensor.name] = replace(entry, source=Encoded(entry.source), layout=found)
@@ -84,10 +84,11 @@ class Coder:
 
     def estimate(self, entry: TensorEntry) -> Layout | None:
         """Return about what :meth:`layout` would, from the tensor's first MiB."""
-        nbytes = min(_SAMPLE_BYTES, entry.nbytes)
+        stored = entry.source.stored if isinstance(entry.source, Converted) else entry
+        nbytes = min(_SAMPLE_BYTES, stored.nbytes)
         sample = allocate(nbytes)
-        self._reader.read(Piece("", entry, 0, nbytes, 0), sample)
-        found = layout_of(torch.from_numpy(sample).view(entry.dtype))
+        self._reader.read(Piece("", stored, 0, nbytes, 0), sample)
+        found = layout_of(torch.from_numpy(sample).view(stored.dtype).to(entry.dtype))
         if found is None:
             return None
         elements = entry.raw_bytes // entry.dtype.itemsize
@@ -100,7 +101,7 @@ class Coder:
         """
         done: list[Future[int]] = []
         for tensor in unit.tensors:
-            if isinstance(tensor.entry.source, Encoded | Decoded):
+            if isinstance(tensor.entry.source, Encoded | Decoded | Converted):
                 self._make(tensor, image[tensor.offset : tensor.offset + tensor.entry.nbytes])
                 done += self._landing
                 continue
@@ -130,7 +131,7 @@ class Coder:
             torch.cuda.empty_cache()
 
     def _make(self, tensor: PlacedTensor, target: Buffer) -> None:
-        """Code or decode a tensor on the device, and start copying the bytes that it becomes to ``target``."""
+        """Code, decode or convert a tensor on the device, and start copying the bytes that it becomes to ``target``."""
         made = self._weights(tensor.entry.raw, tensor.name).reshape(-1).view(torch.uint8)
         if tensor.entry.layout is not None:
             coded = encode(made.view(tensor.entry.dtype))
@@ -150,6 +151,8 @@ class Coder:
 
     def _weights(self, entry: TensorEntry, name: str) -> torch.Tensor:
         """Return a raw tensor on the device; valid until the next call."""
+        if isinstance(entry.source, Converted):
+            return self._weights(entry.source.stored.raw, name).to(entry.dtype)
         if not isinstance(entry.source, Decoded):
             return self._stored(entry, name).view(entry.dtype).view(entry.shape)
         packed = entry.source.coded

@@ -92,7 +92,7 @@ def forecast(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     coding: Coding | None = None,
 ) -> Forecast:
     """Return the forecast of :func:`djinn.load` with the same arguments; reads headers at the most, no weights.
@@ -110,7 +110,7 @@ def forecast(
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     room = usable_ram() if free is None else free
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = outline_of(model, Path(spill), dtype)
+        index = outline_of(model, Path(spill), where, dtype)
         index = as_coded(index, workspace_of(index, where, work), budget, coding, layout)
     index = on_disk(index)
     chosen = place_here(index, where, work, budget, ring, host_memory, room)

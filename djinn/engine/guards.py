@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.autograd.graph import increment_version
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
@@ -27,6 +28,7 @@ _REFUSED = {
 def guard(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[RemovableHandle]:
     """Guard ``model`` and every part of it; yield handles that undo the hooks (the rest :func:`unguard` does)."""
     yield model.register_forward_hook(_watch_outputs)
+    yield register_module_module_registration_hook(_keep_apart)
     modules = dict(model.named_modules())
     for module in modules.values():
         for method, what in _REFUSED.items():
@@ -42,7 +44,7 @@ def guard(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[Removab
 def unguard(model: nn.Module) -> None:
     """Let ``model`` be moved, copied and pickled again."""
     for module in model.modules():
-        for method in _REFUSED:
+        for method in (*_REFUSED, "merge"):
             vars(module).pop(method, None)
 
 
@@ -58,6 +60,19 @@ def _refuse(kind: str, what: str, *_: object, **__: object) -> NoReturn:
     )
 
 
+def _keep_apart(module: nn.Module, _: str, part: nn.Module | None) -> None:
+    """Refuse an adapter's layer (PEFT's) that is put into a streaming model to be merged with weights later."""
+    if is_guarded(module) and callable(getattr(part, "merge", None)):
+        vars(part)["merge"] = partial(_refuse_merge, type(module).__name__)
+
+
+def _refuse_merge(kind: str, *_: object, **__: object) -> NoReturn:
+    raise ConfigError(
+        f"this {kind} streams and no adapter can be merged into its weights, which are copied anew in every pass; run "
+        "the adapter beside them, or djinn.detach(model) first"
+    )
+
+
 def _refuse_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Refuse weights for a module that streams; a dict that has none of them (an adapter's) may be loaded."""
     name = next((name for name in module._parameters if prefix + name in state), None)
@@ -68,7 +83,7 @@ def _refuse_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: obj
         )
 
 
-def _outdate(parameters: list[nn.Parameter], *_: object) -> None:
+def _outdate(parameters: list[torch.Tensor], *_: object) -> None:
     """Tell autograd that a unit's weights are overwritten from now on, so that no gradient is made with others."""
     if torch.is_grad_enabled():
         increment_version(parameters)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from djinn.devices import device_here, free_device_memory
 from djinn.engine.arena import Arena
-from djinn.engine.binding import Weights, buffer_homes, materialise, move_buffers
+from djinn.engine.binding import Weights, buffer_homes, move_buffers, parameters_of
 from djinn.engine.coding import Coder, Scratch, decoding
 from djinn.engine.copier import Copier, CpuCopier, Source
 from djinn.engine.cuda import CudaCopier
@@ -75,7 +75,7 @@ def load(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     coding: Coding | None = None,
     trace: bool = False,
@@ -87,7 +87,8 @@ def load(
 
     Args:
         model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``, whose seeded
-            random weights are made straight in host memory.
+            random weights are made straight in host memory. Tensors that its class has no place for are ignored, with
+            a warning. Quantised ones: see :mod:`djinn.weights.quantised`.
         budget: device memory for residents, ring, KV cache and activations; a size such as ``"24 GB"``.
         device: ``"cuda"`` or ``"cpu"``; by default a GPU where there is one. On a CPU the device is a budget of host
             memory, and weights are streamed from disk.
@@ -95,7 +96,9 @@ def load(
         host_memory: most page-locked host memory for streamed weights; what does not fit is read from disk each pass.
         chunk: size of one copy command, and of one disk read.
         prompt_tokens, new_tokens, batch: the longest generation to keep device memory for.
-        dtype: of synthetic weights; a checkpoint keeps its own.
+        dtype: bfloat16, float16 or float32; by default a checkpoint's own, and bfloat16 for synthetic weights. Weights
+            in another one are converted while they are loaded, and have to fit the device and host memory. As in
+            transformers, some models keep some weights in float32.
         seed: of synthetic weights.
         coding: ``"lossless"`` codes bfloat16 weights while they are loaded, to about 0.7 of their size, and rebuilds
             their exact bits on the device. Weights coded here have to fit the device and host memory; those of a
@@ -106,9 +109,9 @@ def load(
 
     Raises:
         ConfigError: an argument that means nothing.
-        CheckpointError: a checkpoint that is missing or damaged.
+        CheckpointError: a checkpoint that is missing or damaged, or quantised by a method that djinn does not stream.
         PlanError: a ring, budget or host memory that cannot work; says what would.
-        UnavailableError: no such device.
+        UnavailableError: no such device, or a package that a quantised checkpoint needs.
     """
     where = device_here(device)
     chunk_bytes = parse_bytes(chunk)
@@ -116,7 +119,7 @@ def load(
     with ExitStack() as undo:
         spill = Path(tempfile.mkdtemp(prefix="djinn-"))
         undo.callback(shutil.rmtree, spill, ignore_errors=True)
-        index = index_of(model, spill, dtype, seed)
+        index = index_of(model, spill, where, dtype, seed)
         reader = Reader(chunk_bytes, cpus=local_cpus(where.index or 0) if where.type == "cuda" else None)
         undo.callback(reader.close)
         coder = Coder(reader, where)
@@ -126,7 +129,7 @@ def load(
         if where.type == "cuda":
             require_device_memory(planned, *free_device_memory(where))
         vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
-        weights = Weights(materialise(index.model), coder)
+        weights = Weights(parameters_of(index), coder)
         engine = start(
             index.model, planned, weights, where, reader, chunk_bytes, shortage_hook(str(work)),
             trace=trace, progress=progress, undo=undo,
@@ -206,13 +209,17 @@ def note_state(model: nn.Module) -> Before:
 def restore(model: nn.Module, weights: Weights, before: Before) -> None:
     """Bring a model that no longer streams back to what it was ``before``."""
     unguard(model)
-    vars(model).pop("save_pretrained", None)
+    for name in ("save_pretrained", "hf_device_map", "_valid_auto_compile_criteria"):
+        vars(model).pop(name, None)
     weights.go_home()
     move_buffers(model, before.buffers)
     if before.hf_device_map is not None:
         vars(model)["hf_device_map"] = before.hf_device_map
-    else:
-        vars(model).pop("hf_device_map", None)
+
+
+def _never_compile(*_: object) -> bool:
+    """What ``generate()`` asks before it compiles a pass: one with hooks it cannot."""
+    return False
 
 
 def register(model: nn.Module, engine: Engine) -> None:
@@ -299,8 +306,9 @@ def start(
     before = note_state(model)
     move_buffers(model, dict.fromkeys(before.buffers, device))
     if isinstance(model, PreTrainedModel):
-        # Its first entry is where a pipeline puts inputs; one on disk keeps generate() from compiling what has hooks.
-        vars(model)["hf_device_map"] = {"": str(device), "streamed": "disk"}
+        # Where pipelines and adapters put their tensors. "disk" or "cpu" would make PEFT dispatch the model anew.
+        vars(model)["hf_device_map"] = {"": device}
+        vars(model)["_valid_auto_compile_criteria"] = _never_compile
     streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
     undo.callback(streamer.detach)
     streamer.attach(model)

@@ -206,6 +206,8 @@ def _unfit(parameter: nn.Parameter) -> str:
     """Return why a parameter cannot be streamed; nothing if it can."""
     if nn.parameter.is_lazy(parameter):
         return "it has no shape yet; run the module once"
+    if type(parameter).__name__ == "Int8Params":
+        return "bitsandbytes holds its 8-bit weights in other places, too"
     if type(parameter.data) is not torch.Tensor:
         return f"it is a {type(parameter.data).__name__}, not a plain tensor"
     if parameter.device.type not in ("cpu", "cuda") or parameter.layout != torch.strided:

@@ -159,7 +159,7 @@ def make_plan(
     made = [unit for unit in streamed if not unit.on_disk]
     if _total(made) > host_bytes:
         raise PlanError(
-            f"host memory: streamed weights that are made or coded in memory have no disk tier and need "
+            f"host memory: streamed weights that are made, converted or coded in memory have no disk tier and need "
             f"{format_bytes(_total(made))}, but {format_bytes(host_bytes)} are allowed; raise host_memory or budget"
         )
     filed = [unit for unit in streamed if unit.on_disk]

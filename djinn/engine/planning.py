@@ -18,17 +18,19 @@ from djinn.engine.coding import Coder, coded, uncoded
 from djinn.engine.plan import Plan, make_plan
 from djinn.engine.reader import Reader
 from djinn.engine.workspace import CUDA_CONTEXT_BYTES, Workload, what_fits, workspace_bytes
-from djinn.errors import ConfigError, PlanError
+from djinn.errors import CheckpointError, ConfigError, PlanError
 from djinn.hardware import usable_ram
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, synthetic_index
+from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, Unit, find_units
 
 Coding = Literal["none", "lossless"]
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RING_FLOOR_BYTES = 1_250_000_000
 """A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens."""
 RING_FLOOR_SHARE = 0.125
@@ -47,7 +49,7 @@ def plan(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     coding: Coding | None = None,
 ) -> Plan:
     """Return the plan that :func:`djinn.load` would follow with the same arguments; loads no weights.
@@ -60,7 +62,7 @@ def plan(
     where = device_of(device)
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = outline_of(model, Path(spill), dtype)
+        index = outline_of(model, Path(spill), where, dtype)
         index = as_coded(index, workspace_of(index, where, work), budget, coding, layout)
         return place_here(index, where, work, budget, ring, host_memory)
 
@@ -75,27 +77,49 @@ def estimating() -> Iterator[Callable[[TensorEntry], Layout | None]]:
         reader.close()
 
 
-def index_of(model: str | Path, spill: Path, dtype: torch.dtype, seed: int) -> WeightIndex:
-    """Return the index of what a user calls a model; ``dtype`` and ``seed`` are of a synthetic one.
+def index_of(model: str | Path, spill: Path, device: torch.device, dtype: torch.dtype | None, seed: int) -> WeightIndex:
+    """Return the index of what a user calls a model, to run on ``device``; ``seed`` is of a synthetic one.
 
     Raises:
         ConfigError, CheckpointError, UnavailableError: a model that cannot be had, or is damaged.
     """
+    _check_dtype(dtype)
     name = str(model)
     if name.startswith("synthetic:"):
-        return synthetic_index(empty_model(load_architecture(name.removeprefix("synthetic:")), dtype), seed)
-    return checkpoint_index(checkpoint.resolve(name), spill)
+        config = load_architecture(name.removeprefix("synthetic:"))
+        return synthetic_index(empty_model(config, dtype or torch.bfloat16), seed)
+    folder = checkpoint.resolve(name)
+    method = quantisation_of(folder)
+    if method is not None:
+        require_streamable(folder, method, device)
+    if method in IN_MEMORY:
+        return quantised_index(folder, dtype)
+    return checkpoint_index(folder, spill, dtype)
 
 
-def outline_of(model: str | Path, spill: Path, dtype: torch.dtype) -> WeightIndex:
+def outline_of(model: str | Path, spill: Path, device: torch.device, dtype: torch.dtype | None) -> WeightIndex:
     """Return the index of a model for planning alone: of a hub id, only headers are fetched.
+
+    A quantised checkpoint is loaded into host memory all the same.
 
     Raises:
         ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
     """
+    _check_dtype(dtype)
     outline = spill / "outline"
     found = checkpoint.outline(str(model), outline)
-    return header_index(outline) if outline.is_dir() else index_of(found, spill, dtype, 0)
+    if not outline.is_dir():
+        return index_of(found, spill, device, dtype, 0)
+    method = quantisation_of(outline)
+    if method is not None:
+        require_streamable(Path(str(model)), method, device)
+        raise CheckpointError(f"{model}: quantised, so that headers do not tell its plan; fetch it first: hf download")
+    return header_index(outline, dtype)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (*_DTYPES, None):
+        raise ConfigError(f"dtype {dtype}: it is {', '.join(map(str, _DTYPES))}, or None for the checkpoint's own")
 
 
 def on_disk(index: WeightIndex) -> WeightIndex:
@@ -250,8 +274,9 @@ def place_here(
         PlanError: as for :func:`place`, or host memory that is not there.
     """
     return in_free_memory(
-        lambda host_bytes: place(index, device, work, budget, ring, host_bytes), device, budget, host_memory, free
-    )
+        lambda host_bytes: place(index, device, work, budget, ring, host_bytes),
+        device, budget, host_memory, free, index.in_memory_bytes,
+    )  # fmt: skip
 
 
 def in_free_memory(
@@ -277,4 +302,4 @@ def in_free_memory(
 
 def workspace_of(index: WeightIndex, device: torch.device, work: Workload) -> int:
     """Return the device memory to keep free of weights."""
-    return workspace_bytes(index.model.config, index.model.dtype, device, work)
+    return workspace_bytes(index.model.config, index.model.dtype, device, work) + index.kept_bytes

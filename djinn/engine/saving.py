@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -36,8 +37,11 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
     }
     given: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
     for module in model.modules():
+        own_parameters = module._parameters.values()
         own = {name: stored[id(each)] for name, each in module._parameters.items() if id(each) in stored}
-        if own:
+        if any(hasattr(each, "quant_state") or is_traceable_wrapper_subclass(each) for each in own_parameters):
+            yield module.register_state_dict_pre_hook(_refuse_state_dict)
+        elif own:
             yield module.register_state_dict_post_hook(partial(_complete, own, given))
     if isinstance(model, PreTrainedModel):
         sources = {
@@ -47,6 +51,14 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
             if isinstance(tensor.entry.source, FileSpan)
         }
         vars(model)["save_pretrained"] = partial(_save_pretrained, weakref.ref(model), sources)
+
+
+def _refuse_state_dict(module: nn.Module, *_: object) -> NoReturn:
+    """Refuse what quantisers make of parameters, which show what is in the ring; bitsandbytes changes them in place."""
+    raise ConfigError(
+        f"state_dict: this {type(module).__name__} is quantised and streams, so that its weights cannot be saved; "
+        "copy the checkpoint, or djinn.detach(model) first"
+    )
 
 
 def _complete(
@@ -69,7 +81,7 @@ def _complete(
 def _save_pretrained(
     model: weakref.ref[PreTrainedModel], sources: set[Path], save_directory: Any, *args: Any, **options: Any
 ) -> None:
-    """``save_pretrained`` of a model whose state dict is complete although it seems to be offloaded.
+    """``save_pretrained``, into any folder but the one that the model streams from.
 
     Raises:
         ConfigError: into the folder that the model streams from.
@@ -81,9 +93,4 @@ def _save_pretrained(
             f"save_pretrained: this model streams from {save_directory}, whose files would be overwritten while they "
             "are read; save it to another folder, or djinn.detach(model) first"
         )
-    # With a device map transformers takes weights for missing, and undoes its conversions shard by shard.
-    device_map = vars(saved).pop("hf_device_map")
-    try:
-        type(saved).save_pretrained(saved, save_directory, *args, **options)
-    finally:
-        vars(saved)["hf_device_map"] = device_map
+    type(saved).save_pretrained(saved, save_directory, *args, **options)

@@ -9,6 +9,7 @@ experts) are read, and written anew, to ``spill``.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging as hf_logging
 
 from djinn.errors import CheckpointError
 from djinn.weights.files import read_checkpoint, read_shard
 from djinn.weights.pack_shard import hollow_shard, unpack_shard
-from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
+from djinn.weights.tensors import FileSpan, InMemory, Seeded, TensorEntry
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,31 +49,44 @@ class WeightIndex(Generic[Model]):
     synthetic: bool
     reads: Reads | None = None
     """What a recorded pass has read, where there was one: for units in its order (see :mod:`djinn.weights.units`)."""
+    kept_bytes: int = 0
+    """Of what the weights come with and what stays on the device: scales of quantised ones."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, ties counted once."""
         return sum(entry.raw_bytes for entry in self.tensors.values())
 
+    @property
+    def in_memory_bytes(self) -> int:
+        """Bytes of the weights that are in memory already, and are freed there while they are taken."""
+        return sum(entry.raw_bytes for entry in self.tensors.values() if isinstance(entry.raw.source, InMemory))
 
-def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
+
+def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None) -> WeightIndex:
     """Return the index of the checkpoint in ``folder``; converted weights are written to ``spill``.
 
+    As in transformers, ``dtype`` is that of floating point weights, by default the config's, and some models keep some
+    of theirs in float32; what is stored in another one is converted when it is loaded. Tensors that the model does not
+    have are ignored, with a warning.
+
     Raises:
-        CheckpointError: a damaged checkpoint, missing or unexpected tensors, or one whose shape or dtype is not what
-            the config asks for.
+        CheckpointError: a damaged checkpoint, missing tensors, or one whose shape is not what the config asks for.
     """
     files = read_checkpoint(folder)
     if any(entry.crc32 is not None for entry in files.values()):
         # transformers knows the original names, shapes and dtypes; only weights that it converts does it read.
         original = spill / "original"
         _restore(folder, files, original, hollow_shard)
-        model, where = _on_disk(original, spill)
+        model, where, extra = _on_disk(original, spill, dtype)
         if any(Path(place["safetensors_file"]).parent == spill for place in where.values()):
             _restore(folder, files, original, partial(unpack_shard, device=torch.device("cpu"), on_done=lambda _: None))
-            model, where = _on_disk(original, spill)
+            model, where, extra = _on_disk(original, spill, dtype)
     else:
-        model, where = _on_disk(folder, spill)
+        model, where, extra = _on_disk(folder, spill, dtype)
+    if extra:
+        some = ", ".join(sorted(extra)[:5]) + ", ..." * (len(extra) > 5)
+        warnings.warn(f"{folder}: {type(model).__name__} has no place for {len(extra)} tensors: {some}", stacklevel=2)
     spilled: dict[str, dict[str, TensorEntry]] = {}
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -81,13 +96,11 @@ def checkpoint_index(folder: Path, spill: Path) -> WeightIndex:
             entry = spilled.setdefault(str(path), read_shard(path))[place["weight_name"]]
         else:
             entry = files[place["weight_name"]]
-        for what, found, wanted in (
-            ("shape", list(entry.shape), list(parameter.shape)),
-            ("dtype", entry.dtype, parameter.dtype),
-        ):
-            if found != wanted:
-                raise CheckpointError(f"{path}: tensor {name} has {what} {found}, but config.json asks for {wanted}")
-        tensors[name] = entry
+        if entry.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(entry.shape)}, but config.json asks for {list(parameter.shape)}"
+            )
+        tensors[name] = entry.to(parameter.dtype)
     return WeightIndex(_ready(model), tensors, synthetic=False)
 
 
@@ -104,13 +117,18 @@ def _restore(
             (original / path.name).symlink_to(path.absolute())
 
 
-def _on_disk(folder: Path, spill: Path) -> tuple[PreTrainedModel, dict[str, dict[str, str]]]:
-    """Return the model on the meta device, and where transformers found each parameter: file, name there, dtype."""
+def _on_disk(
+    folder: Path, spill: Path, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, dict[str, str]], set[str]]:
+    """Return the model on the meta device, where transformers found each parameter, and what it has no place for.
+
+    A place is a file, a name there and a dtype.
+    """
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = model_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
                 folder,
-                dtype="auto",
+                dtype=dtype or "auto",
                 device_map={"": "disk"},
                 offload_folder=spill,
                 output_loading_info=True,
@@ -120,7 +138,7 @@ def _on_disk(folder: Path, spill: Path) -> tuple[PreTrainedModel, dict[str, dict
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
     model: PreTrainedModel
     model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:5])
             raise CheckpointError(f"{folder}: {len(info[kind])} {kind.replace('_keys', ' tensors')}: {names}")
@@ -137,7 +155,8 @@ def _on_disk(folder: Path, spill: Path) -> tuple[PreTrainedModel, dict[str, dict
     for module in model.modules():
         vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
     _tie(model)
-    return model, where
+    _keep_dtypes(model)
+    return model, where, info["unexpected_keys"]
 
 
 def synthetic_index(model: PreTrainedModel, seed: int) -> WeightIndex:
@@ -149,8 +168,10 @@ def synthetic_index(model: PreTrainedModel, seed: int) -> WeightIndex:
     return WeightIndex(_ready(model), tensors, synthetic=True)
 
 
-def header_index(folder: Path) -> WeightIndex:
+def header_index(folder: Path, dtype: torch.dtype | None = None) -> WeightIndex:
     """Return an index for planning alone, of a folder whose files may be headers without weights.
+
+    ``dtype`` is as for :func:`checkpoint_index`.
 
     Nothing is read or converted: what has another name in the files, or is made of several tensors there, has the
     shape and dtype that the model gives it.
@@ -162,7 +183,8 @@ def header_index(folder: Path) -> WeightIndex:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         stored = next((entry.dtype for entry in files.values() if entry.dtype.is_floating_point), torch.float32)
-        model = empty_model(config, getattr(config, "dtype", None) or stored)
+        model = empty_model(config, dtype or getattr(config, "dtype", None) or stored)
+        _keep_dtypes(model)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder.name}: transformers cannot make its model: {error}") from error
     tensors = {}
@@ -170,7 +192,7 @@ def header_index(folder: Path) -> WeightIndex:
         found = files.get(name)
         if found is None or found.shape != tuple(parameter.shape):
             found = TensorEntry(parameter.dtype, tuple(parameter.shape), FileSpan(folder, 0))
-        tensors[name] = found
+        tensors[name] = found.to(parameter.dtype)
     return WeightIndex(_ready(model), tensors, synthetic=False)
 
 
@@ -210,7 +232,7 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence bars and warnings about loading for a while: nothing is loaded, and what is wrong is raised."""
     accelerate = logging.getLogger("accelerate")
     levels = hf_logging.get_verbosity(), accelerate.level
@@ -236,6 +258,18 @@ def _disk_index(model: nn.Module) -> dict[str, dict[str, str]]:
             if weights_map is not None:
                 return weights_map.dataset.index
     return {}
+
+
+def _keep_dtypes(model: PreTrainedModel) -> None:
+    """Give meta parameters the dtypes in which transformers keeps them whatever the model's is, when it loads them."""
+    dtype: Any = model.config.dtype
+    kept = model._get_dtype_plan(dtype)
+    if kept:
+        pattern, groups, _ = build_glob_alternation(list(kept))
+        for name, parameter in model.named_parameters():
+            found = pattern.search(name)
+            if found is not None and found.lastgroup is not None:
+                parameter.data = parameter.data.to(kept[groups[found.lastgroup]])
 
 
 def _tie(model: PreTrainedModel) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from djinn.codec.layout import LEAST_BYTES, Layout
 
@@ -55,7 +54,7 @@ class Seeded:
 class InMemory:
     """Bytes of a parameter as they lie in memory, without gaps; for as long as it has not been bound elsewhere."""
 
-    parameter: nn.Parameter
+    parameter: torch.Tensor
 
     @property
     def bytes(self) -> torch.Tensor:
@@ -68,7 +67,7 @@ class InMemory:
 class Encoded:
     """Bytes made by coding those of another source."""
 
-    raw: FileSpan | Seeded | InMemory
+    raw: FileSpan | Seeded | InMemory | Converted
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,19 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class Converted:
+    """Bytes made by converting a tensor that is stored in another dtype."""
+
+    stored: TensorEntry
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """One tensor: what it is, where its bytes come from, and how they are coded, if they are."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: FileSpan | Seeded | InMemory | Encoded | Decoded
+    source: FileSpan | Seeded | InMemory | Encoded | Decoded | Converted
     layout: Layout | None = None
     crc32: Mapping[str, int] | None = None
     """Of each section, where the checkpoint is packed: what is read is verified when it is loaded."""
@@ -113,6 +119,10 @@ class TensorEntry:
         if isinstance(self.source, Encoded):
             return TensorEntry(self.dtype, self.shape, self.source.raw, stride=self.stride)
         return self if self.layout is None else TensorEntry(self.dtype, self.shape, Decoded(self))
+
+    def to(self, dtype: torch.dtype) -> TensorEntry:
+        """The tensor in ``dtype``, raw; itself where it is stored so."""
+        return self if dtype == self.dtype else TensorEntry(dtype, self.shape, Converted(self))
 
     def view(self, raw: torch.Tensor) -> torch.Tensor:
         """Return the weights that ``raw`` holds (uint8, at least ``raw_bytes`` in one dimension), without copying."""

@@ -109,7 +109,7 @@ def test_a_coding_that_there_is_not_is_refused(checkpoint: Path) -> None:
 
 
 def test_what_is_coded_cannot_stay_on_disk(checkpoint: Path) -> None:
-    with pytest.raises(PlanError, match="made or coded in memory have no disk tier"):
+    with pytest.raises(PlanError, match="made, converted or coded in memory have no disk tier"):
         coded(checkpoint, "cpu", 0.3, host_memory="1 MB")
 
 

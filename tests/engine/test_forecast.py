@@ -28,7 +28,7 @@ def found() -> Forecast:
 
 
 def planned(budget: int, **changes: int) -> Plan:
-    index = on_disk(index_of(MODEL, None, torch.bfloat16, 0))  # type: ignore[arg-type]
+    index = on_disk(index_of(MODEL, None, torch.device("cpu"), torch.bfloat16, 0))  # type: ignore[arg-type]
     load = Workload(**({"batch": 1, **WORK} | changes))
     return place_here(index, torch.device("cuda"), load, budget, None, None, FREE)
 
@@ -49,7 +49,7 @@ def test_what_fits_is_the_most_that_fits(found: Forecast) -> None:
 
 
 def test_one_more_gb_is_planned_again(found: Forecast) -> None:
-    index = index_of(MODEL, None, torch.bfloat16, 0)  # type: ignore[arg-type]
+    index = index_of(MODEL, None, torch.device("cpu"), torch.bfloat16, 0)  # type: ignore[arg-type]
     more = planned(7 * 10**9)
     times = [predict(plan, RATES, work_of(index, plan.units, found.work)).token_s for plan in (found.plan, more)]
     assert found.gain_s == pytest.approx(times[0] - times[1])

@@ -642,7 +642,7 @@ def test_modules_that_cannot_stream_are_refused_by_name(build: Callable[[], nn.M
         ({"budget": "12"}, "size '12' is not a positive number with a unit"),
         ({"budget": "100 KB", "workspace": "1 KB"}, "budget: 100 KB is too small"),
         ({"ring": "10 KB"}, "ring: unit "),
-        ({"host_memory": "10 KB"}, "host memory: streamed weights that are made or coded in memory"),
+        ({"host_memory": "10 KB"}, "host memory: streamed weights that are made, converted or coded in memory"),
         ({"device": "tpu"}, "device 'tpu': the devices are cpu and cuda"),
         ({"example": X}, "example: Tensor is neither a tuple of positional nor a mapping of keyword arguments"),
         ({"example": []}, "example: an empty list"),

@@ -208,7 +208,9 @@ def test_a_small_budget_is_refused_with_its_parts() -> None:
 
 def test_weights_made_in_memory_have_no_disk_to_come_from() -> None:
     units = in_memory(decoder())
-    with pytest.raises(PlanError, match=r"host memory: .* made or coded in memory have no disk tier and need"):
+    with pytest.raises(
+        PlanError, match=r"host memory: .* made, converted or coded in memory have no disk tier and need"
+    ):
         make_plan(units, budget=150 * PAGE, workspace_bytes=0, host_bytes=PAGE)
     assert make_plan(units, budget=150 * PAGE, workspace_bytes=0, host_bytes=GB).disk_bytes == 0
 

@@ -155,7 +155,7 @@ def test_a_rate_that_is_missing_is_named() -> None:
 
 
 def test_what_a_model_computes_is_read_from_its_modules() -> None:
-    index = index_of("synthetic:mixtral-tiny", Path(), torch.bfloat16, 0)
+    index = index_of("synthetic:mixtral-tiny", Path(), torch.device("cpu"), torch.bfloat16, 0)
     plan = place(index, torch.device("cpu"), LOAD, "1 GB", None, 10**9)
     found = work_of(index, plan.units, LOAD)
     assert found.shares["model.embed_tokens"] == 0
@@ -167,7 +167,7 @@ def test_what_a_model_computes_is_read_from_its_modules() -> None:
 
 @cache
 def index_of_record(model: str, link: str) -> WeightIndex:
-    index = index_of(model, Path(), torch.bfloat16, 0)
+    index = index_of(model, Path(), torch.device("cpu"), torch.bfloat16, 0)
     return on_disk(index) if link == "disk" else index
 
 
