@@ -22,7 +22,7 @@ help: ## List the targets
 reproduce: env ## Run the four notebooks in order and write figures and report (PROFILE=, RUN=)
 	@$(BIN)/djinn reproduce --profile '$(PROFILE)' $(if $(RUN),--run-dir '$(RUN)')
 
-replay: env ## Draw the reference records' figures, claims and reports again (no GPU, three minutes)
+replay: env ## Draw the reference records' figures, claims and reports again (no GPU, a minute)
 	@$(BIN)/djinn replay
 
 test: env ## Run the whole test suite

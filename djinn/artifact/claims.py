@@ -79,7 +79,7 @@ class Claim(_Frozen):
 
 
 class Outcome(_Frozen):
-    """A claim's verdict on one run. ``measured`` is None unless it is PASS or FAIL; ``why`` explains the rest."""
+    """A claim's verdict on one run. ``measured`` is None unless it is PASS or FAIL; ``why`` explains all but PASS."""
 
     claim: Claim
     verdict: Verdict
@@ -110,7 +110,9 @@ def evaluate(claim: Claim, evidence: Evidence) -> Outcome:
         measured = METRICS[claim.metric](evidence, **claim.arguments)
     except NotMeasuredError as missing:
         return Outcome(claim=claim, verdict="NOT RUN", why=str(missing))
-    return Outcome(claim=claim, verdict="PASS" if claim.holds(measured) else "FAIL", measured=measured)
+    if claim.holds(measured):
+        return Outcome(claim=claim, verdict="PASS", measured=measured)
+    return Outcome(claim=claim, verdict="FAIL", measured=measured, why=f"{measured:.4g} is not {target_words(claim)}")
 
 
 def write_claims(run_dir: Path) -> list[Outcome]:

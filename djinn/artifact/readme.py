@@ -40,7 +40,7 @@ def results_markdown(root: Path = REFERENCE_DIR) -> str:
 def table(records: list[Record]) -> str:
     """Return a row per system and variant: medians over the finished runs, or why there is none."""
     rows = [
-        "| system | budget | host memory | first token, s | per token, s | link, GB/s | of the ceiling | runs |",
+        "| system | budget | anonymous host memory | first token, s | per token, s | link, GB/s | of ceiling | runs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in summary_frame(records).to_dict("records"):
@@ -66,7 +66,7 @@ def claims_markdown() -> str:
         profile = load_profile(claim.profile)
         rows.append(
             f"| {claim.id} | {claim.text} | {target_words(claim)} | `{claim.profile}`, `{claim.notebook}` | "
-            f"{profile.minutes:g} min | {format_bytes(profile.min_disk)} | {measured.get(claim.id, '')} |"
+            f"{profile.minutes:g} min | {format_bytes(profile.min_disk)} | {measured.get(claim.id, 'not measured')} |"
         )
     return "\n".join(rows) + "\n"
 

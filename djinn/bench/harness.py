@@ -197,6 +197,8 @@ class Bench:
                 "tuning": dict(lane.tuning),
             }
             worker = self._workers[lane]
+            if lane.system == "deepspeed":
+                tqdm.write("deepspeed: compiles its operators if this machine has not yet, in about five minutes")
             worker.ask({"do": "check", **job}, _BUILD_S)
             self._loaded[lane] = worker.ask({"do": "load"}, lane.profile.timeout_s)
             for _ in range(lane.profile.warmups):

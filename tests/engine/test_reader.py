@@ -200,9 +200,9 @@ def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_closing_ends_the_threads_and_closes_the_files(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     unit = unit_of(write_checkpoint(path, [PAGE], 4096, [0]))
-    before = len(list(Path("/proc/self/fd").iterdir()))
     filled(unit, PAGE)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    # What others have open comes and goes meanwhile.
+    assert not any(link.is_symlink() and link.readlink() == path for link in Path("/proc/self/fd").iterdir())
 
 
 @pytest.mark.parametrize("nbytes", [1, 5 * PAGE, 10**9])
