@@ -44,7 +44,8 @@ SIZES = ("model_bytes", "resident_bytes", "ring_bytes", "peak_device_bytes", "pe
 @dataclass(frozen=True)
 class Summary:
     """Samples in short. ``std`` is the sample standard deviation; ``low`` and ``high`` bound the 95% interval of
-    the mean. One sample has neither spread nor interval: these are None, not zero.
+    the mean. One sample has neither spread nor interval: these are None, not zero. Two have no interval that says
+    anything: Student's t is 12.7 there.
     """
 
     n: int
@@ -69,6 +70,8 @@ def summarise(samples: Sequence[float]) -> Summary:
     if n == 1:
         return Summary(n, mean, None, median, None, None)
     std = statistics.stdev(samples)
+    if n == 2:
+        return Summary(n, mean, std, median, None, None)
     half = _T_975[max(df for df in _T_975 if df < n)] * std / math.sqrt(n)
     return Summary(n, mean, std, median, mean - half, mean + half)
 

@@ -29,7 +29,7 @@ from djinn.figures.style import (
 )
 from djinn.sizes import exact_bytes, format_bytes
 
-_MEAN = "Whiskers: 95% interval of the mean (Student t)."
+_MEAN = "Whiskers, from 3 runs on: 95% interval of the mean (Student t)."
 _ENLARGED = 40
 """Intervals in the enlarged part of a timeline."""
 _CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band: range)."
@@ -154,7 +154,8 @@ def timeline(intervals: pd.DataFrame, pcie: pd.DataFrame | None = None, ax: Axes
     ``ax`` takes the lanes alone; the trace has a clock of its own and so an axes of its own.
     """
     _require(intervals, "no timeline")
-    words = "Every interval, at least a hairline wide. Right: share of the time."
+    words = "Every interval, at least a hairline wide. Right: share of the time. "
+    words += "Stall: compute waits for copies, as it must where the link limits."
     starts = intervals["start_s"].sort_values().tolist()
     enlarged = ax is None and len(starts) > 2 * _ENLARGED
     traced = ax is None and pcie is not None and not pcie.empty

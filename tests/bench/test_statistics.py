@@ -55,13 +55,19 @@ def test_one_sample_has_no_spread_and_no_interval():
     assert summary.std is summary.low is summary.high is None
 
 
+def test_two_samples_have_a_spread_and_no_interval():
+    summary = summarise([3.0, 5.0])
+    assert summary.std == pytest.approx(2**0.5)
+    assert summary.low is summary.high is None
+
+
 @pytest.mark.parametrize("samples", [[], [1.0, math.nan], [math.inf]])
 def test_nothing_to_summarise_is_an_error(samples):
     with pytest.raises(ConfigError, match="finite"):
         summarise(samples)
 
 
-@given(st.lists(finite, min_size=2, max_size=200))
+@given(st.lists(finite, min_size=3, max_size=200))
 def test_the_interval_holds_the_mean_and_scales(samples):
     summary, double = summarise(samples), summarise([2 * sample for sample in samples])
     assert summary.low <= summary.mean <= summary.high

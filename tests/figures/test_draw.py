@@ -67,11 +67,11 @@ def test_figures_are_legible_at_column_width(runs: pd.DataFrame):
     assert min(text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()) >= SMALLEST_PT
 
 
-def test_a_single_run_has_no_interval():
+def test_fewer_than_three_runs_have_no_interval():
     profile = load_profile("smoke_tiny")
-    one, two = ([fabricated(profile, "djinn", run) for run in range(count)] for count in (1, 2))
-    whiskers = [len(plots.ttft(frames.runs(records)).axes[0].collections) for records in (one, two)]
-    assert whiskers[0] == 0 < whiskers[1]
+    few = ([fabricated(profile, "djinn", run) for run in range(count)] for count in (1, 2, 3))
+    whiskers = [len(plots.ttft(frames.runs(records)).axes[0].collections) for records in few]
+    assert whiskers[0] == whiskers[1] == 0 < whiskers[2]
 
 
 def test_an_axes_of_ones_own_is_drawn_into(runs: pd.DataFrame):
