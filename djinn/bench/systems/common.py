@@ -17,7 +17,8 @@ from djinn.weights.architectures import load_architecture
 from djinn.weights.index import empty_model
 from djinn.weights.synthetic import fill
 
-_FILLERS = 8
+FILLERS = 8
+"""Threads that make synthetic weights."""
 _SPARE_BYTES = 256 * 10**6
 
 
@@ -52,7 +53,7 @@ def host_model(job: Job) -> PreTrainedModel:
         return model.eval()
     model = skeleton(job)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    with ThreadPoolExecutor(_FILLERS) as pool:
+    with ThreadPoolExecutor(FILLERS) as pool:
         list(pool.map(partial(_materialise, seed=job.profile.seed), names, parameters))
     return model.eval()
 

@@ -13,7 +13,9 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from djinn import hardware
 from djinn.bench.systems.base import Job, PassCounter
-from djinn.bench.systems.common import config_of, fill_tensor, require_disk, require_ram, skeleton, weight_bytes
+from djinn.bench.systems.common import (
+    FILLERS,
+    config_of,
+    fill_tensor,
+    require_disk,
+    require_ram,
+    skeleton,
+    weight_bytes,
+)
 from djinn.config import CONFIG_DIR
 from djinn.errors import UnavailableError
 
@@ -212,7 +222,7 @@ def _only_builder() -> Iterator[None]:
 
 
 def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedModel:
-    """Return the synthetic model, each parameter filled in host memory and partitioned before the next."""
+    """Return the synthetic model, its parameters filled in host memory a few at a time and partitioned one by one."""
     import deepspeed
     from transformers.initialization import no_init_weights
 
@@ -223,12 +233,21 @@ def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedMode
     exact = dict(skeleton(job).named_buffers())
     for name, buffer in model.named_buffers():
         buffer.data = exact[name].to(buffer.device)
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            weights = torch.empty(parameter.shape, dtype=parameter.dtype)
-            fill_tensor(weights, name, job.profile.seed)
-            parameter.data.copy_(weights)
+    named = list(model.named_parameters())
+    with ThreadPoolExecutor(FILLERS) as pool:
+        for start in range(0, len(named), FILLERS):  # a few at a time, for they are in memory a second time until then
+            names, parameters = zip(*named[start : start + FILLERS], strict=True)
+            weights = pool.map(partial(_synthetic_weight, seed=job.profile.seed), names, parameters)
+            for parameter, weight in zip(parameters, weights, strict=True):
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(weight)
     return model.eval()
+
+
+def _synthetic_weight(name: str, parameter: Any, seed: int) -> torch.Tensor:
+    weight = torch.empty(parameter.ds_shape, dtype=parameter.dtype)
+    fill_tensor(weight, name, seed)
+    return weight
 
 
 def _flat(zero: dict[str, Any]) -> dict[str, str | int | float | bool]:
