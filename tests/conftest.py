@@ -24,6 +24,12 @@ settings.register_profile("djinn", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("djinn")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked ``gpu`` where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+
+
 @pytest.fixture
 def fabricated_run(tmp_path: Path) -> Path:
     """A run directory with invented records: some systems finished, one out of memory, one for want of disk."""

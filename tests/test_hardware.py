@@ -126,7 +126,6 @@ def test_an_unknown_package_has_no_version() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_cuda_device_tells_its_memory_and_link() -> None:
     gpu = hardware.describe().gpus[0]
     assert gpu.memory_bytes == torch.cuda.get_device_properties(0).total_memory

@@ -86,6 +86,7 @@ class Certification(BaseModel):
                 for rate in (self.compute.rates if self.compute else ())
             ),
             module_s=self.compute.module_s if self.compute else 0.0,
+            last_token=1e9 * self.compute.last_token_gbps if self.compute and self.compute.last_token_gbps else None,
         )
 
     def frame(self) -> pd.DataFrame:

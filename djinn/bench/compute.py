@@ -38,18 +38,26 @@ class ComputeRate(BaseModel):
 
 
 class Compute(BaseModel):
-    """What a device computes. ``module_s`` are host seconds of a module that has weights."""
+    """What a device computes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str
     rates: tuple[ComputeRate, ...]
     module_s: float
+    """Host seconds of a module that has weights."""
+    last_token_gbps: float | None = None
+    """Bytes of weights by the last of several tokens in a second, in 10^9: the output projection of a prompt."""
 
 
 def measure(device: torch.device) -> Compute:
     """Measure ``device``; takes seconds and 128 MiB of its memory."""
-    return Compute(device=device.type, rates=tuple(_rates(device)), module_s=_module_s(device))
+    return Compute(
+        device=device.type,
+        rates=tuple(_rates(device)),
+        module_s=_module_s(device),
+        last_token_gbps=_last_token_gbps(device),
+    )
 
 
 @torch.no_grad()
@@ -72,6 +80,14 @@ def _rates(device: torch.device) -> list[ComputeRate]:
 
 
 @torch.no_grad()
+def _last_token_gbps(device: torch.device) -> float:
+    """Time what a model's head does with a prompt: on a CPU, torch (2.13) copies the weights before it multiplies."""
+    weight = torch.ones(_SHAPE, dtype=torch.bfloat16, device=device)
+    prompt = torch.ones(1, 2, _SHAPE[1], dtype=torch.bfloat16, device=device)
+    return weight.nbytes / _median_s(lambda: linear(prompt[:, -1:], weight), device) / 1e9
+
+
+@torch.no_grad()
 def _module_s(device: torch.device) -> float:
     """Time decode steps of a model so small that they are overhead alone."""
     from transformers import AutoModelForCausalLM
@@ -88,7 +104,7 @@ def _module_s(device: torch.device) -> float:
     return _median_s(steps, device) / _STEPS / len(modules)
 
 
-def _median_s(run: Callable[[], None], device: torch.device) -> float:
+def _median_s(run: Callable[[], object], device: torch.device) -> float:
     seconds = []
     for _ in range(_REPEATS + 1):  # the first one is for warming up
         _synchronize(device)

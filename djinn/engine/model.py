@@ -35,6 +35,7 @@ from djinn.engine.workspace import Workload, shortage_hook
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
+from djinn.weights.quantised import gather_states
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def restore(model: nn.Module, weights: Weights, before: Before) -> None:
     for name in ("save_pretrained", "hf_device_map", "_valid_auto_compile_criteria"):
         vars(model).pop(name, None)
     weights.go_home()
+    gather_states(model)
     move_buffers(model, before.buffers)
     if before.hf_device_map is not None:
         vars(model)["hf_device_map"] = before.hf_device_map
@@ -305,6 +307,7 @@ def start(
             weights.bind(unit.tensors, image)
     before = note_state(model)
     move_buffers(model, dict.fromkeys(before.buffers, device))
+    gather_states(model)
     if isinstance(model, PreTrainedModel):
         # Where pipelines and adapters put their tensors. "disk" or "cpu" would make PEFT dispatch the model anew.
         vars(model)["hf_device_map"] = {"": device}

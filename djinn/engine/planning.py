@@ -91,9 +91,9 @@ def index_of(model: str | Path, spill: Path, device: torch.device, dtype: torch.
     folder = checkpoint.resolve(name)
     method = quantisation_of(folder)
     if method is not None:
-        require_streamable(folder, method, device)
+        require_streamable(folder, method)
     if method in IN_MEMORY:
-        return quantised_index(folder, dtype)
+        return quantised_index(folder, dtype, device)
     return checkpoint_index(folder, spill, dtype)
 
 
@@ -112,7 +112,7 @@ def outline_of(model: str | Path, spill: Path, device: torch.device, dtype: torc
         return index_of(found, spill, device, dtype, 0)
     method = quantisation_of(outline)
     if method is not None:
-        require_streamable(Path(str(model)), method, device)
+        require_streamable(Path(str(model)), method)
         raise CheckpointError(f"{model}: quantised, so that headers do not tell its plan; fetch it first: hf download")
     return header_index(outline, dtype)
 

@@ -6,10 +6,8 @@ multiplies that many tokens by weights. And the host's own time in its module, w
 a processor cannot. A copy begins once the visit that its slot waits for has been computed, as in the ring; compute
 begins once the copy has ended. On a CPU a copy out of host memory is work for the cores that compute, so it adds.
 
-What is not counted: decoding of coded weights, the time between two passes, which prefetching hides, and fresh host
-memory, which a first pass on a CPU touches for the first time: on the 13B records of two cores that was an eighth to a
-third of the time to the first token. A rate that was not measured makes its part free; :attr:`Prediction.blind` says
-which.
+What is not counted: decoding of coded weights, and the time between two passes, which prefetching hides. A rate that
+was not measured makes its part free; :attr:`Prediction.blind` says which.
 """
 
 from __future__ import annotations
@@ -58,6 +56,8 @@ class Rates:
     """In order of tokens."""
     module_s: float = 0.0
     """Host seconds that a module with weights takes on a device that has nothing to compute."""
+    last_token: float | None = None
+    """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,9 @@ def predict(plan: Plan, rates: Rates, work: Work) -> Prediction:
         UnavailableError: the plan streams over a link or a disk whose rate is not known.
     """
     load = work.workload
+    known = {"compute": rates.compute, "host": rates.module_s}
+    if rates.device == "cpu" and work.head and load.prompt_tokens > 1:
+        known["last token"] = rates.last_token
     peak = rates.compute[-1].rate * rates.compute[-1].tokens if rates.compute else float("inf")
     memory = rates.compute[0].rate if rates.compute else float("inf")
     prefill = _visits(plan, rates, work, load.prompt_tokens * load.batch, work.attention_flops / peak)
@@ -152,7 +155,7 @@ def predict(plan: Plan, rates: Rates, work: Work) -> Prediction:
         compute_s=sum(visit.compute_s for visit in decode),
         host_s=sum(visit.host_s for visit in decode),
         batch=load.batch,
-        blind=tuple(name for name, known in (("compute", rates.compute), ("host", rates.module_s)) if not known),
+        blind=tuple(name for name, rate in known.items() if not rate),
     )
 
 
@@ -183,9 +186,8 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float) -
         rows = work.workload.batch if unit.name in work.head else tokens
         on_disk = tier is Tier.DISK
         compute_s = _multiply_s(unit.raw_bytes, rows, work.shares.get(unit.name, 1.0), rates.compute)
-        if on_cpu and unit.name in work.head and rates.link:
-            # A CPU's torch copies the output projection for each sequence; see workspace_bytes.
-            compute_s += rows * unit.raw_bytes / rates.link
+        if on_cpu and unit.name in work.head and rows < tokens and rates.last_token:
+            compute_s = rows * unit.raw_bytes / rates.last_token
         over_link = tier is Tier.PINNED or (on_disk and not on_cpu)
         visits.append(
             _Visit(

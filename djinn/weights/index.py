@@ -50,7 +50,7 @@ class WeightIndex(Generic[Model]):
     reads: Reads | None = None
     """What a recorded pass has read, where there was one: for units in its order (see :mod:`djinn.weights.units`)."""
     kept_bytes: int = 0
-    """Of what the weights come with and what stays on the device: scales of quantised ones."""
+    """Of what the weights need beside them on the device: scales of quantised ones, and one of them dequantised."""
 
     @property
     def nbytes(self) -> int:

@@ -1,7 +1,7 @@
 """Quantised checkpoints: transformers loads them into host memory, from where their bytes stream as they are.
 
 Only methods that a test holds against the resident model are taken. Where the bytes of a weight lie beside it (scales,
-code books), these stay on the device.
+code books), these stay on the device, where there is also room for one weight as it is multiplied: dequantised.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, PreTrainedModel
 
@@ -50,23 +51,24 @@ def _torchao_type(config: Any) -> str:
     return ", ".join(str(kind.get("_type") if isinstance(kind, dict) else kind) for kind in kinds)
 
 
-def require_streamable(folder: Path, method: str, device: torch.device) -> None:
+def require_streamable(folder: Path, method: str) -> None:
     """Refuse a quantised checkpoint that is not known to stream right.
 
     Raises:
         CheckpointError: says which method, and what streams instead.
     """
-    proven = method in IN_MEMORY or (method == DEQUANTISED and not torch.cuda.is_available())
-    if device.type != "cpu" or not proven:
+    if method not in IN_MEMORY and not (method == DEQUANTISED and not torch.cuda.is_available()):
         raise CheckpointError(
-            f"{folder}: quantised by {method}, which djinn does not stream to device {device.type}; use a checkpoint "
-            "of unquantised weights, which coding lossless makes a third smaller (of quantised ones it streams "
-            f"{', '.join(IN_MEMORY)} on a CPU, and {DEQUANTISED} where there is no GPU)"
+            f"{folder}: quantised by {method}, which djinn does not stream; use a checkpoint of unquantised weights, "
+            "which coding lossless makes a third smaller (of quantised ones it streams "
+            f"{', '.join(IN_MEMORY)}, and {DEQUANTISED} where there is no GPU)"
         )
 
 
-def quantised_index(folder: Path, dtype: torch.dtype | None) -> WeightIndex:
+def quantised_index(folder: Path, dtype: torch.dtype | None, device: torch.device) -> WeightIndex:
     """Return the index of a model that transformers has loaded into host memory, quantised as it is stored.
+
+    It is to run on ``device``.
 
     Raises:
         CheckpointError: a checkpoint that is packed or damaged.
@@ -94,7 +96,8 @@ def quantised_index(folder: Path, dtype: torch.dtype | None) -> WeightIndex:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
     model.eval()
     model.requires_grad_(False)
-    _run_once(model)
+    if device.type == "cpu":
+        _run_once(model)
     leaves = {name: dict(_leaves(name, parameter)) for name, parameter in model.named_parameters()}
     tensors = {
         name: TensorEntry(leaf.dtype, tuple(leaf.shape), InMemory(leaf))
@@ -109,7 +112,9 @@ def quantised_index(folder: Path, dtype: torch.dtype | None) -> WeightIndex:
     readers = traced_readers(empty_model(config, model.dtype))
     readers |= {name: by for name, by in read_by_block(model).items() if name not in readers}
     reads: Reads = [(leaf, (reader,)) for name, by in readers.items() for leaf in leaves[name] for reader in by]
-    return WeightIndex(model, tensors, synthetic=False, reads=reads, kept_bytes=_kept_bytes(model))
+    return WeightIndex(
+        model, tensors, synthetic=False, reads=reads, kept_bytes=_kept_bytes(model) + _dequantised_bytes(model)
+    )
 
 
 def _leaves(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,8 +133,25 @@ def _run_once(model: PreTrainedModel) -> None:
         model(**{name: torch.zeros_like(value, device="cpu") for name, value in inputs.items()})
 
 
+def gather_states(model: nn.Module) -> None:
+    """Move what quantised parameters keep beside their own bytes to where those are."""
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            state.to(parameter.device)
+
+
 def _kept_bytes(model: PreTrainedModel) -> int:
-    """Return the size of what parameters hold beside their own bytes."""
+    """Return the size of what parameters keep beside their own bytes."""
     states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     parts = [part for state in states for part in (state, getattr(state, "state2", None)) if part is not None]
     return sum(value.nbytes for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor))
+
+
+def _dequantised_bytes(model: PreTrainedModel) -> int:
+    """Return the size of the largest weight once a multiplication has made floating point numbers of it."""
+    shapes = [
+        getattr(parameter, "quant_state", parameter).shape
+        for parameter in model.parameters()
+        if hasattr(parameter, "quant_state") or is_traceable_wrapper_subclass(parameter)
+    ]
+    return max((shape.numel() * model.dtype.itemsize for shape in shapes), default=0)

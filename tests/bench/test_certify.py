@@ -96,6 +96,5 @@ def test_the_processors_of_the_gpus_node_are_read_from_the_kernels_notation(cert
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_streaming_is_exact_on_a_gpu() -> None:
     assert prove("cuda").holds

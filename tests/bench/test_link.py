@@ -5,8 +5,6 @@ import torch
 
 from djinn.bench import link
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-
 
 @pytest.mark.parametrize("chunk", [4096, 3 * 2**20, 40 * 2**20])
 def test_memcpy_has_a_rate_also_for_chunks_that_do_not_divide_the_sample(chunk: int) -> None:
@@ -21,14 +19,12 @@ def test_without_a_gpu_the_copy_is_called_memcpy() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_pinned_copies_beat_pageable_ones() -> None:
     assert link.pinned_h2d_rate(2**24) > link.pageable_h2d_rate(2**24) > 0
     assert link.d2h_rate(2**24) > 0
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_pinning_holds_for_the_measurement_alone() -> None:
     with link._page_locked(2**20) as memory:
         assert memory.is_pinned()
@@ -36,7 +32,6 @@ def test_pinning_holds_for_the_measurement_alone() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_every_kind_of_copy_is_measured_at_every_chunk_size() -> None:
     found = link.rates([2**20, 2**26])
     assert len({(rate.kind, rate.chunk_bytes) for rate in found}) == len(found) == 6

@@ -162,7 +162,6 @@ def test_a_dmon_that_refuses_leaves_the_finer_samples_and_a_reason(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_real_copy_is_seen(tmp_path: Path) -> None:
     source = torch.ones(2**28, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device="cuda")

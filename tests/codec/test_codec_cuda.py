@@ -12,10 +12,7 @@ from djinn.codec.decode import Decoder, decode
 from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import TILE, Layout, sections
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
-]
+pytestmark = pytest.mark.gpu
 
 BIG = {
     "64 Mi weights": lambda: normal(2**26),

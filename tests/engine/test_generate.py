@@ -218,7 +218,6 @@ def test_generate_does_not_compile_a_pass_with_hooks(models: Pair) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static", "static"])
 def test_an_offloaded_cache(tiny_checkpoint: Tiny, cache: str) -> None:
     """The cache crosses the link on streams of its own beside the weights."""

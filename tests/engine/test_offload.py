@@ -729,7 +729,6 @@ def test_memory_that_runs_out_is_explained_with_the_workspace() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
 def test_on_a_gpu_from_host_memory_and_from_the_gpu_itself(home: str) -> None:
     module = made(Net, seed=3).to(home)

@@ -125,13 +125,17 @@ def test_the_head_sees_one_token_of_each_sequence_and_looked_up_rows_cost_nothin
     assert headed.ttft_s == pytest.approx(headed.token_s)
 
 
-def test_a_cpu_copies_the_output_projection_for_each_sequence() -> None:
+def test_a_cpu_copies_the_output_projection_for_each_sequence_of_a_prompt() -> None:
     plan = make_plan([unit("a", 1000), unit("b", 3000)], budget=10**9, workspace_bytes=0, host_bytes=0)
     plain = work(attention_flops=0.0, cache_bytes=0, head=frozenset({"b"}))
-    known = Rates(device="cpu", link=1e9, compute=COMPUTE)
-    copied = LOAD.batch * plan.units[1].raw_bytes / 1e9
-    with_copy, on_gpu = (predict(plan, each, plain).token_s for each in (known, replace(known, device="cuda")))
-    assert with_copy - on_gpu == pytest.approx(copied)
+    known = Rates(device="cpu", compute=COMPUTE, last_token=1e8)
+    first, head = plan.units[0].raw_bytes / 2e9 * 2, plan.units[1].raw_bytes
+    found = predict(plan, known, plain)
+    assert found.ttft_s == pytest.approx(first + LOAD.batch * head / 1e8)
+    assert found.token_s == predict(plan, replace(known, device="cuda"), plain).token_s
+    assert "last token" not in found.blind
+    assert "last token" in predict(plan, replace(known, last_token=None), plain).blind
+    assert "last token" not in predict(plan, replace(known, device="cuda", last_token=None), plain).blind
 
 
 def test_compute_and_copies_overlap_on_a_gpu_and_add_up_from_a_cpus_own_memory() -> None:
@@ -213,7 +217,7 @@ def test_what_was_measured_is_predicted_within_a_tenth(record: Record) -> None:
     else:
         certification = read_certification(REFERENCE_DIR / "2-cores_2026-11-25")
         assert certification is not None
-        known = Rates(device="cpu", link=certification.rates.link, disk=ceiling)
+        known = replace(certification.rates, disk=ceiling)
     predicted = predict(plan, known, done)
     if record.per_token_s:
         assert predicted.token_s == pytest.approx(statistics.median(record.per_token_s), rel=0.1)
