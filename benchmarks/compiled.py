@@ -1,6 +1,6 @@
 """Where compiling the layers of a streaming model helps: passes as they are and compiled, in the same process.
 
-    python benchmarks/compiled.py [--model synthetic:llama-2-7b] [--budgets "6 GB" "40 GB"] [--output compiled.json]
+    python benchmarks/compiled.py [--model synthetic:llama-2-7b] [--budgets "10 GB" "40 GB"] [--output compiled.json]
 
 ``layer.compile()`` fuses what lies between two streamed weights; the graph breaks at each, because djinn moves weights
 there. Compiled kernels round otherwise, so the largest difference of the logits is printed beside the times. Weights
@@ -28,8 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="synthetic:llama-2-7b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--budgets", nargs="+", default=["6 GB", "40 GB"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512, 8192])
+    parser.add_argument("--budgets", nargs="+", default=["10 GB", "40 GB"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4096])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rows = []

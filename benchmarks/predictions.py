@@ -40,7 +40,7 @@ GPU: dict[str, dict[str, Any]] = {
     "link": {"budget": "6 GB"},
     "resident": {"budget": "40 GB"},
     "prompt of 8192": {"budget": "10 GB", "prompt_tokens": 8192},
-    "batch of 32": {"budget": "10 GB", "batch": 32},
+    "batch of 32": {"budget": "10 GB", "batch": 32, "prompt_tokens": 64},
     "small": {"model": "synthetic:gpt2", "budget": "2 GB"},
 }
 
