@@ -31,7 +31,7 @@ from djinn.engine.reader import Reader, allocate
 from djinn.engine.residents import load_residents
 from djinn.engine.saving import save_from_store
 from djinn.engine.stats import Stats
-from djinn.engine.workspace import Workload, shortage_hook
+from djinn.engine.workspace import Workload, hold_workspace, shortage_hook
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus, usable_ram
 from djinn.sizes import format_bytes, parse_bytes
@@ -295,6 +295,8 @@ def start(
         for unit, slot in zip(planned.streamed, planned.slots, strict=True)
     }
     scratch = Scratch(planned.scratch_bytes, device)
+    if device.type == "cuda":
+        hold_workspace(planned.workspace_bytes, device)
     decodings = {}
     for unit in planned.units:
         image = slots.get(unit.name, weights.images.get(unit.name))

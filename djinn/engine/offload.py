@@ -16,7 +16,7 @@ from djinn.engine.guards import is_guarded
 from djinn.engine.model import Engine, note_state, register, restore, start
 from djinn.engine.planning import Coding, as_coded, in_free_memory, place_units
 from djinn.engine.reader import Reader
-from djinn.engine.workspace import CUDA_CONTEXT_BYTES, CUDA_LIBRARIES_BYTES, shortage_hook
+from djinn.engine.workspace import CUDA_OVERHEAD_BYTES, shortage_hook
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus
 from djinn.sizes import format_bytes, parse_bytes
@@ -85,7 +85,7 @@ def offload(
     examples = _checked_examples(example)
     _check(module)
     kept = parse_bytes(workspace) if workspace is not None else round(WORKSPACE_SHARE * parse_bytes(budget))
-    workspace_bytes = kept + (CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES if where.type == "cuda" else 0)
+    workspace_bytes = kept + (CUDA_OVERHEAD_BYTES if where.type == "cuda" else 0)
     parameters = parameters_by_name(module)
     names = {id(parameter): name for name, alike in parameters.items() for parameter in alike}
     tensors = {name: _entry(name, alike[0]) for name, alike in parameters.items()}
@@ -100,7 +100,7 @@ def offload(
         units = find_units(index)
         try:
             planned = in_free_memory(
-                lambda host_bytes: place_units(units, where, workspace_bytes, budget, ring, host_bytes),
+                lambda host_bytes: place_units(units, workspace_bytes, budget, ring, host_bytes),
                 where, budget, host_memory, given_back=on_host,
             )  # fmt: skip
         except PlanError as error:

@@ -12,12 +12,21 @@ from transformers import PretrainedConfig
 from djinn.engine.dimensions import dimensions
 from djinn.errors import PlanError
 
-CUDA_LIBRARIES_BYTES = 128 * 2**20
-"""cuBLAS workspaces (32 MiB per stream and handle on Hopper) and the allocator's rounding."""
+CUDA_LIBRARIES_BYTES = 64 * 2**20
+"""cuBLAS workspaces: 32 MiB per stream and handle on Hopper."""
+
+SMALL_TENSORS_BYTES = 192 * 2**20
+"""Torch's allocator keeps tensors of up to 1 MiB apart: among them a short KV cache, two for each of some 80 layers."""
 
 CUDA_CONTEXT_BYTES = 1050 * 10**6
 """What the driver takes outside of torch's allocator, with kernels and cuBLAS loaded: up to 855 MB on an H100 and
 1,015 MB on an H200, both with CUDA 13."""
+
+CUDA_OVERHEAD_BYTES = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES + SMALL_TENSORS_BYTES
+"""What a GPU needs beside weights, KV cache and activations."""
+
+_FRAGMENTS_SHARE = 0.02
+"""What is lost between tensors that torch's allocator cuts from one piece of memory: up to half a percent in tests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +82,20 @@ def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.
     A CPU's torch (2.13) copies the output projection for every sequence whose last position alone goes through it,
     as it does in ``generate``; a tenth more is for what the allocator keeps around such copies.
     """
+    tensors = kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work)
     if device.type == "cuda":
-        libraries = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
-    else:
-        text = next(dimensions(config))
-        libraries = 11 * work.batch * text.vocab * text.hidden * dtype.itemsize // 10
-    return kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work) + libraries
+        return CUDA_OVERHEAD_BYTES + round((1 + _FRAGMENTS_SHARE) * tensors)
+    text = next(dimensions(config))
+    return tensors + 11 * work.batch * text.vocab * text.hidden * dtype.itemsize // 10
+
+
+def hold_workspace(workspace_bytes: int, device: torch.device) -> None:
+    """Have torch's allocator hold a GPU's workspace as one free piece, from which passes then cut their tensors.
+
+    Left to itself it takes memory from the driver in pieces of whatever size is asked for first; a KV cache that grows
+    lies scattered over them, and passes need up to 1.4 times what their tensors come to.
+    """
+    torch.empty(max(workspace_bytes - CUDA_CONTEXT_BYTES - SMALL_TENSORS_BYTES, 0), dtype=torch.uint8, device=device)
 
 
 def largest(fits: Callable[[int], bool], below: int) -> int:

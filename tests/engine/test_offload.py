@@ -20,7 +20,7 @@ from djinn.engine import binding, planning
 from djinn.engine import model as engine_model
 from djinn.engine import offload as offloading
 from djinn.engine.plan import Plan, Tier
-from djinn.engine.workspace import CUDA_CONTEXT_BYTES, CUDA_LIBRARIES_BYTES
+from djinn.engine.workspace import CUDA_OVERHEAD_BYTES
 from djinn.errors import ConfigError, DjinnError, PlanError, UnavailableError
 
 WIDTH = 128
@@ -733,7 +733,7 @@ def test_memory_that_runs_out_is_explained_with_the_workspace() -> None:
 def test_on_a_gpu_from_host_memory_and_from_the_gpu_itself(home: str) -> None:
     module = made(Net, seed=3).to(home)
     whole = copy.deepcopy(module).to("cuda")
-    budget = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES + 61_800_000
+    budget = CUDA_OVERHEAD_BYTES + 61_800_000
     djinn.offload(module, budget=budget, workspace="60 MB", ring="1 MB", example=(IDS,), device="cuda")
     assert names_streamed(module)
     whole_ids = IDS.cuda()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from caching_allocator import MIB, CachingAllocator, OutOfMemoryError, events_of, play
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
+import djinn
 from djinn.engine.workspace import (
     CUDA_CONTEXT_BYTES,
-    CUDA_LIBRARIES_BYTES,
+    CUDA_OVERHEAD_BYTES,
+    SMALL_TENSORS_BYTES,
     Workload,
     activation_bytes,
     kv_cache_bytes,
@@ -109,8 +114,72 @@ def test_every_device_keeps_room_for_its_libraries() -> None:
     on_cpu = workspace_bytes(config, BF16, torch.device("cpu"), work)
     either = kv_cache_bytes(config, BF16, work) + activation_bytes(config, BF16, work)
     assert on_cpu == either + 11 * 1024 * 256 * 2 // 10, "the output projection, which torch copies there"
-    beside = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES
-    assert workspace_bytes(config, BF16, torch.device("cuda"), work) == either + beside
+    on_gpu = workspace_bytes(config, BF16, torch.device("cuda"), work)
+    assert on_gpu == pytest.approx(CUDA_OVERHEAD_BYTES + 1.02 * either)
+
+
+FITTING = {
+    "llama-2-7b": [(8192, 3, 1), (64, 9, 32), (2000, 12, 1)],
+    "llama-2-70b": [(512, 3, 1), (100, 12, 1), (2048, 2, 8)],
+    "codellama-34b": [(512, 3, 1)],
+    "qwen2.5-7b": [(512, 4, 4)],
+    "opt-30b": [(512, 3, 4)],
+}
+CUBLAS_BYTES = 32 * MIB
+
+
+def played(held: bool, name: str, work: Workload) -> CachingAllocator:
+    """Return a GPU's allocator, which may take what a plan's workspace leaves of the context, after a generation."""
+    config = load_architecture(name)
+    planned = workspace_bytes(config, BF16, torch.device("cuda"), work)
+    allocator = CachingAllocator(planned - CUDA_CONTEXT_BYTES)
+    if held:
+        allocator.release(allocator.allocate(planned - CUDA_CONTEXT_BYTES - SMALL_TENSORS_BYTES))
+    allocator.allocate(CUBLAS_BYTES)
+    play(events_of(config, work), allocator)
+    return allocator
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        pytest.param(name, Workload(prompt_tokens=prompt, new_tokens=new, batch=batch), id=f"{name}-{batch}x{prompt}")
+        for name, works in FITTING.items()
+        for prompt, new, batch in works
+    ],
+)
+def test_generation_fits_the_workspace_as_torchs_allocator_cuts_it(name: str, work: Workload) -> None:
+    played(True, name, work)
+
+
+def test_without_one_piece_the_same_workspace_would_not_do() -> None:
+    with pytest.raises(OutOfMemoryError):
+        played(False, "llama-2-7b", Workload(prompt_tokens=8192, new_tokens=3, batch=1))
+
+
+@pytest.mark.gpu
+def test_a_cache_that_grows_stays_within_what_is_allowed(tmp_path: Path) -> None:
+    """As in the tests above, with torch's own allocator."""
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16, vocab_size=1000
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=BF16)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    del model
+    work = {"prompt_tokens": 2048, "new_tokens": 12, "batch": 4, "device": "cuda"}
+    budget = djinn.plan(tmp_path, budget="40 GB", **work).workspace_bytes + 10**9
+    torch.cuda.empty_cache()
+    begun = torch.cuda.memory_reserved()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((begun + budget - CUDA_CONTEXT_BYTES) / total)
+    try:
+        streaming = djinn.load(tmp_path, budget=budget, **work)
+        ids = torch.ones(4, 2048, dtype=torch.int64, device="cuda")
+        for _ in range(2):
+            streaming.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @given(limit=st.integers(0, 1000), below=st.integers(1, 1000))
