@@ -1,10 +1,11 @@
-"""How well ``djinn plan`` foresees what then happens: each case predicted from this machine's rates, then measured.
+"""How well ``djinn plan`` foresees what then happens: each case measured, and predicted from rates measured beside it.
 
     python benchmarks/predictions.py --run-dir artifact/runs/predictions [--device cpu] [--cases disk memory ...]
 
-Rates are certified first, in the same run. Cases differ in what limits them: the disk, host memory or the link, compute
-with a long prompt or a large batch, and the host with a model of small modules. Records go to
-RUN_DIR/results/benchmark.jsonl and the comparison to RUN_DIR/results/predictions.json; the same command resumes.
+Cases differ in what limits them: the disk, host memory or the link, compute with a long prompt or a large batch, and
+the host with a model of small modules. Rates are measured before and after every case, since a shared machine's drift
+within minutes: compute and host memory here, disk and link by the runs themselves. Records go to
+RUN_DIR/results/benchmark.jsonl and the comparison to RUN_DIR/results/predictions.json.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import argparse
 import itertools
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from djinn.bench.certify import Certification, certify, read_certification
+from djinn.bench import compute
+from djinn.bench.certify import Certification
 from djinn.bench.harness import Bench, Lane
+from djinn.bench.link import memcpy_rate
 from djinn.bench.records import Record
 from djinn.cli.show import print_table
 from djinn.config import Profile, load_profile
 from djinn.engine.forecast import forecast
+from djinn.engine.predict import Rates
 
 CPU: dict[str, dict[str, Any]] = {
     "disk": {"budget": "3 GB", "host_memory": "1 GB"},
@@ -56,13 +61,43 @@ def cases(device: str) -> dict[str, Profile]:
     return {name: base.override(runs=2, **changes) for name, changes in table.items()}
 
 
-def compare(name: str, profile: Profile, runs: list[Record], found: Certification) -> dict[str, Any]:
+def look(device: str) -> Rates:
+    """Measure what is not measured by a run itself."""
+    found = Certification.model_construct(
+        compute=compute.measure(torch.device(device)), link=(), disk=(), checks=()
+    ).rates
+    torch.cuda.empty_cache() if device == "cuda" else None
+    return replace(found, device=device, link=memcpy_rate(64 * 2**20) if device == "cpu" else None)  # type: ignore[arg-type]
+
+
+def between(before: Rates, after: Rates, ceiling: float) -> Rates:
+    """Return rates whose seconds lie in the middle of two looks; ``ceiling`` is the disk's or the link's, bytes/s."""
+
+    def middle(one: float | None, other: float | None) -> float:
+        assert one
+        assert other
+        return 2 / (1 / one + 1 / other)
+
+    pairs = zip(before.compute, after.compute, strict=False)
+    on_cpu = before.device == "cpu"
+    return Rates(
+        device=before.device,
+        link=middle(before.link, after.link) if on_cpu else ceiling,
+        disk=ceiling if on_cpu else None,
+        compute=tuple(replace(one, rate=middle(one.rate, other.rate)) for one, other in pairs),
+        module_s=(before.module_s + after.module_s) / 2,
+        pass_s=(before.pass_s + after.pass_s) / 2,
+        last_token=middle(before.last_token, after.last_token),
+    )
+
+
+def compare(name: str, profile: Profile, runs: list[Record], rates: Rates) -> dict[str, Any]:
     """Return predicted and measured seconds of a case, medians over its runs, and over its tokens after the first."""
     predicted = forecast(
         profile.model,
         budget=profile.budget,
         device=profile.device,
-        rates=found.rates,
+        rates=rates,
         ring=profile.ring,
         host_memory=profile.host_memory,
         prompt_tokens=profile.prompt_tokens,
@@ -82,29 +117,39 @@ def compare(name: str, profile: Profile, runs: list[Record], found: Certificatio
         "predicted_token_s": predicted.token_s,
         "ttft_ratio": predicted.ttft_s / first,
         "token_ratio": predicted.token_s / later,
+        "rates": {
+            "link": rates.link,
+            "disk": rates.disk,
+            "compute": {rate.tokens: rate.rate for rate in rates.compute},
+            "module_s": rates.module_s,
+            "pass_s": rates.pass_s,
+            "last_token": rates.last_token,
+        },
     }
 
 
 def main() -> None:
-    """Certify, measure what is missing, compare, print."""
+    """Measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+")
     options = parser.parse_args()
     chosen = cases(options.device)
-    found = read_certification(options.run_dir) or certify(next(iter(chosen.values())), options.run_dir)
+    path = options.run_dir / "results" / "predictions.json"
     rows = []
     for name in options.cases or chosen:
         lane = Lane(system="djinn", variant=name, profile=chosen[name])
+        before = look(options.device)
         with Bench("benchmark", chosen[name], options.run_dir, keep=False) as bench:
             records = bench.measure([lane], runs=lane.profile.runs, order="by lane")
         runs = [record for record in records if record.status == "ok" and record.variant == name]
         if runs:
-            rows.append(compare(name, chosen[name], runs, found))
-    path = options.run_dir / "results" / "predictions.json"
-    path.write_text(json.dumps(rows, indent=2) + "\n")
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+            ceiling = statistics.median(1e9 * (run.ceiling_gbps or 0.0) for run in runs)
+            rows.append(compare(name, chosen[name], runs, between(before, look(options.device), ceiling)))
+            path.write_text(json.dumps(rows, indent=2) + "\n")
+    columns = [key for key in rows[0] if key != "rates"]
+    print_table(columns, [[row[key] for key in columns] for row in rows])
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ class Certification(BaseModel):
         kind = "pinned to device" if on_gpu else "memcpy"
         copies = [rate.gbps * 1e9 for rate in self.link if rate.kind == kind]
         reads = [rate.gbps * 1e9 for rate in self.disk if rate.kind == "read" and rate.gbps is not None]
+        host = self.compute if self.compute and self.compute.pass_s is not None else None
         direct = [rate.gbps * 1e9 for rate in self.disk if (rate.kind, rate.mode) == ("read", "direct") and rate.gbps]
         # Small chunks stay in a processor's cache, which a model does not.
         best = max if on_gpu else min
@@ -85,7 +86,8 @@ class Certification(BaseModel):
                 ComputeRate(tokens=rate.tokens, rate=rate.gbps * 1e9)
                 for rate in (self.compute.rates if self.compute else ())
             ),
-            module_s=self.compute.module_s if self.compute else 0.0,
+            module_s=host.module_s if host else 0.0,
+            pass_s=(host.pass_s or 0.0) if host else 0.0,
             last_token=1e9 * self.compute.last_token_gbps if self.compute and self.compute.last_token_gbps else None,
         )
 

@@ -1,8 +1,8 @@
-"""How fast a device computes what a decoder computes: weights times a few tokens or many, and a module's own overhead.
+"""How fast a device computes what a decoder computes: weights times a few tokens or many, and the host's own part.
 
 Weights are bfloat16 and larger together than any cache, so that one token measures how fast memory gives them and many
-tokens how fast the device multiplies. The overhead is what a module costs the host where there is nothing to compute:
-Python, kernel launches, and all that stands between two products.
+tokens how fast the device multiplies. The host's part is what modules cost where there is nothing to compute (Python,
+kernel launches, and all that stands between two products), and what a pass costs however few they are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +26,7 @@ _REPEATS = 3
 _LONGEST_S = 0.1
 """A device that took longer for all matrices has reached its rate, and is not asked for more tokens."""
 _MODEL = "llama-tiny"
+_LAYERS = (2, 16)
 _STEPS = 8
 
 
@@ -46,16 +48,21 @@ class Compute(BaseModel):
     rates: tuple[ComputeRate, ...]
     module_s: float
     """Host seconds of a module that has weights."""
+    pass_s: float | None = None
+    """Host seconds of a pass beside its modules'. None in records from before the two were told apart: there
+    ``module_s`` is a pass over the modules of a model that has few."""
     last_token_gbps: float | None = None
     """Bytes of weights by the last of several tokens in a second, in 10^9: the output projection of a prompt."""
 
 
 def measure(device: torch.device) -> Compute:
     """Measure ``device``; takes seconds and 128 MiB of its memory."""
+    module_s, pass_s = _host_s(device)
     return Compute(
         device=device.type,
         rates=tuple(_rates(device)),
-        module_s=_module_s(device),
+        module_s=module_s,
+        pass_s=pass_s,
         last_token_gbps=_last_token_gbps(device),
     )
 
@@ -88,20 +95,29 @@ def _last_token_gbps(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _module_s(device: torch.device) -> float:
-    """Time decode steps of a model so small that they are overhead alone."""
+def _host_s(device: torch.device) -> tuple[float, float]:
+    """Return the host's seconds for a module and for the rest of a pass, from decode steps that are overhead alone.
+
+    Of models so small that they compute nothing, one with few layers and one with many.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(load_architecture(_MODEL), dtype=torch.bfloat16).to(device).eval()
-    modules = {id(module) for _, module, _, _ in owners(model)}
-    cache = model(torch.ones(1, 8, dtype=torch.int64, device=device)).past_key_values
-    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+    counts, seconds = [], []
+    for layers in _LAYERS:
+        config = load_architecture(_MODEL)
+        config.num_hidden_layers = layers
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
+        counts.append(len({id(module) for _, module, _, _ in owners(model)}))
+        token = torch.ones(1, 1, dtype=torch.int64, device=device)
 
-    def steps() -> None:
-        for _ in range(_STEPS):
-            model(token, past_key_values=cache)
+        def steps(model: Any = model, token: torch.Tensor = token) -> None:
+            cache = None
+            for _ in range(_STEPS):
+                cache = model(token, past_key_values=cache).past_key_values
 
-    return _median_s(steps, device) / _STEPS / len(modules)
+        seconds.append(_median_s(steps, device) / _STEPS)
+    module_s = max((seconds[1] - seconds[0]) / (counts[1] - counts[0]), 0.0)
+    return module_s, max(seconds[0] - module_s * counts[0], 0.0)
 
 
 def _median_s(run: Callable[[], object], device: torch.device) -> float:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from djinn.devices import device_here
+from djinn.engine.assembly import Engine, note_state, restore, start
 from djinn.engine.binding import Weights, parameters_by_name
 from djinn.engine.coding import Coder
 from djinn.engine.guards import is_guarded
-from djinn.engine.model import Engine, note_state, register, restore, start
+from djinn.engine.model import register
 from djinn.engine.planning import Coding, as_coded, in_free_memory, place_units
 from djinn.engine.reader import Reader
 from djinn.engine.workspace import CUDA_OVERHEAD_BYTES, shortage_hook

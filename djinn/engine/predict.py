@@ -3,8 +3,9 @@
 Each visit of a unit takes three times. Its copy: the image's bytes over the disk's rate, over the link's, or one after
 the other, each of which carries one unit at a time. Its compute: the weights' bytes over the rate at which this device
 multiplies that many tokens by weights. And the host's own time in its module, which a GPU hides behind its compute and
-a processor cannot. A copy begins once the visit that its slot waits for has been computed, as in the ring; compute
-begins once the copy has ended. On a CPU a copy out of host memory is work for the cores that compute, so it adds.
+a processor cannot; a pass begins with some more of it. A copy begins once the visit that its slot waits for has been
+computed, as in the ring; compute begins once the copy has ended. On a CPU a copy out of host memory is work for the
+cores that compute, so it adds.
 
 What is not counted: decoding of coded weights, and the time between two passes, which prefetching hides. A rate that
 was not measured makes its part free; :attr:`Prediction.blind` says which.
@@ -56,6 +57,8 @@ class Rates:
     """In order of tokens."""
     module_s: float = 0.0
     """Host seconds that a module with weights takes on a device that has nothing to compute."""
+    pass_s: float = 0.0
+    """Host seconds of a pass beside its modules'."""
     last_token: float | None = None
     """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
 
@@ -180,7 +183,7 @@ class _Visit:
 
 def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float) -> list[_Visit]:
     """Return a pass's visits; ``tokens`` of all sequences go through it, ``extra_s`` is its compute beside weights."""
-    visits = []
+    visits: list[_Visit] = []
     on_cpu = rates.device == "cpu"
     for unit, tier in zip(plan.units, plan.tiers, strict=True):
         rows = work.workload.batch if unit.name in work.head else tokens
@@ -194,7 +197,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float) -
                 disk_s=unit.image_bytes / _known("disk", rates.disk) if on_disk else 0.0,
                 link_s=unit.image_bytes / _known("link", rates.link) if over_link else 0.0,
                 compute_s=compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
-                host_s=rates.module_s,
+                host_s=rates.module_s + (0.0 if visits else rates.pass_s),
                 in_order=on_cpu,
             )
         )

@@ -12,12 +12,16 @@ from djinn.bench.certify import Certification
 def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "_SHAPE", (512, 512))
     monkeypatch.setattr(compute, "_STEPS", 2)
+    monkeypatch.setattr(compute, "_LAYERS", (1, 8))
     found = compute.measure(torch.device("cpu"))
     assert found.device == "cpu"
     assert [rate.tokens for rate in found.rates] == list(compute.TOKENS[: len(found.rates)])
     assert all(rate.gbps > 0 for rate in found.rates)
     assert found.rates[-1].gbps < found.rates[0].gbps
     assert 0 < found.module_s < 0.1
+    assert found.pass_s is not None
+    assert 0 <= found.pass_s < 0.1
+    assert found.last_token_gbps
 
 
 def test_a_slow_device_is_not_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:

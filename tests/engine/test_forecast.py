@@ -81,7 +81,7 @@ def test_without_rates_there_is_a_plan_and_a_reason() -> None:
 
 def test_a_budget_that_cannot_work_says_what_would() -> None:
     with pytest.raises(PlanError, match=r"budget: .*it would fit a prompt of \d+ tokens"):
-        forecast(MODEL, budget="6 GB", device="cuda", free=FREE, prompt_tokens=4000, batch=64)
+        forecast(MODEL, budget="6 GB", device="cuda", free=FREE, prompt_tokens=4000, batch=48)
 
 
 def test_a_hub_id_is_planned_as_its_checkpoint(

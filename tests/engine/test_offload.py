@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, skip_init
 
 import djinn
-from djinn.engine import binding, planning
+from djinn.engine import assembly, binding, planning
 from djinn.engine import model as engine_model
 from djinn.engine import offload as offloading
 from djinn.engine.plan import Plan, Tier
@@ -575,7 +575,7 @@ def test_a_failure_leaves_the_module_as_it_was(monkeypatch: pytest.MonkeyPatch, 
         def broken(*_: object) -> None:
             raise MemoryError("no more")
 
-        monkeypatch.setattr(engine_model, where, broken)
+        monkeypatch.setattr(assembly, where, broken)
     with pytest.raises(MemoryError):
         streaming(module, (IDS,))
     as_it_was(module, whole)

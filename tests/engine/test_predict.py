@@ -112,6 +112,8 @@ def test_a_resident_model_takes_its_compute() -> None:
     assert predict(plan, slow_host, plain).token_s == pytest.approx(predicted.token_s + 2)
     assert predict(plan, replace(slow_host, device="cuda"), plain).token_s == pytest.approx(2)
     assert predict(plan, slow_host, plain).limit == "host"
+    slow_pass = replace(known, pass_s=1.0)
+    assert predict(plan, slow_pass, plain).token_s == pytest.approx(predicted.token_s + 1)
 
 
 def test_the_head_sees_one_token_of_each_sequence_and_looked_up_rows_cost_nothing() -> None:

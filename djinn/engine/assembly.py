@@ -1,0 +1,149 @@
+"""Assembly: of a plan, a model and its weights a model that streams is made, and what that changed can be undone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from djinn.engine.arena import Arena
+from djinn.engine.binding import Weights, buffer_homes, move_buffers
+from djinn.engine.coding import Scratch, decoding
+from djinn.engine.copier import Copier, CpuCopier, Source
+from djinn.engine.cuda import CudaCopier
+from djinn.engine.guards import guard, unguard
+from djinn.engine.hooks import Streamer
+from djinn.engine.plan import Plan, Tier
+from djinn.engine.reader import Reader, allocate
+from djinn.engine.residents import load_residents
+from djinn.engine.saving import save_from_store
+from djinn.engine.stats import Stats
+from djinn.engine.workspace import hold_workspace
+from djinn.weights.quantised import gather_states
+
+
+@dataclass(frozen=True)
+class Before:
+    """What streaming changes of a model beside its parameters and hooks, as it was."""
+
+    buffers: dict[tuple[str, str], torch.device]
+    hf_device_map: object
+
+
+@dataclass
+class Engine:
+    """What streams one model's weights. Holds no reference to the model, so that dropping the model frees it all."""
+
+    plan: Plan
+    weights: Weights
+    copier: Copier
+    streamer: Streamer
+    stats: Stats
+    before: Before
+    resources: ExitStack
+    """Undoes everything, last things first: hooks, copies, host memory, files, converted weights."""
+
+
+def start(
+    model: nn.Module,
+    planned: Plan,
+    weights: Weights,
+    device: torch.device,
+    reader: Reader,
+    chunk_bytes: int,
+    explain: Callable[..., None],
+    *,
+    trace: bool,
+    progress: bool,
+    undo: ExitStack,
+) -> Engine:
+    """Allocate, fill, bind and hook; ``undo`` learns how to take each step back, but for what :func:`restore` does.
+
+    ``explain`` is a forward hook, called always: see :func:`djinn.engine.workspace.shortage_hook`.
+    """
+    stats = Stats(
+        model_bytes=planned.model_bytes,
+        resident_bytes=planned.resident_bytes,
+        ring_bytes=planned.ring_bytes,
+        host_bytes=planned.pinned_bytes,
+        disk_bytes=planned.disk_bytes,
+        traced=trace,
+    )
+    moved = [unit for unit in planned.at(Tier.RESIDENT) if not weights.stays(unit, device)]
+    residents = load_residents(moved, weights.coder, device)
+    for unit in moved:
+        weights.take(unit, residents[unit.name])
+    arena = Arena(planned.at(Tier.PINNED), weights, pin=device.type == "cuda", progress=progress)
+    undo.callback(arena.close)
+    for unit in planned.at(Tier.PINNED):
+        weights.take(unit, torch.from_numpy(arena.images[unit.name]))
+    weights.coder.check(planned.at(Tier.DISK))
+    weights.coder.close()  # there is nothing left to code
+    stats.page_locked = arena.pinned
+    sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
+    copier: Copier
+    if device.type == "cuda":
+        ring = torch.empty(planned.ring_bytes, dtype=torch.uint8, device=device)
+        copier = CudaCopier(sources, planned.slots, ring, reader, stats, chunk_bytes)
+    else:
+        copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
+    undo.callback(copier.close)
+    slots = {
+        unit.name: copier.ring[slot.offset : slot.offset + slot.nbytes]
+        for unit, slot in zip(planned.streamed, planned.slots, strict=True)
+    }
+    scratch = Scratch(planned.scratch_bytes, device)
+    if device.type == "cuda":
+        hold_workspace(planned.workspace_bytes, device)
+    decodings = {}
+    for unit in planned.units:
+        image = slots.get(unit.name, weights.images.get(unit.name))
+        if image is None:
+            continue  # it stays where it is
+        if unit.coded:
+            decodings[unit.name] = decoding(unit, image, scratch)
+            weights.bind(unit.decoded, scratch.buffer)
+        elif unit.name in slots:
+            weights.bind(unit.tensors, image)
+    before = note_state(model)
+    move_buffers(model, dict.fromkeys(before.buffers, device))
+    gather_states(model)
+    if isinstance(model, PreTrainedModel):
+        # Where pipelines and adapters put their tensors. "disk" or "cpu" would make PEFT dispatch the model anew.
+        vars(model)["hf_device_map"] = {"": device}
+        vars(model)["_valid_auto_compile_criteria"] = _never_compile
+    streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
+    undo.callback(streamer.detach)
+    streamer.attach(model)
+    streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
+    undo.callback(model.register_forward_hook(explain, always_call=True).remove)
+    for handle in itertools.chain(guard(model, planned, weights), save_from_store(model, planned, weights)):
+        undo.callback(handle.remove)
+    return Engine(planned, weights, copier, streamer, stats, before, undo.pop_all())
+
+
+def note_state(model: nn.Module) -> Before:
+    """Return what :func:`restore` will bring back."""
+    return Before(buffer_homes(model), vars(model).get("hf_device_map"))
+
+
+def restore(model: nn.Module, weights: Weights, before: Before) -> None:
+    """Bring a model that no longer streams back to what it was ``before``."""
+    unguard(model)
+    for name in ("save_pretrained", "hf_device_map", "_valid_auto_compile_criteria"):
+        vars(model).pop(name, None)
+    weights.go_home()
+    gather_states(model)
+    move_buffers(model, before.buffers)
+    if before.hf_device_map is not None:
+        vars(model)["hf_device_map"] = before.hf_device_map
+
+
+def _never_compile(*_: object) -> bool:
+    """What ``generate()`` asks before it compiles a pass: one with hooks it cannot."""
+    return False
