@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn.engine.plan import Plan, Tier, make_plan
-from djinn.engine.planning import require_device_memory
+from djinn.engine.planning import RING_FLOOR_SHARE, place_units, require_device_memory
 from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import PlanError
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
@@ -234,6 +234,14 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_budget_that_fits_it() -> None
     fitting = int(re.findall(r"a budget of (\d+) bytes", str(refusal.value))[0])
     again = make_plan(decoder(), budget=fitting, workspace_bytes=workspace, host_bytes=500 * PAGE)
     require_device_memory(again, enough - 4 * PAGE, 2 * GB)
+
+
+def test_the_ring_of_a_small_model_is_an_eighth_of_the_budget_at_least() -> None:
+    """Three of its largest units would be too few to keep a disk busy, or a link through what the host does."""
+    units = decoder()
+    planned = place_units(units, 0, 300 * PAGE, None, 500 * PAGE)
+    assert planned.ring_bytes == round(RING_FLOOR_SHARE * 300 * PAGE) // PAGE * PAGE
+    assert planned.ring_bytes > make_plan(units, budget=300 * PAGE, workspace_bytes=0, host_bytes=500 * PAGE).ring_bytes
 
 
 def test_oversubscription_is_model_over_budget() -> None:
