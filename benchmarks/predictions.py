@@ -16,19 +16,18 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from djinn.bench import compute
-from djinn.bench.certify import Certification
 from djinn.bench.harness import Bench, Lane
 from djinn.bench.link import memcpy_rate
 from djinn.bench.records import Record
 from djinn.cli.show import print_table
 from djinn.config import Profile, load_profile
 from djinn.engine.forecast import forecast
-from djinn.engine.predict import Rates
+from djinn.engine.predict import ComputeRate, Rates
 
 CPU: dict[str, dict[str, Any]] = {
     "disk": {"budget": "3 GB", "host_memory": "1 GB"},
@@ -61,13 +60,19 @@ def cases(device: str) -> dict[str, Profile]:
     return {name: base.override(runs=2, **changes) for name, changes in table.items()}
 
 
-def look(device: str) -> Rates:
-    """Measure what is not measured by a run itself."""
-    found = Certification.model_construct(
-        compute=compute.measure(torch.device(device)), link=(), disk=(), checks=()
-    ).rates
-    torch.cuda.empty_cache() if device == "cuda" else None
-    return replace(found, device=device, link=memcpy_rate(64 * 2**20) if device == "cpu" else None)  # type: ignore[arg-type]
+def look(device: Literal["cpu", "cuda"]) -> Rates:
+    """Measure what a run does not measure itself."""
+    found = compute.measure(torch.device(device))
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return Rates(
+        device=device,
+        link=memcpy_rate(64 * 2**20) if device == "cpu" else None,
+        compute=tuple(ComputeRate(tokens=rate.tokens, rate=1e9 * rate.gbps) for rate in found.rates),
+        module_s=found.module_s,
+        pass_s=found.pass_s or 0.0,
+        last_token=1e9 * (found.last_token_gbps or 0.0),
+    )
 
 
 def between(before: Rates, after: Rates, ceiling: float) -> Rates:
