@@ -33,7 +33,7 @@ Coding = Literal["none", "lossless"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RING_FLOOR_BYTES = 1_250_000_000
 """A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens; one of a few units more than
-overlap needs keeps a disk busy: on two cores it read at 0.87 of its rate into 270 MB, and at 0.98 into 375 and more."""
+overlap needs keeps more disk reads under way."""
 RING_FLOOR_SHARE = 0.125
 """The most of the budget that such a ring may take: a resident byte is worth more than a byte of ring."""
 HOST_SHARE = 0.8
