@@ -55,7 +55,7 @@ def main() -> None:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-        del model
+        del model, layer  # both hold the memory that the next budget needs
         torch._dynamo.reset()
     if options.output is not None:
         options.output.write_text(json.dumps(rows, indent=2) + "\n")

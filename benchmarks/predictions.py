@@ -16,7 +16,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ from djinn.bench.records import Record
 from djinn.cli.show import print_table
 from djinn.config import Profile, load_profile
 from djinn.engine.forecast import forecast
-from djinn.engine.predict import ComputeRate, Rates
+from djinn.engine.predict import Rates
 
 CPU: dict[str, dict[str, Any]] = {
     "disk": {"budget": "3 GB", "host_memory": "1 GB"},
@@ -60,19 +60,12 @@ def cases(device: str) -> dict[str, Profile]:
     return {name: base.override(runs=2, **changes) for name, changes in table.items()}
 
 
-def look(device: Literal["cpu", "cuda"]) -> Rates:
+def look(device: str) -> Rates:
     """Measure what a run does not measure itself."""
     found = compute.measure(torch.device(device))
     if device == "cuda":
         torch.cuda.empty_cache()
-    return Rates(
-        device=device,
-        link=memcpy_rate(64 * 2**20) if device == "cpu" else None,
-        compute=tuple(ComputeRate(tokens=rate.tokens, rate=1e9 * rate.gbps) for rate in found.rates),
-        module_s=found.module_s,
-        pass_s=found.pass_s or 0.0,
-        last_token=1e9 * (found.last_token_gbps or 0.0),
-    )
+    return found.rates_with(link=memcpy_rate(64 * 2**20) if device == "cpu" else None, disk=None)
 
 
 def between(before: Rates, after: Rates, ceiling: float) -> Rates:

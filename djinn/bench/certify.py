@@ -33,7 +33,7 @@ from djinn.bench.proof import Proof, prove
 from djinn.config import Profile, load_profile, profile_names
 from djinn.engine.plan import Plan
 from djinn.engine.planning import as_coded, estimating, on_disk, place, workspace_of
-from djinn.engine.predict import ComputeRate, Rates
+from djinn.engine.predict import Rates
 from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
@@ -74,22 +74,11 @@ class Certification(BaseModel):
         kind = "pinned to device" if on_gpu else "memcpy"
         copies = [rate.gbps * 1e9 for rate in self.link if rate.kind == kind]
         reads = [rate.gbps * 1e9 for rate in self.disk if rate.kind == "read" and rate.gbps is not None]
-        host = self.compute if self.compute and self.compute.pass_s is not None else None
         direct = [rate.gbps * 1e9 for rate in self.disk if (rate.kind, rate.mode) == ("read", "direct") and rate.gbps]
         # Small chunks stay in a processor's cache, which a model does not.
         best = max if on_gpu else min
-        return Rates(
-            device="cuda" if on_gpu else "cpu",
-            link=best(copies, default=None),
-            disk=max(direct or reads, default=None),
-            compute=tuple(
-                ComputeRate(tokens=rate.tokens, rate=rate.gbps * 1e9)
-                for rate in (self.compute.rates if self.compute else ())
-            ),
-            module_s=host.module_s if host else 0.0,
-            pass_s=(host.pass_s or 0.0) if host else 0.0,
-            last_token=1e9 * self.compute.last_token_gbps if self.compute and self.compute.last_token_gbps else None,
-        )
+        computed = self.compute or Compute(device="cuda" if on_gpu else "cpu", rates=(), module_s=0.0)
+        return computed.rates_with(link=best(copies, default=None), disk=max(direct or reads, default=None))
 
     def frame(self) -> pd.DataFrame:
         """Return a row per check: check, measured, needed, verdict, remedy."""

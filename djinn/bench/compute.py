@@ -16,6 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn.functional import linear
 
+from djinn.engine import predict
+from djinn.engine.predict import Rates
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import owners
 
@@ -53,6 +55,19 @@ class Compute(BaseModel):
     ``module_s`` is a pass over the modules of a model that has few."""
     last_token_gbps: float | None = None
     """Bytes of weights by the last of several tokens in a second, in 10^9: the output projection of a prompt."""
+
+    def rates_with(self, *, link: float | None, disk: float | None) -> Rates:
+        """Return what plans are predicted from; ``link`` and ``disk`` in bytes/s."""
+        told_apart = self.pass_s is not None
+        return Rates(
+            device="cuda" if self.device == "cuda" else "cpu",
+            link=link,
+            disk=disk,
+            compute=tuple(predict.ComputeRate(tokens=rate.tokens, rate=1e9 * rate.gbps) for rate in self.rates),
+            module_s=self.module_s if told_apart else 0.0,
+            pass_s=self.pass_s or 0.0,
+            last_token=1e9 * self.last_token_gbps if self.last_token_gbps else None,
+        )
 
 
 def measure(device: torch.device) -> Compute:

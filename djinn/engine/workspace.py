@@ -95,7 +95,12 @@ def hold_workspace(workspace_bytes: int, device: torch.device) -> None:
     Left to itself it takes memory from the driver in pieces of whatever size is asked for first; a KV cache that grows
     lies scattered over them, and passes need up to 1.4 times what their tensors come to.
     """
-    torch.empty(max(workspace_bytes - CUDA_CONTEXT_BYTES - SMALL_TENSORS_BYTES, 0), dtype=torch.uint8, device=device)
+    torch.empty(held_bytes(workspace_bytes), dtype=torch.uint8, device=device)
+
+
+def held_bytes(workspace_bytes: int) -> int:
+    """Return how much of a GPU's workspace is held in one piece: all that is not the context's or small tensors'."""
+    return max(workspace_bytes - CUDA_CONTEXT_BYTES - SMALL_TENSORS_BYTES, 0)
 
 
 def largest(fits: Callable[[int], bool], below: int) -> int:

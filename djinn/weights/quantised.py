@@ -135,23 +135,27 @@ def _run_once(model: PreTrainedModel) -> None:
 
 def gather_states(model: nn.Module) -> None:
     """Move what quantised parameters keep beside their own bytes to where those are."""
+    for parameter, state in _states(model):
+        state.to(parameter.device)
+
+
+def _states(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
+    """Yield the parameters that keep something beside their own bytes, and what they keep."""
     for parameter in model.parameters():
         if (state := getattr(parameter, "quant_state", None)) is not None:
-            state.to(parameter.device)
+            yield parameter, state
 
 
 def _kept_bytes(model: PreTrainedModel) -> int:
     """Return the size of what parameters keep beside their own bytes."""
-    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
-    parts = [part for state in states for part in (state, getattr(state, "state2", None)) if part is not None]
+    parts = [
+        part for _, state in _states(model) for part in (state, getattr(state, "state2", None)) if part is not None
+    ]
     return sum(value.nbytes for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor))
 
 
 def _dequantised_bytes(model: PreTrainedModel) -> int:
     """Return the size of the largest weight once a multiplication has made floating point numbers of it."""
-    shapes = [
-        getattr(parameter, "quant_state", parameter).shape
-        for parameter in model.parameters()
-        if hasattr(parameter, "quant_state") or is_traceable_wrapper_subclass(parameter)
-    ]
+    shapes = [state.shape for _, state in _states(model)]
+    shapes += [parameter.shape for parameter in model.parameters() if is_traceable_wrapper_subclass(parameter)]
     return max((shape.numel() * model.dtype.itemsize for shape in shapes), default=0)

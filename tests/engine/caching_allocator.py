@@ -122,6 +122,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, known: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.events: list[Event] = []
+        self._known = known  # held, or another storage may come to lie at the address of one that is gone
         self._numbers = {tensor.untyped_storage()._cdata: -1 for tensor in known}
         self._alive: list[tuple[StorageWeakRef, int, int]] = []
         self._made = 0

@@ -55,6 +55,19 @@ def quantised_by_torchao(plain: Path, folder: Path, name: str) -> Path:
     return folder
 
 
+def streams_to_a_gpu(folder: Path, dtype: torch.dtype) -> None:
+    """Hold a checkpoint whose weights of ``dtype`` stream to a GPU against the resident model, there and detached."""
+    model, whole = streaming(folder, device="cuda"), resident(folder, "cuda")
+    assert dtype in {tensor.entry.dtype for unit in placement(model).streamed for tensor in unit.tensors}
+    wanted = logits(whole)
+    for _ in range(3):
+        assert torch.equal(logits(model), wanted)
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    assert torch.equal(model.generate(IDS.cuda(), **greedy), whole.generate(IDS.cuda(), **greedy))
+    djinn.detach(model)
+    assert torch.equal(logits(model), logits(resident(folder)))
+
+
 def mark(folder: Path, **config: object) -> Path:
     """Say in a checkpoint's config that it is quantised."""
     path = folder / "config.json"
@@ -101,31 +114,14 @@ def test_what_is_not_known_to_stream_right_is_refused_by_name(
 
 @pytest.mark.gpu
 def test_four_bit_weights_stream_to_a_gpu(four_bits: Path) -> None:
-    model, whole = streaming(four_bits, device="cuda"), resident(four_bits, "cuda")
-    assert {tensor.entry.dtype for unit in placement(model).streamed for tensor in unit.tensors} >= {torch.uint8}
-    wanted = logits(whole)
-    for _ in range(3):
-        assert torch.equal(logits(model), wanted)
-    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
-    assert torch.equal(model.generate(IDS.cuda(), **greedy), whole.generate(IDS.cuda(), **greedy))
-    djinn.detach(model)
-    assert torch.equal(logits(model), logits(resident(four_bits)))
+    streams_to_a_gpu(four_bits, torch.uint8)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensor_subclasses_stream_to_a_gpu(plain: Path, tmp_path: Path, name: str) -> None:
-    folder = quantised_by_torchao(plain, tmp_path / "quantised", name)
-    model, whole = streaming(folder, device="cuda"), resident(folder, "cuda")
-    assert torch.int8 in {tensor.entry.dtype for unit in placement(model).streamed for tensor in unit.tensors}
-    wanted = logits(whole)
-    for _ in range(3):
-        assert torch.equal(logits(model), wanted)
-    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
-    assert torch.equal(model.generate(IDS.cuda(), **greedy), whole.generate(IDS.cuda(), **greedy))
-    djinn.detach(model)
-    assert torch.equal(logits(model), logits(resident(folder)))
+    streams_to_a_gpu(quantised_by_torchao(plain, tmp_path / "quantised", name), torch.int8)
 
 
 def test_a_missing_package_is_named(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,9 @@ import djinn
 from djinn.engine.workspace import (
     CUDA_CONTEXT_BYTES,
     CUDA_OVERHEAD_BYTES,
-    SMALL_TENSORS_BYTES,
     Workload,
     activation_bytes,
+    held_bytes,
     kv_cache_bytes,
     largest,
     what_fits,
@@ -134,7 +134,7 @@ def played(held: bool, name: str, work: Workload) -> CachingAllocator:
     planned = workspace_bytes(config, BF16, torch.device("cuda"), work)
     allocator = CachingAllocator(planned - CUDA_CONTEXT_BYTES)
     if held:
-        allocator.release(allocator.allocate(planned - CUDA_CONTEXT_BYTES - SMALL_TENSORS_BYTES))
+        allocator.release(allocator.allocate(held_bytes(planned)))
     allocator.allocate(CUBLAS_BYTES)
     play(events_of(config, work), allocator)
     return allocator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -58,9 +59,11 @@ def host_model(job: Job) -> PreTrainedModel:
     return model.eval()
 
 
-def fill_tensor(out: torch.Tensor, name: str, seed: int) -> None:
-    """Write the synthetic weight ``name`` into ``out``, a contiguous tensor in host memory."""
-    fill(out.view(-1).view(torch.uint8).numpy(), name=name, shape=out.shape, dtype=out.dtype, seed=seed)
+def synthetic_weight(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Return the synthetic weight ``name`` in host memory."""
+    weight = torch.empty(tuple(shape), dtype=dtype)
+    fill(weight.view(-1).view(torch.uint8).numpy(), name=name, shape=weight.shape, dtype=dtype, seed=seed)
+    return weight
 
 
 def require_ram(needed: int, what: str) -> None:
@@ -86,6 +89,5 @@ def require_disk(needed: int, what: str, job: Job) -> None:
 
 
 def _materialise(name: str, parameter: nn.Parameter, seed: int) -> None:
-    weights = torch.empty(parameter.shape, dtype=parameter.dtype)
-    fill_tensor(weights, name, seed)
+    weights = synthetic_weight(name, parameter.shape, parameter.dtype, seed)
     torch.utils.swap_tensors(parameter, nn.Parameter(weights, requires_grad=False))  # keeps ties: same object

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from djinn.bench.systems.base import Job, PassCounter
 from djinn.bench.systems.common import (
     FILLERS,
     config_of,
-    fill_tensor,
     require_disk,
     require_ram,
     skeleton,
+    synthetic_weight,
     weight_bytes,
 )
 from djinn.config import CONFIG_DIR
@@ -234,20 +233,17 @@ def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedMode
     for name, buffer in model.named_buffers():
         buffer.data = exact[name].to(buffer.device)
     named = list(model.named_parameters())
+
+    def made(name: str, parameter: Any) -> torch.Tensor:
+        return synthetic_weight(name, parameter.ds_shape, parameter.dtype, job.profile.seed)
+
     with ThreadPoolExecutor(FILLERS) as pool:
         for start in range(0, len(named), FILLERS):  # a few at a time, for they are in memory a second time until then
             names, parameters = zip(*named[start : start + FILLERS], strict=True)
-            weights = pool.map(partial(_synthetic_weight, seed=job.profile.seed), names, parameters)
-            for parameter, weight in zip(parameters, weights, strict=True):
+            for parameter, weight in zip(parameters, pool.map(made, names, parameters), strict=True):
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.data.copy_(weight)
     return model.eval()
-
-
-def _synthetic_weight(name: str, parameter: Any, seed: int) -> torch.Tensor:
-    weight = torch.empty(parameter.ds_shape, dtype=parameter.dtype)
-    fill_tensor(weight, name, seed)
-    return weight
 
 
 def _flat(zero: dict[str, Any]) -> dict[str, str | int | float | bool]:
