@@ -1,4 +1,4 @@
-"""What the machine is: processor, memory and its limits, NUMA nodes, GPUs and their link, software, disk.
+"""What the machine is: processor, memory and its limits, NUMA nodes, GPUs, software, disk.
 
 Nothing here names the machine or its user: no host name, no path, no serial number. What cannot be found out
 is None; a missing driver, package or ``/proc`` is never an error.
@@ -13,14 +13,13 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
+
+from djinn.gpus import Gpu, asked, gpus, numa_node_of, nvml
 
 _NODES = Path("/sys/devices/system/node")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -40,20 +39,6 @@ class NumaNode(_Frozen):
     index: int
     cpus: str
     memory_bytes: int
-
-
-class Gpu(_Frozen):
-    """One GPU, in torch's order where torch sees GPUs. The link's generation may read low while it is idle."""
-
-    index: int
-    name: str
-    memory_bytes: int
-    compute_capability: str | None = None
-    pcie_generation: int | None = None
-    pcie_generation_max: int | None = None
-    pcie_width: int | None = None
-    pcie_width_max: int | None = None
-    numa_node: int | None = None
 
 
 class Machine(_Frozen):
@@ -104,8 +89,8 @@ def describe(folder: Path = Path()) -> Machine:
     memory = psutil.virtual_memory()
     limit, _ = _cgroup_memory()
     with nvml() as library:
-        driver = library and _asked(library.nvmlSystemGetDriverVersion)
-        cuda = library and _asked(library.nvmlSystemGetCudaDriverVersion)
+        driver = library and asked(library.nvmlSystemGetDriverVersion)
+        cuda = library and asked(library.nvmlSystemGetCudaDriverVersion)
     model, features = _processor()
     return Machine(
         os=_os_name(),
@@ -120,7 +105,7 @@ def describe(folder: Path = Path()) -> Machine:
         memlock_bytes=_memlock(),
         memlock_exempt=_may_lock_memory(),
         numa_nodes=_numa_nodes(),
-        gpus=_gpus(),
+        gpus=gpus(),
         driver=driver,
         driver_cuda=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
         torch_cuda=torch.version.cuda,
@@ -147,27 +132,13 @@ def usable_ram() -> int:
     return available if headroom is None else min(available, headroom)
 
 
-def numa_node_of(gpu_index: int) -> int | None:
-    """Return the NUMA node that the GPU hangs on; None where there is no such GPU or the kernel does not say."""
-    gpus = _gpus()
-    return gpus[gpu_index].numa_node if gpu_index < len(gpus) else None
-
-
-def gpu_used_bytes(gpu_index: int = 0) -> int | None:
-    """Return the memory in use on a GPU, whoever uses it; None without NVML. Makes no CUDA context."""
-    with nvml() as library:
-        handle = library and nvml_handle(library, gpu_index)
-        memory = handle and library and _asked(library.nvmlDeviceGetMemoryInfo, handle)
-        return memory.used if memory else None
-
-
 def local_cpus(gpu_index: int) -> set[int] | None:
     """Return the processors of the NUMA node that the GPU hangs on; None where there is one node or it is unknown."""
     nodes, local = _numa_nodes(), numa_node_of(gpu_index)
     if len(nodes) < 2 or local is None:
         return None
     listed = next((node.cpus for node in nodes if node.index == local), "")
-    return _cpu_list(listed) or None
+    return cpu_list(listed) or None
 
 
 def allowed_cpus() -> set[int] | None:
@@ -183,79 +154,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-@contextmanager
-def nvml() -> Iterator[Any | None]:
-    """Yield NVIDIA's management library (the module ``pynvml``), started; None without it or without its driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # the package, the driver's library or the driver itself is missing: all mean "no NVIDIA GPU"
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def nvml_handle(library: Any, index: int) -> Any | None:
-    """Return NVML's handle of the GPU that torch calls ``index``: NVML and torch may number GPUs differently."""
-    if torch.cuda.is_available():
-        uuid = torch.cuda.get_device_properties(index).uuid  # NVML writes it with a prefix that torch leaves out
-        return _asked(library.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
-    return _asked(library.nvmlDeviceGetHandleByIndex, index)
-
-
-def _gpus() -> tuple[Gpu, ...]:
-    with nvml() as library:
-        if torch.cuda.is_available():
-            count = torch.cuda.device_count()
-        else:
-            count = (library and _asked(library.nvmlDeviceGetCount)) or 0
-        return tuple(_gpu(library, index) for index in range(count))
-
-
-def _gpu(library: Any | None, index: int) -> Gpu:
-    facts: dict[str, Any] = {"index": index}
-    handle = library and nvml_handle(library, index)
-    if library and handle:
-        memory = _asked(library.nvmlDeviceGetMemoryInfo, handle)
-        capability = _asked(library.nvmlDeviceGetCudaComputeCapability, handle)
-        pci = _asked(library.nvmlDeviceGetPciInfo, handle)
-        facts |= {
-            "name": _asked(library.nvmlDeviceGetName, handle) or "unknown",
-            "memory_bytes": memory.total if memory else 0,
-            "compute_capability": ".".join(map(str, capability)) if capability else None,
-            "pcie_generation": _asked(library.nvmlDeviceGetCurrPcieLinkGeneration, handle),
-            "pcie_generation_max": _asked(library.nvmlDeviceGetMaxPcieLinkGeneration, handle),
-            "pcie_width": _asked(library.nvmlDeviceGetCurrPcieLinkWidth, handle),
-            "pcie_width_max": _asked(library.nvmlDeviceGetMaxPcieLinkWidth, handle),
-            "numa_node": _pci_numa_node(pci.busId) if pci else None,
-        }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(index)
-        # What torch can allocate is the smaller, and the one that a budget has to fit in.
-        facts |= {"name": properties.name, "memory_bytes": properties.total_memory}
-        facts |= {"compute_capability": f"{properties.major}.{properties.minor}"}
-    return Gpu(**{"name": "unknown", "memory_bytes": 0, **facts})
-
-
-def _asked(question: Callable[..., Any], *arguments: Any) -> Any | None:
-    """Ask NVML; None where this GPU or driver has no answer (virtual machines answer few questions)."""
-    try:
-        return question(*arguments)
-    except Exception:  # NVMLError has one subclass per code, and an old driver lacks whole functions
-        return None
-
-
-def _pci_numa_node(bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) -> int | None:
-    # NVML writes an eight-digit domain in capitals; sysfs has four digits in small letters.
-    node = _read(devices / bus_id.lower()[-12:] / "numa_node")
-    return int(node) if node is not None and int(node) >= 0 else None
-
-
-def _cpu_list(text: str) -> set[int]:
+def cpu_list(text: str) -> set[int]:
     """Return the processors of the kernel's notation: "0-3,8" is 0, 1, 2, 3 and 8."""
     cpus: set[int] = set()
     for part in filter(None, text.split(",")):

@@ -229,15 +229,10 @@ def _index(profile: Profile, spill: Path) -> WeightIndex:
 
 
 def _gpu_cpus(machine: Machine) -> frozenset[int]:
-    """Return the processors of the first GPU's NUMA node, from the kernel's notation ("0-3,8")."""
+    """Return the processors of the first GPU's NUMA node."""
     node = machine.gpus[0].numa_node if machine.gpus else None
-    found: set[int] = set()
-    for numa in machine.numa_nodes:
-        if numa.index == node:
-            for part in filter(None, numa.cpus.split(",")):
-                first, _, last = part.partition("-")
-                found |= set(range(int(first), int(last or first) + 1))
-    return frozenset(found)
+    listed = next((numa.cpus for numa in machine.numa_nodes if numa.index == node), "")
+    return frozenset(hardware.cpu_list(listed))
 
 
 def _tools() -> dict[str, bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from djinn.bench.findings import Check, Findings, verdict_of
-from djinn.hardware import Gpu
+from djinn.gpus import Gpu
 from djinn.sizes import format_bytes
 
 _LINK_SHARE = 0.7

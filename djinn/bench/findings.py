@@ -13,7 +13,8 @@ from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof
 from djinn.config import Profile
 from djinn.engine.plan import Plan
-from djinn.hardware import Gpu, Machine
+from djinn.gpus import Gpu
+from djinn.hardware import Machine
 
 Verdict = Literal["pass", "warn", "fail"]
 

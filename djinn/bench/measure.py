@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, StoppingCriteria
 
-from djinn import hardware
+from djinn import gpus
 from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
 from djinn.engine.reader import THREADS, read_rate
@@ -61,7 +61,7 @@ class MemoryPeak:
         """
         self.sample()
         self.bare_bytes = self.anon_bytes
-        self.bare_device_bytes = hardware.gpu_used_bytes() or 0
+        self.bare_device_bytes = gpus.gpu_used_bytes() or 0
 
     def sample(self) -> None:
         """Look once more; anonymous memory includes shared memory, which cannot be taken back either."""
@@ -237,7 +237,7 @@ def peak_device(peak: MemoryPeak, *, on_gpu: bool, host_bytes: int) -> int:
     """
     if on_gpu:
         free, total = torch.cuda.mem_get_info()
-        used = hardware.gpu_used_bytes() or total - free
+        used = gpus.gpu_used_bytes() or total - free
         context = used - peak.bare_device_bytes - torch.cuda.memory_reserved()
         return torch.cuda.max_memory_reserved() + max(context, 0)
     return max(peak.anon_bytes - peak.bare_bytes - host_bytes, 0)

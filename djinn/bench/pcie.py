@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from djinn import hardware
+from djinn import gpus
 
 COLUMNS = ("time_s", "rx_gbps", "tx_gbps", "source")
 _DMON = ("nvidia-smi", "dmon", "-s", "pct", "-d", "1", "-o", "T")
@@ -61,8 +61,8 @@ def trace(path: Path, gpu: int = 0) -> Iterator[Trace]:
     Afterwards ``path`` is a CSV file with :data:`COLUMNS`, in order of time within each source, and what dmon printed
     lies beside it as ``.dmon.txt``. Without an NVIDIA GPU neither is written and the trace says why.
     """
-    with hardware.nvml() as library:
-        handle = library and hardware.nvml_handle(library, gpu)
+    with gpus.nvml() as library:
+        handle = library and gpus.nvml_handle(library, gpu)
         if library is None or handle is None:
             yield Trace(available=False, reason="no NVIDIA GPU, or its management library (nvidia-ml-py) is missing")
             return

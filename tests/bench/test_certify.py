@@ -11,6 +11,7 @@ from djinn.bench.certify import RESULT, Certification, certify, read_certificati
 from djinn.bench.proof import prove
 from djinn.config import load_profile
 from djinn.errors import ConfigError, PlanError
+from djinn.gpus import Gpu
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_profile_that_cannot_be_planned_says_what_would_do() -> None:
 
 def test_the_processors_of_the_gpus_node_are_read_from_the_kernels_notation(certification: Certification) -> None:
     node = hardware.NumaNode(index=1, cpus="4-6,9", memory_bytes=1)
-    gpu = hardware.Gpu(index=0, name="a GPU", memory_bytes=1, numa_node=1)
+    gpu = Gpu(index=0, name="a GPU", memory_bytes=1, numa_node=1)
     machine = certification.machine.model_copy(update={"numa_nodes": (node,), "gpus": (gpu,)})
     assert module._gpu_cpus(machine) == {4, 5, 6, 9}
     assert module._gpu_cpus(machine.model_copy(update={"gpus": ()})) == frozenset()

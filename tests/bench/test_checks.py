@@ -12,10 +12,11 @@ from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof
 from djinn.config import load_profile
 from djinn.engine.plan import Plan
+from djinn.gpus import Gpu
 
 GIB = 2**30
 
-GPU = hardware.Gpu(
+GPU = Gpu(
     index=0,
     name="NVIDIA H100 80GB HBM3",
     memory_bytes=80 * GIB,

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn import hardware
+from djinn import gpus
 from djinn.bench import pcie
 
 H100 = """\
@@ -93,8 +93,8 @@ def _pretend_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dmon: str) -> 
     def nvml() -> Iterator[SimpleNamespace]:
         yield library
 
-    monkeypatch.setattr(hardware, "nvml", nvml)
-    monkeypatch.setattr(hardware, "nvml_handle", lambda library, index: object())
+    monkeypatch.setattr(gpus, "nvml", nvml)
+    monkeypatch.setattr(gpus, "nvml_handle", lambda library, index: object())
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{dmon}\n")
