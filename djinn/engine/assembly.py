@@ -84,6 +84,8 @@ def start(
         weights.take(unit, torch.from_numpy(arena.images[unit.name]))
     weights.coder.check(planned.at(Tier.DISK))
     weights.coder.close()  # there is nothing left to code
+    if device.type == "cuda" and device in weights.devices:
+        torch.cuda.empty_cache()  # what a module's own weights took
     stats.page_locked = arena.pinned
     sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
     copier: Copier
@@ -98,8 +100,6 @@ def start(
         for unit, slot in zip(planned.streamed, planned.slots, strict=True)
     }
     scratch = Scratch(planned.scratch_bytes, device)
-    if device.type == "cuda":
-        hold_workspace(planned.workspace_bytes, device)
     decodings = {}
     for unit in planned.units:
         image = slots.get(unit.name, weights.images.get(unit.name))
@@ -112,7 +112,9 @@ def start(
             weights.bind(unit.tensors, image)
     before = note_state(model)
     move_buffers(model, dict.fromkeys(before.buffers, device))
-    gather_states(model)
+    gathered = gather_states(model)
+    if device.type == "cuda":
+        hold_workspace(planned.workspace_bytes - gathered, device)
     if isinstance(model, PreTrainedModel):
         # Where pipelines and adapters put their tensors. "disk" or "cpu" would make PEFT dispatch the model anew.
         vars(model)["hf_device_map"] = {"": device}

@@ -48,6 +48,11 @@ class Weights:
         for parameter, _, _ in self._homes:
             parameter.requires_grad_(False)
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the parameters were."""
+        return {device for _, device, _ in self._homes}
+
     def of(self, *tensors: PlacedTensor) -> list[torch.Tensor]:
         """Return every parameter that stands for ``tensors``."""
         return [parameter for tensor in tensors for parameter in self._parameters[tensor.name]]

@@ -123,12 +123,12 @@ class Coder:
                 settle(self.fill(unit, allocate(unit.image_bytes)))
 
     def close(self) -> None:
-        """Give the buffer back, and the device memory that coding took."""
+        """Give the buffers back, and the device memory that coding took, if anything was coded."""
         wait(self._landing)
+        if self._device.type == "cuda" and self._staging.buffer.nbytes:
+            torch.cuda.empty_cache()
         self._staging.close()
         self._made.close()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _make(self, tensor: PlacedTensor, target: Buffer) -> None:
         """Code, decode or convert a tensor on the device, and start copying the bytes that it becomes to ``target``."""

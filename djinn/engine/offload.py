@@ -9,19 +9,20 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from djinn.devices import device_here
+from djinn.devices import device_here, free_device_memory
 from djinn.engine.assembly import Engine, note_state, restore, start
 from djinn.engine.binding import Weights, parameters_by_name
 from djinn.engine.coding import Coder
 from djinn.engine.guards import is_guarded
 from djinn.engine.model import register
-from djinn.engine.planning import Coding, as_coded, in_free_memory, place_units
+from djinn.engine.planning import Coding, as_coded, in_free_memory, place_units, require_device_memory
 from djinn.engine.reader import Reader
 from djinn.engine.workspace import CUDA_OVERHEAD_BYTES, shortage_hook
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights.index import WeightIndex
+from djinn.weights.quantised import quantised_bytes
 from djinn.weights.recording import Example, recorded_reads, run, undisturbed
 from djinn.weights.tensors import InMemory, TensorEntry
 from djinn.weights.tracing import ReadRecorder, storage_of
@@ -86,12 +87,14 @@ def offload(
     examples = _checked_examples(example)
     _check(module)
     kept = parse_bytes(workspace) if workspace is not None else round(WORKSPACE_SHARE * parse_bytes(budget))
-    workspace_bytes = kept + (CUDA_OVERHEAD_BYTES if where.type == "cuda" else 0)
+    workspace_bytes = kept + quantised_bytes(module) + (CUDA_OVERHEAD_BYTES if where.type == "cuda" else 0)
     parameters = parameters_by_name(module)
     names = {id(parameter): name for name, alike in parameters.items() for parameter in alike}
     tensors = {name: _entry(name, alike[0]) for name, alike in parameters.items()}
     index = WeightIndex(module, tensors, synthetic=False, reads=recorded_reads(module, names, examples))
-    on_host = sum(index.tensors[name].nbytes for name, alike in parameters.items() if alike[0].device.type == "cpu")
+    sizes = [(alike[0].device, tensors[name].nbytes) for name, alike in parameters.items()]
+    on_host = sum(nbytes for home, nbytes in sizes if home.type == "cpu")
+    on_device = sum(nbytes for home, nbytes in sizes if home == where)
     with ExitStack() as undo:
         reader = Reader(chunk_bytes, cpus=local_cpus(where.index) if where.type == "cuda" else None)
         undo.callback(reader.close)
@@ -104,6 +107,9 @@ def offload(
                 lambda host_bytes: place_units(units, workspace_bytes, budget, ring, host_bytes),
                 where, budget, host_memory, given_back=on_host,
             )  # fmt: skip
+            if where.type == "cuda":
+                free, total = free_device_memory(where)
+                require_device_memory(planned, free + on_device, total)
         except PlanError as error:
             raise PlanError(f"{error}{_unread_words(units)}") from None
         before = note_state(module)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +17,8 @@ from djinn.errors import PlanError
 CUDA_LIBRARIES_BYTES = 64 * 2**20
 """cuBLAS workspaces: 32 MiB per stream and handle on Hopper."""
 
-SMALL_TENSORS_BYTES = 192 * 2**20
-"""Torch's allocator keeps tensors of up to 1 MiB apart: among them a short KV cache, two for each of some 80 layers."""
+SMALL_TENSORS_BYTES = 288 * 2**20
+"""Torch's allocator keeps tensors of up to 1 MiB apart: a short KV cache among them, two for each of 128 layers."""
 
 CUDA_CONTEXT_BYTES = 1050 * 10**6
 """What the driver takes outside of torch's allocator, with kernels and cuBLAS loaded: up to 855 MB on an H100 and
@@ -24,6 +26,8 @@ CUDA_CONTEXT_BYTES = 1050 * 10**6
 
 CUDA_OVERHEAD_BYTES = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES + SMALL_TENSORS_BYTES
 """What a GPU needs beside weights, KV cache and activations."""
+
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 _FRAGMENTS_SHARE = 0.02
 """What is lost between tensors that torch's allocator cuts from one piece of memory: up to half a percent in tests."""
@@ -93,9 +97,13 @@ def hold_workspace(workspace_bytes: int, device: torch.device) -> None:
     """Have torch's allocator hold a GPU's workspace as one free piece, from which passes then cut their tensors.
 
     Left to itself it takes memory from the driver in pieces of whatever size is asked for first; a KV cache that grows
-    lies scattered over them, and passes need up to 1.4 times what their tensors come to.
+    lies scattered over them, and passes need up to 1.4 times what their tensors come to. The piece serves passes on the
+    stream that is current now, until someone calls ``torch.cuda.empty_cache()``; where torch is told not to split what
+    is large, or the memory is not there, passes get theirs as torch gives it.
     """
-    torch.empty(held_bytes(workspace_bytes), dtype=torch.uint8, device=device)
+    if not any("max_split_size_mb" in os.environ.get(name, "") for name in _ALLOCATOR_SETTINGS):
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(held_bytes(workspace_bytes), dtype=torch.uint8, device=device)
 
 
 def held_bytes(workspace_bytes: int) -> int:

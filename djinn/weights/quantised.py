@@ -112,9 +112,7 @@ def quantised_index(folder: Path, dtype: torch.dtype | None, device: torch.devic
     readers = traced_readers(empty_model(config, model.dtype))
     readers |= {name: by for name, by in read_by_block(model).items() if name not in readers}
     reads: Reads = [(leaf, (reader,)) for name, by in readers.items() for leaf in leaves[name] for reader in by]
-    return WeightIndex(
-        model, tensors, synthetic=False, reads=reads, kept_bytes=_kept_bytes(model) + _dequantised_bytes(model)
-    )
+    return WeightIndex(model, tensors, synthetic=False, reads=reads, kept_bytes=quantised_bytes(model))
 
 
 def _leaves(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,10 +131,21 @@ def _run_once(model: PreTrainedModel) -> None:
         model(**{name: torch.zeros_like(value, device="cpu") for name, value in inputs.items()})
 
 
-def gather_states(model: nn.Module) -> None:
-    """Move what quantised parameters keep beside their own bytes to where those are."""
+def gather_states(model: nn.Module) -> int:
+    """Move what quantised parameters keep beside their own bytes to where those are; return its bytes."""
     for parameter, state in _states(model):
         state.to(parameter.device)
+    return _kept_bytes(model)
+
+
+def quantised_bytes(model: nn.Module) -> int:
+    """Return the device memory that quantised parameters need beside their own bytes.
+
+    What they keep there, and the largest of them once a multiplication has made floating point numbers of it.
+    """
+    weights = [(state.shape, state.dtype) for _, state in _states(model)]
+    weights += [(each.shape, each.dtype) for each in model.parameters() if is_traceable_wrapper_subclass(each)]
+    return _kept_bytes(model) + max((shape.numel() * dtype.itemsize for shape, dtype in weights), default=0)
 
 
 def _states(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
@@ -146,16 +155,9 @@ def _states(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
             yield parameter, state
 
 
-def _kept_bytes(model: PreTrainedModel) -> int:
+def _kept_bytes(model: nn.Module) -> int:
     """Return the size of what parameters keep beside their own bytes."""
     parts = [
         part for _, state in _states(model) for part in (state, getattr(state, "state2", None)) if part is not None
     ]
     return sum(value.nbytes for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor))
-
-
-def _dequantised_bytes(model: PreTrainedModel) -> int:
-    """Return the size of the largest weight once a multiplication has made floating point numbers of it."""
-    shapes = [state.shape for _, state in _states(model)]
-    shapes += [parameter.shape for parameter in model.parameters() if is_traceable_wrapper_subclass(parameter)]
-    return max((shape.numel() * model.dtype.itemsize for shape in shapes), default=0)

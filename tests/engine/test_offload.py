@@ -20,7 +20,7 @@ from djinn.engine import assembly, binding, planning
 from djinn.engine import model as engine_model
 from djinn.engine import offload as offloading
 from djinn.engine.plan import Plan, Tier
-from djinn.engine.workspace import CUDA_OVERHEAD_BYTES
+from djinn.engine.workspace import CUDA_CONTEXT_BYTES, CUDA_OVERHEAD_BYTES
 from djinn.errors import ConfigError, DjinnError, PlanError, UnavailableError
 
 WIDTH = 128
@@ -746,3 +746,25 @@ def test_on_a_gpu_from_host_memory_and_from_the_gpu_itself(home: str) -> None:
     djinn.detach(module)
     assert {parameter.device.type for parameter in module.parameters()} == {home}
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.gpu
+def test_offloading_from_the_gpu_gives_its_memory_back() -> None:
+    """Also what torch keeps of it: a budget is not what is in use, but what is taken."""
+    torch.cuda.empty_cache()
+    begun = torch.cuda.memory_reserved()
+    module = nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(12)]).cuda()
+    x = torch.zeros(1, 4096)
+    budget = CUDA_OVERHEAD_BYTES + 10**8 + 4 * 4096 * 4096 * 5
+    djinn.offload(module, budget=budget, workspace="100 MB", ring=4 * 4096 * 4096, example=(x,), device="cuda")
+    module(x.cuda())
+    assert torch.cuda.memory_reserved() - begun <= budget - CUDA_CONTEXT_BYTES
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_too_small_is_a_plan_error_and_the_module_stays() -> None:
+    module = made(Net)
+    whole = copy.deepcopy(module)
+    with pytest.raises(PlanError, match="device memory: the plan needs 10 TB"):
+        djinn.offload(module, budget="11 TB", workspace="10 TB", example=(IDS,), device="cuda")
+    assert equal(module, whole, IDS)

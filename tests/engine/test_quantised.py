@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import djinn
 from djinn.engine import planning
 from djinn.engine.model import placement
+from djinn.engine.workspace import CUDA_OVERHEAD_BYTES
 from djinn.errors import CheckpointError, ConfigError, PlanError, UnavailableError
 from djinn.weights import quantised
 
@@ -118,6 +119,17 @@ def test_four_bit_weights_stream_to_a_gpu(four_bits: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_offload_takes_four_bits_to_a_gpu(four_bits: Path, home: str) -> None:
+    model, whole = resident(four_bits, home), resident(four_bits, "cuda")
+    budget = CUDA_OVERHEAD_BYTES + 60_000_000 + 400_000
+    djinn.offload(model, budget=budget, workspace="60 MB", ring="100 KB", example=(IDS,), device="cuda")
+    assert placement(model).streamed
+    assert torch.equal(logits(model), logits(whole))
+    assert {state.absmax.device.type for _, state in quantised._states(model)} == {"cuda"}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensor_subclasses_stream_to_a_gpu(plain: Path, tmp_path: Path, name: str) -> None:
@@ -184,6 +196,7 @@ def test_offload_takes_four_bits_and_refuses_eight(four_bits: Path, plain: Path)
     model, whole = resident(four_bits), resident(four_bits)
     djinn.offload(model, budget="480 KB", workspace="100 KB", example=(IDS,), device="cpu")
     assert placement(model).streamed
+    assert placement(model).workspace_bytes == 100_000 + quantised.quantised_bytes(whole) > 100_000 + 128 * 256 * 2
     assert torch.equal(logits(model), logits(whole))
     eight = AutoModelForCausalLM.from_pretrained(
         plain, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
 import djinn
+from djinn.engine.model import placement
 from djinn.engine.workspace import (
     CUDA_CONTEXT_BYTES,
     CUDA_OVERHEAD_BYTES,
     Workload,
     activation_bytes,
     held_bytes,
+    hold_workspace,
     kv_cache_bytes,
     largest,
     what_fits,
@@ -118,19 +120,24 @@ def test_every_device_keeps_room_for_its_libraries() -> None:
     assert on_gpu == pytest.approx(CUDA_OVERHEAD_BYTES + 1.02 * either)
 
 
+DEEP = LlamaConfig(
+    hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8
+)
+"""Llama-3.1-405B: the most layers of any."""
 FITTING = {
     "llama-2-7b": [(8192, 3, 1), (64, 9, 32), (2000, 12, 1)],
     "llama-2-70b": [(512, 3, 1), (100, 12, 1), (2048, 2, 8)],
     "codellama-34b": [(512, 3, 1)],
     "qwen2.5-7b": [(512, 4, 4)],
     "opt-30b": [(512, 3, 4)],
+    "deep": [(500, 3, 1)],
 }
 CUBLAS_BYTES = 32 * MIB
 
 
 def played(held: bool, name: str, work: Workload) -> CachingAllocator:
     """Return a GPU's allocator, which may take what a plan's workspace leaves of the context, after a generation."""
-    config = load_architecture(name)
+    config = DEEP if name == "deep" else load_architecture(name)
     planned = workspace_bytes(config, BF16, torch.device("cuda"), work)
     allocator = CachingAllocator(planned - CUDA_CONTEXT_BYTES)
     if held:
@@ -180,6 +187,33 @@ def test_a_cache_that_grows_stays_within_what_is_allowed(tmp_path: Path) -> None
             streaming.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+def test_loading_another_model_leaves_the_piece_that_one_holds(tmp_path: Path) -> None:
+    def idle_bytes() -> int:
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    work = {"prompt_tokens": 900, "new_tokens": 16, "batch": 4, "device": "cuda", "host_memory": "4 GB"}
+    torch.cuda.empty_cache()
+    first = djinn.load("synthetic:llama-tiny", budget="4 GB", **work)
+    held = held_bytes(placement(first).workspace_bytes)
+    assert idle_bytes() >= held > 2**24
+    second = djinn.load("synthetic:gpt2", budget="4 GB", **work)
+    assert idle_bytes() >= held + held_bytes(placement(second).workspace_bytes)
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_for_the_workspace_still_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("djinn.engine.assembly.hold_workspace", lambda size, device: hold_workspace(10**13, device))
+    model = djinn.load("synthetic:llama-tiny", budget="4 GB", prompt_tokens=8, new_tokens=8, device="cuda")
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.int64, device="cuda"))
+
+
+def test_a_piece_that_torch_may_not_split_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    hold_workspace(10**13, torch.device("cuda"))  # would fail anywhere
 
 
 @given(limit=st.integers(0, 1000), below=st.integers(1, 1000))
