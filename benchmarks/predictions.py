@@ -85,6 +85,7 @@ def between(before: Rates, after: Rates, ceiling: float) -> Rates:
         compute=tuple(replace(one, rate=middle(one.rate, other.rate)) for one, other in pairs),
         module_s=(before.module_s + after.module_s) / 2,
         pass_s=(before.pass_s + after.pass_s) / 2,
+        call_s=(before.call_s + after.call_s) / 2,
         last_token=middle(before.last_token, after.last_token),
     )
 
@@ -115,12 +116,14 @@ def compare(name: str, profile: Profile, runs: list[Record], rates: Rates) -> di
         "predicted_token_s": predicted.token_s,
         "ttft_ratio": predicted.ttft_s / first,
         "token_ratio": predicted.token_s / later,
+        "peak_of_budget": max(run.peak_device_bytes or 0 for run in runs) / profile.budget,
         "rates": {
             "link": rates.link,
             "disk": rates.disk,
             "compute": {rate.tokens: rate.rate for rate in rates.compute},
             "module_s": rates.module_s,
             "pass_s": rates.pass_s,
+            "call_s": rates.call_s,
             "last_token": rates.last_token,
         },
     }

@@ -59,6 +59,8 @@ class Rates:
     """Host seconds that a module with weights takes on a device that has nothing to compute."""
     pass_s: float = 0.0
     """Host seconds of a pass beside its modules'."""
+    call_s: float = 0.0
+    """Host seconds of a call of ``generate`` before its first pass."""
     last_token: float | None = None
     """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
 
@@ -151,7 +153,7 @@ def predict(plan: Plan, rates: Rates, work: Work) -> Prediction:
     prefill = _visits(plan, rates, work, load.prompt_tokens * load.batch, work.attention_flops / peak)
     decode = _visits(plan, rates, work, load.batch, work.cache_bytes / memory)
     return Prediction(
-        ttft_s=_end(plan, [prefill]),
+        ttft_s=rates.call_s + _end(plan, [prefill]),
         token_s=_end(plan, [decode] * DECODE_PASSES) / DECODE_PASSES,
         link_s=sum(visit.link_s for visit in decode),
         disk_s=sum(visit.disk_s for visit in decode),

@@ -10,7 +10,8 @@ from djinn.bench.certify import Certification
 
 
 def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "_SHAPE", (512, 512))
+    monkeypatch.setattr(compute, "_HEAD", (512, 512))
+    monkeypatch.setattr(compute, "_LAYER_OF", "llama-tiny")
     monkeypatch.setattr(compute, "_STEPS", 2)
     monkeypatch.setattr(compute, "_LAYERS", (1, 8))
     found = compute.measure(torch.device("cpu"))
@@ -21,11 +22,12 @@ def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < found.module_s < 0.1
     assert found.pass_s is not None
     assert 0 <= found.pass_s < 0.1
+    assert 0 < found.call_s < 0.1
     assert found.last_token_gbps
 
 
 def test_a_slow_device_is_not_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "_SHAPE", (64, 64))
+    monkeypatch.setattr(compute, "_LAYER_OF", "llama-tiny")
     monkeypatch.setattr(compute, "_LONGEST_S", 0.0)
     assert [rate.tokens for rate in compute._rates(torch.device("cpu"))] == [1]
 

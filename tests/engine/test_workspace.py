@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES
 from caching_allocator import MIB, CachingAllocator, OutOfMemoryError, events_of, play
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
+from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import djinn
 from djinn.engine.model import placement
@@ -165,32 +165,34 @@ def test_without_one_piece_the_same_workspace_would_not_do() -> None:
 
 
 @pytest.mark.gpu
-def test_a_cache_that_grows_stays_within_what_is_allowed(tmp_path: Path) -> None:
+def test_a_cache_that_grows_stays_within_what_is_allowed() -> None:
     """As in the tests above, with torch's own allocator."""
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16, vocab_size=1000
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=BF16)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(tmp_path)
-    del model
-    work = {"prompt_tokens": 2048, "new_tokens": 12, "batch": 4, "device": "cuda"}
-    budget = djinn.plan(tmp_path, budget="40 GB", **work).workspace_bytes + 10**9
+    work: dict[str, Any] = {
+        "prompt_tokens": 2048,
+        "new_tokens": 12,
+        "batch": 4,
+        "device": "cuda",
+        "host_memory": "8 GB",
+    }
+    model = "synthetic:llama-2-7b"
+    budget = djinn.plan(model, budget="40 GB", **work).workspace_bytes + 6 * 10**9
     torch.cuda.empty_cache()
     begun = torch.cuda.memory_reserved()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((begun + budget - CUDA_CONTEXT_BYTES) / total)
     try:
-        streaming = djinn.load(tmp_path, budget=budget, **work)
+        streaming = djinn.load(model, budget=budget, **work)
         ids = torch.ones(4, 2048, dtype=torch.int64, device="cuda")
         for _ in range(2):
-            streaming.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+            streaming.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=None
+            )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.gpu
-def test_loading_another_model_leaves_the_piece_that_one_holds(tmp_path: Path) -> None:
+def test_loading_another_model_leaves_the_piece_that_one_holds() -> None:
     def idle_bytes() -> int:
         return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
