@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def write_provenance(run_dir: Path, profile: Profile) -> Path:
     """Write ``provenance.json`` of a run and return its path; what is unknown is null.
 
-    Holds the git revision and whether the tree had changes, the lock file's SHA-256, every installed package, the
-    machine with its driver and link, the link's measured rates, the profile as used, the model (synthetic with its
+    Holds the git revision and whether the tree had changes, the lock file's SHA-256, every package installed here, the
+    machine that was certified (this one if none was) with its driver and link, the link's measured rates, the profile as used, the model (synthetic with its
     seed, or the revision that pins it), each system's peak memory over its runs in bytes, and what each finished
     notebook said of itself: parameters, revision, start, wall seconds. What is replayed keeps the provenance of its
     records.
@@ -32,7 +32,8 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
     if replayed(run_dir):
         return path
     lock = REPOSITORY / "requirements.lock"
-    certified = run_dir / "results" / "certify.json"
+    certificate = run_dir / "results" / "certify.json"
+    certified = json.loads(certificate.read_text()) if certificate.is_file() else {}
     sentinels = sorted((run_dir / "results").glob("*.done.json"))
     document: dict[str, Any] = {
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -47,8 +48,8 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
         "config_digest": profile.digest,
         "profile": profile.model_dump(mode="json"),
         "notebooks": {path.name.removesuffix(".done.json"): json.loads(path.read_text()) for path in sentinels},
-        "machine": hardware.describe(run_dir).model_dump(mode="json"),
-        "link_rates": json.loads(certified.read_text())["link"] if certified.is_file() else None,
+        "machine": certified.get("machine") or hardware.describe(run_dir).model_dump(mode="json"),
+        "link_rates": certified.get("link"),
         "peak_memory": _peaks(run_dir),
         "packages": {each.name: each.version for each in sorted(importlib.metadata.distributions(), key=_by_name)},
     }

@@ -25,7 +25,7 @@ H100, L4 = ("NVIDIA H100 80GB HBM3", 85 * 10**9), ("NVIDIA L4", 23_600_000_000)
         (256, 500, (L4,), "virt_mem_l4"),
         (64, 500, (L4,), "smoke_13b"),
         (125, 500, (H100,), "virt_mem_h100"),
-        (256, 500, (L4, H100), "virt_mem_h100"),
+        (256, 500, (L4, H100), "compare_70b"),
     ],
 )
 def test_the_largest_that_fits(ram_gib: int, disk_gb: int, gpus: tuple[tuple[str, int], ...], name: str):

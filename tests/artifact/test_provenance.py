@@ -21,6 +21,7 @@ def test_provenance(tmp_path: Path):
     assert document["lock_sha256"] == hashlib.sha256((REPOSITORY / "requirements.lock").read_bytes()).hexdigest()
     assert {"torch", "transformers", "papermill"} <= set(document["packages"])
     assert document["link_rates"] is None
+    assert {"driver", "gpus"} <= set(document["machine"])
     assert document["peak_memory"] == {}
     assert str(REPOSITORY) not in json.dumps(document)
 
@@ -28,11 +29,13 @@ def test_provenance(tmp_path: Path):
 def test_provenance_of_a_measured_run(fabricated_run: Path):
     profile = load_profile("smoke_13b").override(model="org/name@0123abc")
     rates = [{"kind": "pinned to device", "chunk_bytes": 1 << 26, "gbps": 55.0}]
-    (fabricated_run / "results" / "certify.json").write_text(json.dumps({"link": rates}))
+    (fabricated_run / "results" / "certify.json").write_text(
+        json.dumps({"link": rates, "machine": {"os": "elsewhere"}})
+    )
     document = json.loads(write_provenance(fabricated_run, profile).read_text())
     assert document["model"] == {"name": "org/name@0123abc", "synthetic": False, "seed": None, "revision": "0123abc"}
     assert document["link_rates"] == rates
-    assert {"driver", "gpus"} <= set(document["machine"])
+    assert document["machine"] == {"os": "elsewhere"}, "where the records come from, not where they are written up"
     peaks = document["peak_memory"]
     assert peaks["djinn"] == {
         "peak_device_bytes": 4_200_000_000, "peak_host_bytes": 9_000_000_000, "peak_anon_bytes": 8_000_000_000
