@@ -13,9 +13,7 @@ def write(tmp_path, **changes):
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["smoke_tiny", "smoke_13b", "compare_h100", "compare_70b", "virt_mem_l4", "virt_mem_h100"]
-)
+@pytest.mark.parametrize("name", profile_names())
 def test_shipped_profiles_load_and_survive_json(name):
     profile = load_profile(name)
     assert profile.name == name

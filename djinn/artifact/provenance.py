@@ -23,10 +23,10 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
     """Write ``provenance.json`` of a run and return its path; what is unknown is null.
 
     Holds the git revision and whether the tree had changes, the lock file's SHA-256, every package installed here, the
-    machine that was certified (this one if none was) with its driver and link, the link's measured rates, the profile as used, the model (synthetic with its
-    seed, or the revision that pins it), each system's peak memory over its runs in bytes, and what each finished
-    notebook said of itself: parameters, revision, start, wall seconds. What is replayed keeps the provenance of its
-    records.
+    machine that was certified (this one if none was) with its driver and link, the link's measured rates, the profile
+    as used, the model (synthetic with its seed, or the revision that pins it), each system's peak memory over its runs
+    in bytes, and what each finished notebook said of itself: parameters, revision, start, wall seconds. What is
+    replayed keeps the provenance of its records.
     """
     path = run_dir / "provenance.json"
     if replayed(run_dir):

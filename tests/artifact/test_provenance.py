@@ -29,9 +29,8 @@ def test_provenance(tmp_path: Path):
 def test_provenance_of_a_measured_run(fabricated_run: Path):
     profile = load_profile("smoke_13b").override(model="org/name@0123abc")
     rates = [{"kind": "pinned to device", "chunk_bytes": 1 << 26, "gbps": 55.0}]
-    (fabricated_run / "results" / "certify.json").write_text(
-        json.dumps({"link": rates, "machine": {"os": "elsewhere"}})
-    )
+    certified = {"link": rates, "machine": {"os": "elsewhere"}}
+    (fabricated_run / "results" / "certify.json").write_text(json.dumps(certified))
     document = json.loads(write_provenance(fabricated_run, profile).read_text())
     assert document["model"] == {"name": "org/name@0123abc", "synthetic": False, "seed": None, "revision": "0123abc"}
     assert document["link_rates"] == rates
