@@ -95,14 +95,21 @@ def _rates(device: torch.device) -> list[ComputeRate]:
     from transformers import AutoModel
 
     config = load_architecture(_LAYER_OF)
-    config.num_hidden_layers, config.vocab_size = 1, _SEQUENCE
+    config.num_hidden_layers, config.vocab_size = 1, 1
     with device:
-        layer = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+        model: Any = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+    layer = model.layers[0]
     nbytes = sum(parameter.nbytes for parameter in layer.parameters())
     found = []
     for tokens in TOKENS:
-        ids = torch.arange(tokens, device=device).remainder(_SEQUENCE).view(-1, min(tokens, _SEQUENCE))
-        seconds = _median_s(lambda ids=ids: layer(ids), device)  # type: ignore[misc]
+        inputs = torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16, device=device)
+        inputs = inputs.view(-1, min(tokens, _SEQUENCE), config.hidden_size)
+        places = model.rotary_emb(inputs, torch.arange(inputs.shape[1], device=device).view(1, -1))
+
+        def run(inputs: torch.Tensor = inputs, places: tuple[torch.Tensor, torch.Tensor] = places) -> None:
+            layer(inputs, position_embeddings=places)
+
+        seconds = _median_s(run, device)
         found.append(ComputeRate(tokens=tokens, gbps=nbytes / seconds / 1e9))
         if seconds > _LONGEST_S:
             break

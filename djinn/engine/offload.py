@@ -104,7 +104,7 @@ def offload(
         units = find_units(index)
         try:
             planned = in_free_memory(
-                lambda host_bytes: place_units(units, workspace_bytes, budget, ring, host_bytes),
+                lambda host_bytes: place_units(units, where, workspace_bytes, budget, ring, host_bytes),
                 where, budget, host_memory, given_back=on_host,
             )  # fmt: skip
             if where.type == "cuda":

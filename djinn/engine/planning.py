@@ -167,7 +167,7 @@ def planner(index: WeightIndex, device: torch.device, ring: int | str | None) ->
     units = find_units(index)
 
     def plan_for(budget: int, host_bytes: int, work: Workload) -> Plan:
-        return place_units(units, workspace_of(index, device, work), budget, ring, host_bytes)
+        return place_units(units, device, workspace_of(index, device, work), budget, ring, host_bytes)
 
     return plan_for
 
@@ -189,6 +189,7 @@ def require_device_memory(planned: Plan, free: int, total: int) -> None:
 
 def place_units(
     units: Sequence[Unit],
+    device: torch.device,
     workspace_bytes: int,
     budget: int | str,
     ring: int | str | None,
@@ -200,14 +201,17 @@ def place_units(
         PlanError: a budget, ring or host memory that cannot work.
     """
     budget_bytes = parse_bytes(budget)
-    return make_plan(
+    make = partial(
+        make_plan,
         units,
         budget=budget_bytes,
         workspace_bytes=workspace_bytes,
         host_bytes=max(host_bytes, 0),
         ring_bytes=None if ring is None else parse_bytes(ring),
-        ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)),
     )
+    if device.type == "cpu" and not (made := make()).disk_bytes:
+        return made  # copies out of host memory cost the cores as much, however far ahead they are made
+    return make(ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)))
 
 
 def place(

@@ -239,9 +239,15 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_budget_that_fits_it() -> None
 def test_the_ring_of_a_small_model_is_an_eighth_of_the_budget_at_least() -> None:
     """Three of its largest units would be too few to keep a disk busy, or a link through what the host does."""
     units = decoder()
-    planned = place_units(units, 0, 300 * PAGE, None, 500 * PAGE)
-    assert planned.ring_bytes == round(RING_FLOOR_SHARE * 300 * PAGE) // PAGE * PAGE
-    assert planned.ring_bytes > make_plan(units, budget=300 * PAGE, workspace_bytes=0, host_bytes=500 * PAGE).ring_bytes
+    three = make_plan(units, budget=300 * PAGE, workspace_bytes=0, host_bytes=500 * PAGE)
+    floor = round(RING_FLOOR_SHARE * 300 * PAGE) // PAGE * PAGE
+    assert floor > three.ring_bytes
+
+    def ring(device: str, host_bytes: int) -> int:
+        return place_units(units, torch.device(device), 0, 300 * PAGE, None, host_bytes).ring_bytes
+
+    assert ring("cuda", 500 * PAGE) == ring("cuda", 0) == ring("cpu", 0) == floor
+    assert ring("cpu", 500 * PAGE) == three.ring_bytes, "no disk is read"
 
 
 def test_oversubscription_is_model_over_budget() -> None:
