@@ -64,13 +64,17 @@ def run_of(profile: str, root: Path = REFERENCE_DIR) -> Path | None:
 
 
 def expected(device: str | None = None, root: Path = REFERENCE_DIR) -> dict[str, str]:
-    """Return for each claim what reference runs measured, and which; on ``device`` alone, if given."""
+    """Return for each claim what reference runs measured, and which.
+
+    With a ``device``, of claims on any device only what was measured on that one.
+    """
     found: dict[str, list[str]] = {}
     for folder in runs(root):
-        if device in (None, load_profile(folder / "profile.yaml").device):
-            evidence = read_evidence(folder)
-            for claim in load_claims():
-                measured = evaluate(claim, evidence).measured
-                if measured is not None:
-                    found.setdefault(claim.id, []).append(f"{measured:.4g} ({folder.name})")
+        evidence, elsewhere = read_evidence(folder), load_profile(folder / "profile.yaml").device != device
+        for claim in load_claims():
+            if device is not None and claim.needs.device is None and elsewhere:
+                continue
+            measured = evaluate(claim, evidence).measured
+            if measured is not None:
+                found.setdefault(claim.id, []).append(f"{measured:.4g} ({folder.name})")
     return {claim: "; ".join(each) for claim, each in found.items()}

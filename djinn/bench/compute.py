@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Compute(BaseModel):
 
 
 def measure(device: torch.device) -> Compute:
-    """Measure ``device``; takes seconds and half a GB of its memory."""
+    """Measure ``device``; takes seconds and a GB of its memory."""
     module_s, pass_s, call_s = _host_s(device)
     return Compute(
         device=device.type,
@@ -144,7 +145,7 @@ def _host_s(device: torch.device) -> tuple[float, float, float]:
                 ids, attention_mask=ids, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=tokens
             )
 
-        first, all_of_them = (_median_host_s(lambda tokens=tokens: generate(tokens)) for tokens in (1, 1 + _STEPS))  # type: ignore[misc]
+        first, all_of_them = (_median_host_s(partial(generate, tokens)) for tokens in (1, 1 + _STEPS))
         counts.append(len({id(module) for _, module, _, _ in owners(model)}))
         passes.append((all_of_them - first) / _STEPS)
         calls.append(max(first - passes[-1], 0.0))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from djinn.engine.arena import Arena
-from djinn.engine.binding import Weights, buffer_homes, move_buffers
+from djinn.engine.binding import Weights, buffer_homes, map_large_blocks, move_buffers
 from djinn.engine.coding import Scratch, decoding
 from djinn.engine.copier import Copier, CpuCopier, Source
 from djinn.engine.cuda import CudaCopier
@@ -74,6 +74,8 @@ def start(
         disk_bytes=planned.disk_bytes,
         traced=trace,
     )
+    if device.type == "cpu":
+        map_large_blocks()
     moved = [unit for unit in planned.at(Tier.RESIDENT) if not weights.stays(unit, device)]
     residents = load_residents(moved, weights.coder, device)
     for unit in moved:

@@ -123,7 +123,7 @@ class Coder:
                 settle(self.fill(unit, allocate(unit.image_bytes)))
 
     def close(self) -> None:
-        """Give the buffers back, and the device memory that coding took, if anything was coded."""
+        """Give the buffers back, and the device memory that was worked in, if any was."""
         wait(self._landing)
         if self._device.type == "cuda" and self._staging.buffer.nbytes:
             torch.cuda.empty_cache()

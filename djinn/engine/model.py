@@ -59,7 +59,8 @@ def load(
             a warning. Quantised ones: see :mod:`djinn.weights.quantised`.
         budget: device memory for residents, ring, KV cache and activations; a size such as ``"24 GB"``.
         device: ``"cuda"`` or ``"cpu"``; by default a GPU where there is one. On a CPU the device is a budget of host
-            memory, and weights are streamed from disk.
+            memory, and weights are streamed from disk; so that what is freed is free, glibc then maps large blocks of
+            the whole process by themselves.
         ring: size of the device ring; by default the smallest that still overlaps copies and compute.
         host_memory: most page-locked host memory for streamed weights; what does not fit is read from disk each pass.
         chunk: size of one copy command, and of one disk read.

@@ -22,7 +22,7 @@ from djinn.errors import ConfigError, PlanError
 from djinn.hardware import local_cpus
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights.index import WeightIndex
-from djinn.weights.quantised import quantised_bytes
+from djinn.weights.quantised import quantised_bytes, states_bytes
 from djinn.weights.recording import Example, recorded_reads, run, undisturbed
 from djinn.weights.tensors import InMemory, TensorEntry
 from djinn.weights.tracing import ReadRecorder, storage_of
@@ -79,7 +79,8 @@ def offload(
     Raises:
         ConfigError: an argument that means nothing, an example that the module cannot run, or a module that cannot be
             streamed: says which part of it, and why. The module is then as it was.
-        PlanError: a ring, budget or host memory that cannot work; says what would. The module is then as it was.
+        PlanError: a ring, budget, host or device memory that cannot work; says what would. The module is then as it
+            was.
         UnavailableError: no such device.
     """
     where = _device(device)
@@ -94,7 +95,7 @@ def offload(
     index = WeightIndex(module, tensors, synthetic=False, reads=recorded_reads(module, names, examples))
     sizes = [(alike[0].device, tensors[name].nbytes) for name, alike in parameters.items()]
     on_host = sum(nbytes for home, nbytes in sizes if home.type == "cpu")
-    on_device = sum(nbytes for home, nbytes in sizes if home == where)
+    on_device = sum(nbytes for home, nbytes in sizes if home == where) + states_bytes(module, where)
     with ExitStack() as undo:
         reader = Reader(chunk_bytes, cpus=local_cpus(where.index) if where.type == "cuda" else None)
         undo.callback(reader.close)

@@ -209,8 +209,10 @@ def place_units(
         host_bytes=max(host_bytes, 0),
         ring_bytes=None if ring is None else parse_bytes(ring),
     )
-    if device.type == "cpu" and not (made := make()).disk_bytes:
-        return made  # copies out of host memory cost the cores as much, however far ahead they are made
+    if device.type == "cpu":
+        made = make()
+        if not made.disk_bytes:  # copies out of host memory cost the cores as much, however far ahead they are made
+            return made
     return make(ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget_bytes)))
 
 

@@ -3,9 +3,9 @@
 Each visit of a unit takes three times. Its copy: the image's bytes over the disk's rate, over the link's, or one after
 the other, each of which carries one unit at a time. Its compute: the weights' bytes over the rate at which this device
 multiplies that many tokens by weights. And the host's own time in its module, which a GPU hides behind its compute and
-a processor cannot; a pass begins with some more of it. A copy begins once the visit that its slot waits for has been
-computed, as in the ring; compute begins once the copy has ended. On a CPU a copy out of host memory is work for the
-cores that compute, so it adds.
+a processor cannot; a pass begins with some more of it, and a call of ``generate`` with more again. A copy begins once
+the visit that its slot waits for has been computed, as in the ring; compute begins once the copy has ended. On a CPU a
+copy out of host memory is work for the cores that compute, so it adds.
 
 What is not counted: decoding of coded weights, and the time between two passes, which prefetching hides. A rate that
 was not measured makes its part free; :attr:`Prediction.blind` says which.
@@ -36,8 +36,8 @@ DECODE_PASSES = 8
 class ComputeRate:
     """What a device computes: ``tokens`` rows times bf16 weights, in bytes of weights a second.
 
-    A multiplication takes one operation for each of a weight's bytes and a token, so ``tokens * rate`` is FLOP/s; at
-    one token it is the rate at which memory gives the weights.
+    A multiplication takes one operation for each of a weight's bytes and a token, so ``tokens * rate`` is FLOP/s, with
+    what stands between two products in its time; at one token memory gives the weights at that rate or a higher one.
     """
 
     tokens: int

@@ -30,7 +30,7 @@ CUDA_OVERHEAD_BYTES = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES + SMALL_TENSORS_
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 _FRAGMENTS_SHARE = 0.02
-"""What is lost between tensors that torch's allocator cuts from one piece of memory: up to half a percent in tests."""
+"""What may be lost between tensors that torch's allocator cuts from one piece: more than in any case of the tests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +84,14 @@ def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.
     """Return the device memory to keep free of weights.
 
     A CPU's torch (2.13) copies the output projection for every sequence whose last position alone goes through it,
-    as it does in ``generate``; a tenth more is for what the allocator keeps around such copies. Around a KV cache that
-    grows between activations the C library's heap keeps as much again: with a 7B model and prompts of 64 to 1,024
-    tokens, 1.5 to 2.1 times what the tensors come to.
+    as it does in ``generate``; a tenth more is for what the C library keeps around such copies and other tensors, once
+    it maps large ones by themselves (:func:`djinn.engine.binding.map_large_blocks`).
     """
     tensors = kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work)
     if device.type == "cuda":
         return CUDA_OVERHEAD_BYTES + round((1 + _FRAGMENTS_SHARE) * tensors)
     text = next(dimensions(config))
-    return 2 * tensors + 11 * work.batch * text.vocab * text.hidden * dtype.itemsize // 10
+    return 11 * (tensors + work.batch * text.vocab * text.hidden * dtype.itemsize) // 10
 
 
 def hold_workspace(workspace_bytes: int, device: torch.device) -> None:
@@ -100,8 +99,9 @@ def hold_workspace(workspace_bytes: int, device: torch.device) -> None:
 
     Left to itself it takes memory from the driver in pieces of whatever size is asked for first; a KV cache that grows
     lies scattered over them, and passes need up to 1.4 times what their tensors come to. The piece serves passes on the
-    stream that is current now, until someone calls ``torch.cuda.empty_cache()``; where torch is told not to split what
-    is large, or the memory is not there, passes get theirs as torch gives it.
+    stream that is current now; it is gone once someone calls ``torch.cuda.empty_cache()`` or memory runs out, and what
+    is allocated outside of passes, another model too, may be cut from it. Where torch is told not to split what is
+    large, or the memory is not there, passes get theirs as torch gives it.
     """
     if not any("max_split_size_mb" in os.environ.get(name, "") for name in _ALLOCATOR_SETTINGS):
         with suppress(torch.OutOfMemoryError):

@@ -135,7 +135,7 @@ def gather_states(model: nn.Module) -> int:
     """Move what quantised parameters keep beside their own bytes to where those are; return its bytes."""
     for parameter, state in _states(model):
         state.to(parameter.device)
-    return _kept_bytes(model)
+    return states_bytes(model)
 
 
 def quantised_bytes(model: nn.Module) -> int:
@@ -145,7 +145,7 @@ def quantised_bytes(model: nn.Module) -> int:
     """
     weights = [(state.shape, state.dtype) for _, state in _states(model)]
     weights += [(each.shape, each.dtype) for each in model.parameters() if is_traceable_wrapper_subclass(each)]
-    return _kept_bytes(model) + max((shape.numel() * dtype.itemsize for shape, dtype in weights), default=0)
+    return states_bytes(model) + max((shape.numel() * dtype.itemsize for shape, dtype in weights), default=0)
 
 
 def _states(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
@@ -155,9 +155,10 @@ def _states(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
             yield parameter, state
 
 
-def _kept_bytes(model: nn.Module) -> int:
-    """Return the size of what parameters keep beside their own bytes."""
+def states_bytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Return the size of what quantised parameters keep beside their own bytes, on ``device`` if one is given."""
     parts = [
         part for _, state in _states(model) for part in (state, getattr(state, "state2", None)) if part is not None
     ]
-    return sum(value.nbytes for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor))
+    kept = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    return sum(value.nbytes for value in kept if device in (None, value.device))

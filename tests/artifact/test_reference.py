@@ -31,7 +31,9 @@ def test_readme_shows_records_and_claims() -> None:
 
 
 def test_expected_values_are_those_of_runs_on_the_same_kind_of_device() -> None:
-    everywhere, on_gpus = expected(), expected("cuda")
-    assert set(on_gpus) < set(everywhere)
-    assert "2-cores" in everywhere["C5"]
-    assert "2-cores" not in "".join(on_gpus.values())
+    everywhere, on_gpus, on_cpus = expected(), expected("cuda"), expected("cpu")
+    assert "2-cores" in everywhere["C2"]
+    assert "2-cores" not in on_gpus["C2"]
+    assert "h100" not in on_cpus["C2"]
+    assert on_gpus["C5"] == everywhere["C5"], "only a CPU can measure it"
+    assert on_cpus["C11"] == everywhere["C11"], "only a GPU can measure it"

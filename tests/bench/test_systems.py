@@ -113,6 +113,17 @@ def test_too_little_memory_is_refused_with_numbers(job, monkeypatch, name):
         loader(name).check(variant(job, "cpu"))
 
 
+def test_weights_that_deepspeed_is_still_given_need_room_too(job, monkeypatch, tmp_path):
+    made = load_profile("virt_mem_h100").override(model="synthetic:llama-tiny")
+    needed = []
+    monkeypatch.setattr(deepspeed, "require_ram", lambda size, what: needed.append(size))
+    monkeypatch.setattr(deepspeed, "_single_process", lambda job: None)
+    monkeypatch.setattr(deepspeed, "_build", lambda job: None)
+    for profile, model in ((made, made.model), (made.override(weights="disk"), job.model)):
+        deepspeed.check(Job(profile=profile, variant="cpu", model=model, scratch=tmp_path))
+    assert needed[0] > needed[1] > TINY_BYTES
+
+
 def test_too_little_disk_for_a_second_copy_is_refused_with_numbers(job, monkeypatch):
     monkeypatch.setattr(hardware, "free_disk", lambda path: 10_000_000)
     with pytest.raises(UnavailableError, match=r"disk: .*second copy.* 10 MB are free"):

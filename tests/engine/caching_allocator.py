@@ -1,5 +1,7 @@
 """Torch's CUDA allocator on paper, and what a model's passes ask of it, so that plans can be held against it anywhere.
 
+Recorded are the operators of a CPU, its attention's among them, without an attention mask; a GPU's differ little.
+
 The rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` with its default settings. On an H100 (torch 2.11) the same
 passes of Llama-2-7B ran out of memory at the same tensor: 43 MiB wanted with 0.34 GiB in fragments here, 44 and 0.34
 there; and Llama-2-70B in 24 GB peaked at 23.97 GB in both.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -496,6 +497,23 @@ model(torch.ones(1, 3, dtype=torch.long))
     assert (ended.returncode, ended.stdout) == (0, "")
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.glob("djinn-*")) == []
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_tensors_that_are_freed_leave_no_holes(tiny_checkpoint: Tiny) -> None:
+    """A cache that grows between activations: what is freed beneath its last tensor goes back to the system."""
+    folder = tiny_checkpoint("llama")
+    script = f"""
+import djinn, psutil, torch
+model = djinn.load({str(folder)!r}, budget={budget_for(folder)}, device="cpu", prompt_tokens=16, new_tokens=16)
+torch.zeros(6 * 2**20)  # 24 MB: from here on glibc would keep tensors of that size in its heap
+held = psutil.Process().memory_info().rss
+tensors = [torch.ones(2**19) for _ in range(64)]
+del tensors[:-1]
+print(psutil.Process().memory_info().rss - held)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 2**24
 
 
 class Odd(nn.Module):

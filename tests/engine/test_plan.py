@@ -236,7 +236,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_a_budget_that_fits_it() -> None
     require_device_memory(again, enough - 4 * PAGE, 2 * GB)
 
 
-def test_the_ring_of_a_small_model_is_an_eighth_of_the_budget_at_least() -> None:
+def test_the_ring_of_a_small_model_is_an_eighth_of_the_budget_where_that_helps() -> None:
     """Three of its largest units would be too few to keep a disk busy, or a link through what the host does."""
     units = decoder()
     three = make_plan(units, budget=300 * PAGE, workspace_bytes=0, host_bytes=500 * PAGE)

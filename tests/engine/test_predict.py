@@ -106,6 +106,8 @@ def test_a_resident_model_takes_its_compute() -> None:
     # A prompt of 128 tokens takes twice what 64 do; of two tokens, a seventh of the way from one to eight.
     assert predicted.ttft_s == pytest.approx(plan.model_bytes / 2e9 * 2)
     assert predicted.token_s == pytest.approx(plan.model_bytes * (1 / 10e9 + (1 / 9e9 - 1 / 10e9) / 7))
+    called = predict(plan, replace(known, call_s=0.5), plain)
+    assert (called.ttft_s, called.token_s) == (predicted.ttft_s + 0.5, predicted.token_s)
     assert predicted.limit == "compute"
     assert predicted.tokens_per_s == 2 / predicted.token_s
     slow_host = replace(known, module_s=1.0)
