@@ -106,11 +106,7 @@ def _rates(device: torch.device) -> list[ComputeRate]:
         inputs = torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16, device=device)
         inputs = inputs.view(-1, min(tokens, _SEQUENCE), config.hidden_size)
         places = model.rotary_emb(inputs, torch.arange(inputs.shape[1], device=device).view(1, -1))
-
-        def run(inputs: torch.Tensor = inputs, places: tuple[torch.Tensor, torch.Tensor] = places) -> None:
-            layer(inputs, position_embeddings=places)
-
-        seconds = _median_s(run, device)
+        seconds = _median_s(partial(layer, inputs, position_embeddings=places), device)
         found.append(ComputeRate(tokens=tokens, gbps=nbytes / seconds / 1e9))
         if seconds > _LONGEST_S:
             break
@@ -139,13 +135,8 @@ def _host_s(device: torch.device) -> tuple[float, float, float]:
         config.num_hidden_layers = layers
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
         ids = torch.ones(1, 1, dtype=torch.int64, device=device)
-
-        def generate(tokens: int, model: Any = model, ids: torch.Tensor = ids) -> None:
-            model.generate(
-                ids, attention_mask=ids, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=tokens
-            )
-
-        first, all_of_them = (_median_host_s(partial(generate, tokens)) for tokens in (1, 1 + _STEPS))
+        generate = partial(model.generate, ids, attention_mask=ids, do_sample=False, eos_token_id=None, pad_token_id=0)
+        first, all_of_them = (_median_host_s(partial(generate, max_new_tokens=tokens)) for tokens in (1, 1 + _STEPS))
         counts.append(len({id(module) for _, module, _, _ in owners(model)}))
         passes.append((all_of_them - first) / _STEPS)
         calls.append(max(first - passes[-1], 0.0))
