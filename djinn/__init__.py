@@ -1,26 +1,31 @@
 """Run language models larger than device memory by streaming their weights.
 
 ``djinn.load`` returns an ordinary Hugging Face model that streams; ``djinn.offload`` makes any module in memory do so;
-``djinn.plan`` says what loading would do; ``djinn.stats`` what it did; ``djinn.cool`` empties the ring;
-``djinn.detach`` undoes it all. ``djinn.pack`` codes a checkpoint without loss, so that fewer bytes cross the link;
-``djinn.unpack`` gives the original files back.
+``djinn.plan`` says what loading would do, ``djinn.forecast`` how fast that would be; ``djinn.stats`` what it did;
+``djinn.cool`` empties the ring; ``djinn.detach`` undoes it all. ``djinn.resolve`` makes or fetches a checkpoint,
+``djinn.pack`` codes one without loss, so that fewer bytes cross the link, and ``djinn.unpack`` gives the original back.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from djinn.engine.forecast import forecast
     from djinn.engine.model import cool, detach, load, stats
     from djinn.engine.offload import offload
     from djinn.engine.planning import plan
+    from djinn.weights.checkpoint import resolve
     from djinn.weights.pack import pack, unpack
 
-__version__ = "0.1.0"
-__all__ = ["cool", "detach", "load", "offload", "pack", "plan", "stats", "unpack"]
+    __version__: str
+
+__all__ = ["cool", "detach", "forecast", "load", "offload", "pack", "plan", "resolve", "stats", "unpack"]
 
 _HOMES = {
+    "forecast": "djinn.engine.forecast",
     "offload": "djinn.engine.offload",
     "plan": "djinn.engine.planning",
+    "resolve": "djinn.weights.checkpoint",
     "pack": "djinn.weights.pack",
     "unpack": "djinn.weights.pack",
 }
@@ -30,4 +35,8 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import, and the command line's help needs neither.
     if name in __all__:
         return getattr(import_module(_HOMES.get(name, "djinn.engine.model")), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("djinn")
     raise AttributeError(f"module 'djinn' has no attribute {name!r}")

@@ -11,9 +11,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from djinn.errors import ConfigError
+from djinn.places import CONFIG_DIR
 from djinn.sizes import Bytes, format_bytes
-
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "artifact" / "configs"
 
 SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
     "djinn": ("", "lossless"),

@@ -12,10 +12,11 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner, Result
 
-from djinn.artifact import notebook
+from djinn.bench import machines
 from djinn.bench.records import Record, read_records
 from djinn.cli import main
 from djinn.config import Profile, load_profile, profile_names
+from djinn.places import RUNS_DIR
 
 PLAN = ("plan", "synthetic:llama-2-70b-16-layers", "--budget", "10 GB", "--machine", "h200_2026-11-24")
 
@@ -115,7 +116,7 @@ def test_plan_for_a_machine_that_is_not_here(tmp_path: Path) -> None:
 def test_plan_for_a_machine_that_nobody_certified_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notebook, "RUNS_DIR", tmp_path)
+    monkeypatch.setattr(machines, "RUNS_DIR", tmp_path)
     arguments = ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--prompt-tokens", "8", "--device", "cpu"]
     shown = djinn(*arguments)
     assert shown.exit_code == 0
@@ -255,7 +256,7 @@ def test_baseline_chooses_systems(
     assert djinn("baseline", system).exit_code == 0
     assert harness.profile.systems == systems
     own = {"all": "smoke_tiny", "djinn": "smoke_tiny-djinn", "deepspeed:nvme": "smoke_tiny-deepspeed-nvme"}
-    assert harness.run_dir == Path("artifact/runs", own[system])
+    assert harness.run_dir == RUNS_DIR / own[system]
     assert load_profile(harness.run_dir / "profile.yaml").systems == systems
 
 

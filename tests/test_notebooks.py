@@ -14,6 +14,7 @@ from notebook_contract import code_of, faults
 
 from djinn.artifact import notebook, runner
 from djinn.artifact.bundle import verify
+from djinn.bench.run import Run
 from djinn.config import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +94,7 @@ def test_figures_are_drawn_from_partial_records_alone(fabricated_run: Path, tmp_
     done = papermill("04_figures", tmp_path / "out.ipynb", *given)
     assert done.returncode == 0, done.stderr
     assert (fabricated_run / "index.html").is_file()
-    assert notebook.read_sentinel(fabricated_run, "04_figures") is not None
+    assert Run(fabricated_run).done("04_figures") is not None
     assert verify(fabricated_run) > 0
 
 

@@ -14,6 +14,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import djinn
+from djinn.cli.commands import EXTRAS
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -142,3 +145,50 @@ def test_make_clean_keeps_runs_and_says_what_it_removes(bare_clone: Path) -> Non
     assert not (bare_clone / "artifact/checkpoints").exists()
     assert not (bare_clone / "djinn/__pycache__").exists()
     assert "artifact/checkpoints" in finished.stdout
+
+
+def test_there_is_one_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert djinn.__version__ == PROJECT["version"] == citation["version"]
+    assert f"\n## [{djinn.__version__}]" in changes
+
+
+def test_every_extra_names_the_modules_that_it_brings() -> None:
+    """What the message on a missing package says would install it."""
+    modules = {"IPython": "jupyterlab", "matplotlib": "seaborn"}  # brought along by another package
+    assert EXTRAS.keys() == PROJECT["optional-dependencies"].keys() - {"test"}
+    for extra, names in EXTRAS.items():
+        brought = {Requirement(text).name for text in PROJECT["optional-dependencies"][extra]}
+        assert {modules.get(name, name) for name in names} <= brought
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"),
+    [
+        ("papermill", ["reproduce", "--profile", "smoke_tiny"], "artifact"),
+        ("pandas", ["baseline", "djinn", "--profile", "smoke_tiny"], "artifact"),
+        ("matplotlib", ["figures", "nowhere"], "artifact"),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(missing: str, command: list[str], extra: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from djinn.cli import main; main({command})"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 2
+    assert finished.stderr == f"djinn: {command[0]} needs {missing}: pip install 'djinn[{extra}]'\n"
+    assert finished.stdout == ""
+
+
+def test_plans_and_measurements_of_this_machine_need_no_extra(tmp_path: Path) -> None:
+    """The core dependencies alone; what continuous integration installs in an environment of its own."""
+    blocked = [name for names in EXTRAS.values() for name in names]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked})); from djinn.cli import main; "
+        "main(['plan', 'synthetic:llama-tiny', '--budget', '5 MB', '--prompt-tokens', '8', '--device', 'cpu'])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert finished.returncode == 0, finished.stderr

@@ -15,7 +15,8 @@ import papermill
 import pytest
 from notebook_contract import faults
 
-from djinn.artifact import notebook, runner
+from djinn.artifact import runner
+from djinn.bench.run import Run
 from djinn.errors import ConfigError
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -48,7 +49,7 @@ def test_without_its_tag_the_parameters_cell_wins_and_papermill_says_otherwise(f
 
     executed = run(source, profile="smoke_tiny")
     assert executed.metadata.papermill.parameters["profile"] == "smoke_tiny"
-    used = notebook.read_sentinel(fabricated_run, "04_figures")
+    used = Run(fabricated_run).done("04_figures")
     assert used is not None
     assert used["parameters"]["profile"] == "smoke_13b"  # what ran, not what was asked for
     provenance = json.loads((fabricated_run / "provenance.json").read_text())

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from djinn import hardware
 from djinn.config import Profile, load_profile, profile_names
 from djinn.errors import CheckpointError, UnavailableError
+from djinn.places import CHECKPOINT_DIR
 from djinn.sizes import format_bytes
-from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC, synthetic_folder
+from djinn.weights.checkpoint import SYNTHETIC, synthetic_folder
 from djinn.weights.synth import verify
 
 

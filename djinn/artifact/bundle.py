@@ -8,8 +8,8 @@ import io
 import tarfile
 from pathlib import Path
 
-from djinn.artifact.provenance import write_text
 from djinn.errors import CheckpointError, ConfigError
+from djinn.files import unfinished, write_text
 
 SUMS = "SHA256SUMS"
 _NOT_KEPT = ("scratch", "logs")
@@ -63,9 +63,9 @@ def bundle(folder: Path, out: Path | None = None) -> Path:
     """
     verify(folder)
     target = out or folder.with_name(f"{folder.name}.tar.gz")
-    unfinished = target.with_name(f".{target.name}.part")
     with (
-        unfinished.open("wb") as raw,
+        unfinished(target) as part,
+        part.open("wb") as raw,
         gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
@@ -74,7 +74,6 @@ def bundle(folder: Path, out: Path | None = None) -> Path:
             entry = tarfile.TarInfo(f"{folder.name}/{name}")  # no owner, no times: those are not the run's
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    unfinished.replace(target)
     return target
 
 

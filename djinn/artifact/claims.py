@@ -16,12 +16,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from djinn.artifact.metrics import METRICS, Evidence, NotMeasuredError, read_evidence
-from djinn.artifact.provenance import REPOSITORY, write_text
+from djinn.bench.run import Run
 from djinn.config import profile_names
 from djinn.errors import ConfigError
+from djinn.files import write_text
+from djinn.places import CLAIMS_FILE
 from djinn.sizes import Bytes, format_bytes
-
-CLAIMS_FILE = REPOSITORY / "artifact" / "claims.yaml"
 
 Verdict = Literal["PASS", "FAIL", "NOT RUN"]
 
@@ -117,7 +117,7 @@ def evaluate(claim: Claim, evidence: Evidence) -> Outcome:
 
 def write_claims(run_dir: Path) -> list[Outcome]:
     """Evaluate every claim on a run, write ``results/claims.json`` and return the outcomes in order."""
-    evidence = read_evidence(run_dir)
+    evidence = read_evidence(Run(run_dir))
     outcomes = [evaluate(claim, evidence) for claim in load_claims()]
     document = [outcome.model_dump(mode="json") for outcome in outcomes]
     write_text(run_dir / "results" / "claims.json", json.dumps(document, indent=2) + "\n")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import pandas as pd
 
-from djinn.bench.certify import read_certification
 from djinn.bench.proof import Proof
-from djinn.bench.records import Record, latest, read_records
+from djinn.bench.records import Record
+from djinn.bench.run import Run
 from djinn.bench.statistics import reference_label, system_label, tokens_agree
-from djinn.config import Profile, load_profile
+from djinn.config import Profile
 from djinn.figures import frames
 
 
@@ -165,12 +164,11 @@ METRICS: Mapping[str, Callable[..., float]] = {
 }
 
 
-def read_evidence(run_dir: Path) -> Evidence:
-    """Read what the claims are held against from a run directory; missing files hold nothing."""
-    certification = read_certification(run_dir)
+def read_evidence(run: Run) -> Evidence:
+    """Read what the claims are held against; missing files hold nothing."""
     return Evidence(
-        profile=load_profile(run_dir / "profile.yaml"),
-        records=latest(read_records(run_dir / "results" / "baselines.jsonl")),
-        proof=certification.proof if certification else None,
-        coded_timeline=frames.read_timeline(run_dir, "timeline_coded"),
+        profile=run.profile,
+        records=run.baselines,
+        proof=run.certification.proof if run.certification else None,
+        coded_timeline=frames.read_timeline(run.folder, "timeline_coded"),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,21 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from IPython.display import Image
 from matplotlib.figure import Figure
 
 from djinn import hardware
 from djinn.artifact.bundle import write_sums
-from djinn.artifact.provenance import REPOSITORY, from_root, git_state, write_text
+from djinn.artifact.provenance import git_state
 from djinn.artifact.reference import run_of
+from djinn.bench.run import Run
 from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError, DjinnError
 from djinn.figures.draw import PNG_DPI
 from djinn.figures.style import house_style
+from djinn.files import write_text
+from djinn.places import ROOT, RUNS_DIR, from_root
 from djinn.sizes import format_bytes
 
-RUNS_DIR = REPOSITORY / "artifact" / "runs"
 SCREEN_DPI = 144
 """How large a figure appears in a notebook: half as large again as in print."""
 
@@ -102,9 +102,8 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
     parameters = _checked(namespace)
     profile = _profile(parameters)
     given = parameters["run_dir"]
-    run_dir = REPOSITORY / Path(given).expanduser() if given else RUNS_DIR / profile.name
-    open_run_dir(run_dir, profile)
-    forget(run_dir, name)
+    run_dir = ROOT / Path(given).expanduser() if given else RUNS_DIR / profile.name
+    Run.open(run_dir, profile).done_path(name).unlink(missing_ok=True)
     pd.set_option("display.max_colwidth", None)  # reasons and remedies are shown whole
     print(f"{name}: {profile.title}; all four notebooks take about {profile.minutes:g} minutes{_took(profile, name)}")
     print(f"Results: {from_root(run_dir)}")
@@ -122,40 +121,9 @@ def finish(session: Session) -> None:
         "wall_s": round(wall_s, 3),
         **git_state(),
     }
-    write_text(_sentinel(session.run_dir, session.name), json.dumps(document, indent=2) + "\n")
+    write_text(Run(session.run_dir).done_path(session.name), json.dumps(document, indent=2) + "\n")
     write_sums(session.run_dir)
     print(f"{session.name}: finished in {wall_s:.0f} s")
-
-
-def read_sentinel(run_dir: Path, name: str) -> dict[str, Any] | None:
-    """Return what ``finish`` wrote for the notebook ``name``, or None where it did not."""
-    path = _sentinel(run_dir, name)
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def open_run_dir(run_dir: Path, profile: Profile) -> None:
-    """Make a run directory, check that it can be written, and bind it to one configuration: its ``profile.yaml``.
-
-    Raises:
-        ConfigError: it cannot be written, or holds another configuration; each difference is named.
-    """
-    try:
-        (run_dir / "results").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir / "results"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"run_dir {from_root(run_dir)} cannot be written: {error.strerror}; choose another") from None
-    path = run_dir / "profile.yaml"
-    if path.is_file():
-        before, now = load_profile(path).model_dump(mode="json"), profile.model_dump(mode="json")
-        changed = [f"{key}: {before[key]} there, {now[key]} asked for" for key in now if before[key] != now[key]]
-        if changed:
-            raise ConfigError(
-                f"run_dir {from_root(run_dir)} holds another configuration ({'; '.join(changed)}); "
-                "give the same parameters as before, or another run_dir"
-            )
-    else:
-        write_text(path, yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False))
 
 
 @house_style()
@@ -164,11 +132,6 @@ def picture(figure: Figure) -> Image:
     data = BytesIO()
     figure.savefig(data, format="png", dpi=PNG_DPI)
     return Image(data.getvalue(), width=round(figure.get_size_inches()[0] * SCREEN_DPI))
-
-
-def forget(run_dir: Path, name: str) -> None:
-    """Remove the sentinel of an earlier execution of the notebook ``name``."""
-    _sentinel(run_dir, name).unlink(missing_ok=True)
 
 
 def configuration_frame(profile: Profile) -> pd.DataFrame:
@@ -214,7 +177,7 @@ def _literal(value: Any) -> bool:
 def _profile(parameters: Mapping[str, Any]) -> Profile:
     name = parameters["profile"]
     # Jupyter runs in the notebook's folder, papermill in the shell's: relative paths mean the repository's.
-    profile = load_profile(REPOSITORY / name if name.endswith(".yaml") else name)
+    profile = load_profile(ROOT / name if name.endswith(".yaml") else name)
     changes = {
         key: value for key, value in parameters.items() if key not in ("profile", "run_dir") and value is not None
     }
@@ -226,12 +189,8 @@ def _profile(parameters: Mapping[str, Any]) -> Profile:
 def _took(profile: Profile, name: str) -> str:
     """Return how long the notebook took in the reference run of the profile, in words; nothing where there is none."""
     reference = run_of(profile.name)
-    done = read_sentinel(reference, name) if reference is not None else None
+    done = Run(reference).done(name) if reference is not None else None
     return "" if reference is None or done is None else f"; this one took {done['wall_s']:.0f} s in {reference.name}"
-
-
-def _sentinel(run_dir: Path, name: str) -> Path:
-    return run_dir / "results" / f"{name}.done.json"
 
 
 def _plain(value: Any) -> str:

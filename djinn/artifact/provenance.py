@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from djinn import hardware
+from djinn.bench.run import Run
 from djinn.config import Profile
-from djinn.figures.frames import read_runs, replayed
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from djinn.figures.frames import read_runs
+from djinn.files import write_text
+from djinn.places import CHECKOUT, ROOT
 
 
 def write_provenance(run_dir: Path, profile: Profile) -> Path:
@@ -29,12 +30,11 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
     replayed keeps the provenance of its records.
     """
     path = run_dir / "provenance.json"
-    if replayed(run_dir):
+    run = Run(run_dir)
+    if run.replayed:
         return path
-    lock = REPOSITORY / "requirements.lock"
-    certificate = run_dir / "results" / "certify.json"
-    certified = json.loads(certificate.read_text()) if certificate.is_file() else {}
-    sentinels = sorted((run_dir / "results").glob("*.done.json"))
+    lock = ROOT / "requirements.lock"
+    certified = run.certification.model_dump(mode="json") if run.certification else {}
     document: dict[str, Any] = {
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **git_state(),
@@ -47,7 +47,7 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
         },
         "config_digest": profile.digest,
         "profile": profile.model_dump(mode="json"),
-        "notebooks": {path.name.removesuffix(".done.json"): json.loads(path.read_text()) for path in sentinels},
+        "notebooks": run.notebooks_done,
         "machine": certified.get("machine") or hardware.describe(run_dir).model_dump(mode="json"),
         "link_rates": certified.get("link"),
         "peak_memory": _peaks(run_dir),
@@ -63,20 +63,6 @@ def git_state() -> dict[str, Any]:
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 
 
-def from_root(path: Path) -> str:
-    """Return ``path`` as seen from the repository's root, so that what is written down names no one's home."""
-    path = path.absolute()
-    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` whole or not at all, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
 def _peaks(run_dir: Path) -> dict[str, dict[str, int | None]]:
     """Return for each system the largest device, resident and anonymous host memory that any run of it took."""
     kinds = ("peak_device_bytes", "peak_host_bytes", "peak_anon_bytes")
@@ -89,9 +75,11 @@ def _peaks(run_dir: Path) -> dict[str, dict[str, int | None]]:
 
 
 def _git(*arguments: str) -> str | None:
+    if CHECKOUT is None:
+        return None
     # The ceiling keeps git from answering for another repository that this one was unpacked in.
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(REPOSITORY.parent)}
-    command = ["git", "-C", str(REPOSITORY), *arguments]
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(CHECKOUT.parent)}
+    command = ["git", "-C", str(CHECKOUT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
     except (OSError, subprocess.TimeoutExpired):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from djinn.artifact.bundle import write_sums
 from djinn.artifact.claims import load_claims, target_words
-from djinn.artifact.reference import REFERENCE_DIR, ROOT, expected, folders, read_manifest
+from djinn.artifact.reference import expected, folders, read_manifest
 from djinn.bench.records import Record, read_records
 from djinn.bench.statistics import summary_frame
 from djinn.config import load_profile
+from djinn.places import REFERENCE_DIR, ROOT
 from djinn.sizes import format_bytes
 
 _TABLES = ("baselines.jsonl", "benchmark.jsonl")

@@ -12,10 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from djinn.artifact.claims import evaluate, load_claims
 from djinn.artifact.metrics import read_evidence
-from djinn.config import load_profile
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-REFERENCE_DIR = ROOT / "data" / "reference"
+from djinn.bench.run import Run
+from djinn.places import REFERENCE_DIR
 
 
 class Source(BaseModel):
@@ -54,12 +52,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 def runs(root: Path = REFERENCE_DIR) -> list[Path]:
     """Return those of the folders that hold a whole run."""
-    return [folder for folder in folders(root) if (folder / "profile.yaml").is_file()]
+    return [folder for folder in folders(root) if Run(folder).has_profile]
 
 
 def run_of(profile: str, root: Path = REFERENCE_DIR) -> Path | None:
     """Return the newest reference run of a profile, None where there is none."""
-    found = [folder for folder in runs(root) if load_profile(folder / "profile.yaml").name == profile]
+    found = [folder for folder in runs(root) if Run(folder).profile.name == profile]
     return max(found, key=lambda folder: read_manifest(folder).date, default=None)
 
 
@@ -69,9 +67,11 @@ def expected(device: str | None = None, root: Path = REFERENCE_DIR) -> dict[str,
     With a ``device``, of claims on any device only what was measured on that one.
     """
     found: dict[str, list[str]] = {}
+    claims = load_claims()
     for folder in runs(root):
-        evidence, elsewhere = read_evidence(folder), load_profile(folder / "profile.yaml").device != device
-        for claim in load_claims():
+        evidence = read_evidence(Run(folder))
+        elsewhere = evidence.profile.device != device
+        for claim in claims:
             if device is not None and claim.needs.device is None and elsewhere:
                 continue
             measured = evaluate(claim, evidence).measured

@@ -6,16 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
-from djinn.artifact import notebook
-from djinn.artifact.provenance import from_root, write_text
 from djinn.artifact.reference import read_manifest, runs
 from djinn.artifact.report import write_report
-from djinn.artifact.runner import NOTEBOOK_DIR, execute
+from djinn.artifact.runner import execute
+from djinn.bench.run import Run
 from djinn.errors import ConfigError
-from djinn.figures.frames import REPLAYED
+from djinn.files import write_text
+from djinn.places import NOTEBOOK_DIR, RUNS_DIR, from_root
 
 
-def replay(out: Path = notebook.RUNS_DIR) -> list[Path]:
+def replay(out: Path = RUNS_DIR) -> list[Path]:
     """Run notebook 04 on every complete set of reference records; return the run directories, ``out/replay-<name>``.
 
     Nothing is measured: each page and figure says whose records it shows. An earlier replay is replaced.
@@ -27,14 +27,15 @@ def replay(out: Path = notebook.RUNS_DIR) -> list[Path]:
     replayed = []
     for folder in runs():
         run_dir = (out / f"replay-{folder.name}").absolute()
-        if (run_dir / REPLAYED).is_file():
+        run = Run(run_dir)
+        if run.replay_path.is_file():
             shutil.rmtree(run_dir)
         if run_dir.exists():
             raise ConfigError(f"{from_root(run_dir)}: holds a run that is no replay; choose another folder")
         shutil.copytree(folder, run_dir, ignore=shutil.ignore_patterns("SHA256SUMS", "manifest.json"))
         manifest = read_manifest(folder)
-        write_text(run_dir / REPLAYED, json.dumps({"machine": manifest.machine, "date": manifest.date}) + "\n")
-        parameters = {"profile": from_root(run_dir / "profile.yaml"), "run_dir": from_root(run_dir)}
+        write_text(run.replay_path, json.dumps({"machine": manifest.machine, "date": manifest.date}) + "\n")
+        parameters = {"profile": from_root(run.profile_path), "run_dir": from_root(run_dir)}
         execute(NOTEBOOK_DIR / "04_figures.ipynb", run_dir, parameters)
         print(f"{folder.name}: {from_root(write_report(run_dir))}")
         replayed.append(run_dir)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -16,14 +15,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from djinn.artifact.bundle import write_sums
 from djinn.artifact.claims import claims_frame, write_claims
 from djinn.artifact.notebook import configuration_frame, machine_frame
-from djinn.artifact.provenance import write_text
 from djinn.artifact.reference import expected
-from djinn.bench.records import Record, latest, read_records
+from djinn.bench.records import Record
+from djinn.bench.run import Run
 from djinn.bench.statistics import summary_frame, tokens_agree
-from djinn.config import load_profile
 from djinn.errors import ConfigError
 from djinn.figures import frames
 from djinn.figures.style import LANES, LOOKS
+from djinn.files import write_text
 from djinn.sizes import format_bytes
 
 FIGURES = {
@@ -62,9 +61,10 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         ConfigError: no run directory, or a damaged result file.
     """
-    if not (run_dir / "profile.yaml").is_file():
+    run = Run(run_dir)
+    if not run.has_profile:
         raise ConfigError(f"{run_dir} is not a run directory: it has no profile.yaml, which the notebooks write")
-    context = _context(run_dir)
+    context = _context(run)
     templates = Environment(
         loader=PackageLoader("djinn.artifact"),
         autoescape=select_autoescape(["html.j2"]),
@@ -78,25 +78,22 @@ def write_report(run_dir: Path) -> Path:
     return run_dir / "index.html"
 
 
-def _context(run_dir: Path) -> dict[str, Any]:
-    profile = load_profile(run_dir / "profile.yaml")
-    records = latest(read_records(run_dir / "results" / "baselines.jsonl"))
+def _context(run: Run) -> dict[str, Any]:
+    run_dir, profile, provenance = run.folder, run.profile, run.provenance
     outcomes = write_claims(run_dir)
     counts = Counter(outcome.verdict for outcome in outcomes)
-    provenance = _json(run_dir / "provenance.json")
-    machine = provenance.get("machine") or _json(run_dir / "results" / "certify.json").get("machine") or {}
-    written = {path.name.removesuffix(".done.json"): _json(path) for path in (run_dir / "results").glob("*.done.json")}
+    certified = run.certification.machine.model_dump(mode="json") if run.certification else {}
     return {
         "profile": profile,
-        "replayed": frames.replayed(run_dir),
+        "replayed": run.replayed,
         "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL", "NOT RUN")},
-        "systems": _rows(systems_frame(records, list(profile.systems)).reset_index(names="")),
+        "systems": _rows(systems_frame(run.baselines, list(profile.systems)).reset_index(names="")),
         "claims": _rows(claims_frame(outcomes, expected(profile.device))),
         "figures": [_figure(run_dir, name, words) for name, words in FIGURES.items() if _png(run_dir, name).is_file()],
         "missing_figures": [words for name, words in FIGURES.items() if not _png(run_dir, name).is_file()],
         "timelines": _timelines(run_dir),
-        "notebooks": [_notebook(run_dir, name, done) for name, done in sorted(written.items())],
-        "machine": machine_frame(machine)["value"].to_dict(),
+        "notebooks": [_notebook(run_dir, name, done) for name, done in run.notebooks_done.items()],
+        "machine": machine_frame(provenance.get("machine") or certified)["value"].to_dict(),
         "configuration": configuration_frame(profile)["value"].to_dict(),
         "revision": provenance.get("revision"),
         "dirty": provenance.get("dirty"),
@@ -200,7 +197,3 @@ def _notebook(run_dir: Path, name: str, done: dict[str, Any]) -> dict[str, str]:
         "page": page if (run_dir / page).is_file() else "",
         "seconds": f"{done['wall_s']:.0f}",
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

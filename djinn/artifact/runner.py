@@ -18,13 +18,15 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
-from djinn.artifact import auto, notebook
-from djinn.artifact.provenance import REPOSITORY, from_root, write_provenance, write_text
+from djinn.artifact import auto
+from djinn.artifact.provenance import write_provenance
 from djinn.artifact.report import write_report
+from djinn.bench.run import Run
 from djinn.config import load_profile
 from djinn.errors import ConfigError, DjinnError
+from djinn.files import write_text
+from djinn.places import NOTEBOOK_DIR, ROOT, RUNS_DIR, from_root
 
-NOTEBOOK_DIR = REPOSITORY / "notebooks"
 NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
 
 _PROGRESS_S = "10"
@@ -46,17 +48,17 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: A
         UnavailableError: ``auto`` found no profile that fits.
     """
     if profile == "auto":
-        if run_dir is not None and (run_dir / "profile.yaml").is_file():
-            profile = load_profile(run_dir / "profile.yaml").name
+        if run_dir is not None and Run(run_dir).has_profile:
+            profile = Run(run_dir).profile.name
         else:
             choice = auto.choose()
             print(choice.text())
             profile = choice.profile.name
     chosen = load_profile(profile).override(**overrides)
     if run_dir is None:
-        run_dir = notebook.RUNS_DIR / f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        run_dir = RUNS_DIR / f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     run_dir = run_dir.absolute()
-    notebook.open_run_dir(run_dir, chosen)
+    Run.open(run_dir, chosen)
     print(f"{chosen.title}: four notebooks, about {chosen.minutes:g} minutes")
     named = from_root(Path(profile)) if profile.endswith(".yaml") else profile
     parameters = {"profile": named, "run_dir": from_root(run_dir), **overrides}
@@ -84,7 +86,7 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     executed = run_dir / "notebooks" / f"{name}.ipynb"
     unfinished, failed = (executed.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
     executed.parent.mkdir(parents=True, exist_ok=True)
-    notebook.forget(run_dir, name)
+    Run(run_dir).done_path(name).unlink(missing_ok=True)
     os.environ.setdefault("TQDM_MININTERVAL", _PROGRESS_S)
     try:
         with _logged(run_dir / "logs" / f"{name}.log"):
@@ -93,7 +95,7 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
                 unfinished,
                 parameters,
                 kernel_name="python3",
-                cwd=REPOSITORY,
+                cwd=ROOT,
                 log_output=True,
                 progress_bar=False,
                 coalesce_streams=True,  # nbclient: of a progress bar, keep the last state
@@ -124,7 +126,7 @@ def _shortcoming(executed: Path, run_dir: Path, name: str) -> str:
     pending = [number for number, cell in enumerate(cells) if cell.cell_type == "code" and cell.execution_count is None]
     if pending:
         return f"the kernel stopped before cell {pending[0] + 1} of {len(cells)}"
-    if notebook.read_sentinel(run_dir, name) is None:
+    if Run(run_dir).done(name) is None:
         return "it did not reach its end: the kernel was killed in the last cell"
     return ""
 

@@ -14,9 +14,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import pandas as pd
 import torch
 from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,10 +35,15 @@ from djinn.engine.planning import as_coded, estimating, on_disk, place, workspac
 from djinn.engine.predict import Rates
 from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
+from djinn.files import write_text
 from djinn.hardware import Machine
+from djinn.places import CHECKPOINT_DIR
 from djinn.weights.architectures import load_architecture
-from djinn.weights.checkpoint import CHECKPOINT_DIR, SYNTHETIC, synthetic_folder
+from djinn.weights.checkpoint import SYNTHETIC, synthetic_folder
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESULT = Path("results") / "certify.json"
 
@@ -82,11 +86,15 @@ class Certification(BaseModel):
 
     def frame(self) -> pd.DataFrame:
         """Return a row per check: check, measured, needed, verdict, remedy."""
+        import pandas as pd  # of the artifact extra; certifying does without
+
         rows = [check.model_dump() for check in self.checks]
         return pd.DataFrame(rows).rename(columns={"name": "check"})
 
     def rates_frame(self) -> pd.DataFrame:
         """Return a row per rate: what, chunk_bytes, threads, gbps (10^9 bytes/s), reason. Missing stays missing."""
+        import pandas as pd
+
         rows: list[dict[str, object]] = [
             {"what": rate.kind, "chunk_bytes": rate.chunk_bytes, "gbps": rate.gbps} for rate in self.link
         ]
@@ -113,7 +121,6 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
         OSError: the run directory cannot be written.
     """
     target = run_dir / RESULT
-    target.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = _checkpoint(profile)
     folder = CHECKPOINT_DIR if checkpoint else run_dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +173,7 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
         proof=proof,
         checks=tuple(check_all(findings)),
     )
-    part = target.with_name(target.name + ".part")
-    part.write_text(certification.model_dump_json(indent=2) + "\n")
-    part.replace(target)
+    write_text(target, certification.model_dump_json(indent=2) + "\n")
     return certification
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from djinn import gpus
+from djinn.files import unfinished
 
 COLUMNS = ("time_s", "rx_gbps", "tx_gbps", "source")
 _DMON = ("nvidia-smi", "dmon", "-s", "pct", "-d", "1", "-o", "T")
@@ -176,9 +177,7 @@ def _text(path: Path) -> str:
 
 
 def _write_csv(path: Path, samples: list[Sample]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
+    with unfinished(path) as part, part.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         table.writerows((f"{s.time_s:.4f}", s.rx_gbps, s.tx_gbps, s.source) for s in samples)
-    part.replace(path)

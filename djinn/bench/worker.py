@@ -37,6 +37,7 @@ from djinn.bench.systems.base import Job, Loader, System
 from djinn.bench.systems.common import deterministic_attention, skeleton, weight_bytes
 from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import DjinnError, PlanError, UnavailableError
+from djinn.files import write_text
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _JOB = TypeAdapter(Job)
@@ -98,10 +99,7 @@ class Worker:
 
     def timeline(self, path: str) -> dict[str, Any]:
         """Write the intervals of the last run, one per line, as a whole or not at all."""
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(json.dumps(asdict(interval)) + "\n" for interval in self._system.timeline()))
-        partial.replace(path)
+        write_text(Path(path), "".join(json.dumps(asdict(interval)) + "\n" for interval in self._system.timeline()))
         return {}
 
     def close(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from djinn.cli.options import RunDir
+from djinn.cli.options import OutputDir, RunDir
 from djinn.cli.show import exit_unless, print_paths, print_table
 
 
@@ -48,12 +48,12 @@ def bundle(
 
 
 def replay(
-    output_dir: Annotated[Path, typer.Option(help="Where the run directories go.")] = Path("artifact/runs"),
+    output_dir: OutputDir = None,
 ) -> None:
     """Draw figures, claims and report of the reference records again; needs no GPU and measures nothing."""
     from djinn.artifact.replay import replay as run
 
-    run(output_dir)
+    run(output_dir) if output_dir else run()
 
 
 def reproduce(

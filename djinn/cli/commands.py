@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import djinn
 from djinn.cli import artifact, measure, models
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 
 _BAD_INPUT = (ConfigError, CheckpointError, PlanError, UnavailableError)
+
+
+EXTRAS = {
+    "artifact": ("IPython", "jinja2", "matplotlib", "nbconvert", "nbformat", "pandas", "papermill", "seaborn"),
+    "baselines": ("deepspeed", "ninja"),
+}
+"""The packages that an extra brings, by the names that they are imported by."""
+
+
+def _remedy(error: ModuleNotFoundError) -> str | None:
+    """Return what is missing and the extra that brings it; None for a module of none."""
+    missing = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if missing in modules), None)
+    return extra and f"{missing}: pip install 'djinn[{extra}]'"
 
 
 class _Commands(TyperGroup):
@@ -22,6 +37,12 @@ class _Commands(TyperGroup):
         except DjinnError as error:
             typer.echo(f"djinn: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from None
+        except ModuleNotFoundError as error:
+            remedy = _remedy(error)
+            if remedy is None:
+                raise
+            typer.echo(f"djinn: {ctx.invoked_subcommand} needs {remedy}", err=True)
+            raise typer.Exit(2) from None
         except OSError as error:
             if error.filename is None:  # not about a file that the user named
                 raise
@@ -37,6 +58,22 @@ main = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"djinn {djinn.__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 for command in (
     measure.profiles,

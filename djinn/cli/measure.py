@@ -68,6 +68,7 @@ def baseline(
     if system != "all":
         chosen = chosen.override(systems=_variants(system, chosen))
 
+    from djinn.bench import statistics  # noqa: F401  its packages are asked for before anything is measured
     from djinn.bench.harness import run_baselines
 
     with redirect_stdout(sys.stderr):
@@ -85,6 +86,7 @@ def sweep(
     """Measure the profile's chunk and ring sizes; an interrupted sweep is continued."""
     chosen = _profile(profile, model=model, coding=coding)
 
+    from djinn.bench import statistics  # noqa: F401  as in baseline
     from djinn.bench.sweep import run_sweep
 
     with redirect_stdout(sys.stderr):
@@ -100,12 +102,11 @@ def _profile(name: str, **changes: Any) -> Profile:
 
 def _run_dir(given: Path | None, profile: Profile, system: str = "all") -> Path:
     """Open the run directory; one system alone has its own by default, since one holds one configuration."""
-    from djinn.artifact.notebook import open_run_dir
+    from djinn.bench.run import Run
+    from djinn.places import RUNS_DIR
 
     name = profile.name if system == "all" else f"{profile.name}-{system.replace(':', '-')}"
-    run_dir = given or Path("artifact/runs") / name
-    open_run_dir(run_dir, profile)
-    return run_dir
+    return Run.open(given or RUNS_DIR / name, profile).folder
 
 
 def _variants(system: str, profile: Profile) -> list[str]:

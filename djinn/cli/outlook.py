@@ -35,7 +35,7 @@ def machine(name: str | None, device: str | None) -> Machine:
     Raises:
         ConfigError: no such machine, or one that was certified for another device.
     """
-    from djinn.artifact.machines import certified_here, machine_of
+    from djinn.bench.machines import certified_here, machine_of
     from djinn.devices import device_of
     from djinn.engine.predict import Rates
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from djinn.bench.records import latest, read_records
-from djinn.config import load_profile
+from djinn.bench.run import Run
 from djinn.errors import DjinnError
 from djinn.figures import frames, plots
 from djinn.figures.perfetto import trace_events
 from djinn.figures.style import house_style, mark
+from djinn.files import unfinished, write_text
 
 PNG_DPI = 220
 
@@ -30,8 +30,9 @@ def draw_all(run_dir: Path, reference: Path | None = None) -> list[Path]:
         ConfigError: a result file that is damaged.
     """
     written: list[Path] = []
-    origin = frames.replayed(run_dir)
-    for name, frame, plot in _figures(run_dir, None if origin else reference):
+    run = Run(run_dir)
+    origin = run.replayed
+    for name, frame, plot in _figures(run, None if origin or reference is None else Run(reference)):
         try:
             figure = plot(frame)
             mark(figure, origin)
@@ -45,16 +46,13 @@ def draw_all(run_dir: Path, reference: Path | None = None) -> list[Path]:
 
 
 def _write_trace(intervals: pd.DataFrame, path: Path) -> Path:
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps(trace_events(intervals)))
-    unfinished.replace(path)
+    write_text(path, json.dumps(trace_events(intervals)))
     return path
 
 
 @house_style()
 def save(figure: Figure, frame: pd.DataFrame, stem: Path) -> list[Path]:
     """Write ``figure`` to ``stem``.pdf and .png, and the frame it shows to ``stem``.csv, each whole or not at all."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     # No date inside, so that the same records give the same bytes.
     writers: dict[str, Callable[[Path], object]] = {
         ".pdf": partial(figure.savefig, format="pdf", metadata={"CreationDate": None}),
@@ -64,30 +62,26 @@ def save(figure: Figure, frame: pd.DataFrame, stem: Path) -> list[Path]:
     paths = []
     for suffix, write in writers.items():
         path = stem.with_name(stem.name + suffix)
-        unfinished = stem.with_name(f".{path.name}.part")
-        write(unfinished)
-        unfinished.replace(path)
+        with unfinished(path) as part:
+            write(part)
         paths.append(path)
     return paths
 
 
-def _figures(
-    run_dir: Path, reference: Path | None
-) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
-    records = latest(read_records(run_dir / "results" / "baselines.jsonl"))
-    before = latest(read_records(reference / "results" / "baselines.jsonl")) if reference is not None else []
+def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:
+    records = run.baselines
+    before = reference.baselines if reference is not None else []
     runs_before, tokens_before = (frames.runs(before), frames.tokens(before)) if before else (None, None)
-    profile = run_dir / "profile.yaml"
-    systems = load_profile(profile).systems if records and profile.is_file() else ()
+    systems = run.profile.systems if records and run.has_profile else ()
     runs = frames.runs(records, systems)
     yield "bandwidth", runs, partial(plots.bandwidth, reference=runs_before)
     yield "ttft", runs, partial(plots.ttft, reference=runs_before)
     yield "time_per_token", frames.tokens(records, systems), partial(plots.time_per_token, reference=tokens_before)
     yield "device_memory", runs, plots.device_memory
-    points = frames.read_sweep(run_dir)
+    points = frames.sweep(run.sweep)
     yield "bits_per_weight", frames.bits(records), plots.bits_per_weight
     yield "chunk_sweep", points[points["axis"] == "chunk"], partial(plots.sweep, axis="chunk")
     yield "ring_sweep", points[points["axis"] == "ring"], partial(plots.sweep, axis="ring")
-    pcie = frames.read_pcie(run_dir)
-    yield "timeline", frames.read_timeline(run_dir), partial(plots.timeline, pcie=pcie)
-    yield "timeline_coded", frames.read_timeline(run_dir, "timeline_coded"), plots.timeline
+    pcie = frames.read_pcie(run.folder)
+    yield "timeline", frames.read_timeline(run.folder), partial(plots.timeline, pcie=pcie)
+    yield "timeline_coded", frames.read_timeline(run.folder, "timeline_coded"), plots.timeline

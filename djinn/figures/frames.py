@@ -29,7 +29,6 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -39,7 +38,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from djinn.bench.records import Record, latest, read_records
+from djinn.bench.records import Record
+from djinn.bench.run import Run
 from djinn.bench.statistics import system_label
 from djinn.engine.stats import Interval
 from djinn.errors import ConfigError
@@ -49,8 +49,6 @@ NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 _BITS = "bits "
 """How the settings of a record begin that djinn's adapter writes for each kind of coded tensor."""
-REPLAYED = "replayed.json"
-"""In a run directory that holds reference records: the machine and the date that they are of."""
 _WORDS = {"oom": "OOM", "timeout": "timed out", "unavailable": "unavailable", "error": "failed"}
 
 _COPIED = [
@@ -76,17 +74,17 @@ TIMELINE_COLUMNS = ["lane", "unit", "start_s", "end_s", "nbytes", "cause"]
 
 def read_runs(run_dir: Path, systems: Sequence[str] = ()) -> pd.DataFrame:
     """Return ``runs`` of a run directory's baselines; ``systems`` without a record get a "not run" row."""
-    return runs(latest(read_records(run_dir / "results" / "baselines.jsonl")), systems)
+    return runs(Run(run_dir).baselines, systems)
 
 
 def read_sweep(run_dir: Path) -> pd.DataFrame:
     """Return ``sweep`` of a run directory."""
-    return sweep(latest(read_records(run_dir / "results" / "sweep.jsonl")))
+    return sweep(Run(run_dir).sweep)
 
 
 def read_timeline(run_dir: Path, name: str = "timeline") -> pd.DataFrame:
     """Return ``timeline`` of a run directory, or ``timeline_coded``; no rows where none was recorded."""
-    path = run_dir / "results" / f"{name}.jsonl"
+    path = Run(run_dir).results / f"{name}.jsonl"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame(columns=TIMELINE_COLUMNS)
     return pd.read_json(path, lines=True).reindex(columns=TIMELINE_COLUMNS)
@@ -99,19 +97,10 @@ def timeline(intervals: Sequence[Interval]) -> pd.DataFrame:
 
 def read_pcie(run_dir: Path) -> pd.DataFrame:
     """Return ``pcie`` of a run directory; no rows where none was recorded."""
-    path = run_dir / "results" / "pcie.csv"
+    path = Run(run_dir).results / "pcie.csv"
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame(columns=["time_s", "rx_gbps", "tx_gbps", "source"])
     return pd.read_csv(path)
-
-
-def replayed(run_dir: Path) -> str:
-    """Return words that say whose records a run directory replays; none where they were measured for it."""
-    path = run_dir / REPLAYED
-    if not path.is_file():
-        return ""
-    origin = json.loads(path.read_text())
-    return f"replayed: {origin['machine']}, {origin['date']}"
 
 
 def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:

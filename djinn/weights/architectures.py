@@ -7,8 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from djinn.errors import ConfigError
-
-ARCHITECTURE_DIR = Path(__file__).resolve().parent.parent.parent / "data" / "architectures"
+from djinn.places import ARCHITECTURE_DIR
 
 
 def architecture_names() -> list[str]:

@@ -18,12 +18,12 @@ from huggingface_hub.errors import (
 )
 
 from djinn.errors import CheckpointError, UnavailableError
+from djinn.places import CHECKPOINT_DIR
 from djinn.weights.files import read_checkpoint
 from djinn.weights.header import read_header
 from djinn.weights.packed import is_packed
 from djinn.weights.synth import read_manifest, synthesise, verify
 
-CHECKPOINT_DIR = Path(__file__).resolve().parent.parent.parent / "artifact" / "checkpoints"
 SYNTHETIC = "synthetic:"
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -42,8 +42,9 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
 
     Args:
         model: a local checkpoint folder; ``synthetic:<architecture>``, written to
-            ``artifact/checkpoints/<architecture>-<dtype>-seed<seed>`` unless it is complete there; or a Hugging Face
-            hub id with the commit that pins it, ``org/name@revision``, fetched into the hub's own cache.
+            ``<architecture>-<dtype>-seed<seed>`` in :data:`djinn.places.CHECKPOINT_DIR` unless it is complete
+            there; or a Hugging Face hub id with the commit that pins it, ``org/name@revision``, fetched into the hub's
+            own cache.
         seed: of a synthetic model.
         dtype: of a synthetic model.
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from djinn.artifact import notebook
-from djinn.artifact.provenance import REPOSITORY
+from djinn.bench.run import Run
 from djinn.config import load_profile
 from djinn.errors import ConfigError, DjinnError
+from djinn.places import ROOT
 
 
 def given(run_dir: Path | str | None, **changes: Any) -> dict[str, Any]:
@@ -85,22 +86,22 @@ def test_relative_run_directories_mean_the_repositorys(tmp_path: Path, monkeypat
     relative = f"artifact/runs/{tmp_path.name}"
     try:
         session = notebook.begin("01_certify", given(relative))
-        assert session.run_dir == REPOSITORY / relative
+        assert session.run_dir == ROOT / relative
     finally:
-        for path in sorted((REPOSITORY / relative).rglob("*"), reverse=True):
+        for path in sorted((ROOT / relative).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-        (REPOSITORY / relative).rmdir()
+        (ROOT / relative).rmdir()
 
 
 def test_the_sentinel_is_there_only_after_the_end(tmp_path: Path):
     session = notebook.begin("01_certify", given(tmp_path, runs=2))
     notebook.finish(session)
-    sentinel = notebook.read_sentinel(tmp_path, "01_certify")
+    sentinel = Run(tmp_path).done("01_certify")
     assert sentinel is not None
     assert sentinel["config_digest"] == session.profile.digest
     assert sentinel["parameters"]["runs"] == 2
     notebook.begin("01_certify", given(tmp_path, runs=2))
-    assert notebook.read_sentinel(tmp_path, "01_certify") is None
+    assert Run(tmp_path).done("01_certify") is None
 
 
 def test_a_notebook_says_how_long_it_will_take_and_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,8 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from djinn.artifact.provenance import REPOSITORY, from_root, write_provenance
+from djinn.artifact.provenance import write_provenance
 from djinn.config import load_profile
+from djinn.places import REFERENCE_DIR, ROOT
 
 
 def test_provenance(tmp_path: Path):
@@ -18,31 +19,27 @@ def test_provenance(tmp_path: Path):
     assert document["model"] == {"name": "synthetic:llama-2-13b", "synthetic": True, "seed": 7, "revision": None}
     assert document["config_digest"] == profile.digest
     assert document["notebooks"] == {"01_certify": {"wall_s": 3.0}}
-    assert document["lock_sha256"] == hashlib.sha256((REPOSITORY / "requirements.lock").read_bytes()).hexdigest()
+    assert document["lock_sha256"] == hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
     assert {"torch", "transformers", "papermill"} <= set(document["packages"])
     assert document["link_rates"] is None
     assert {"driver", "gpus"} <= set(document["machine"])
     assert document["peak_memory"] == {}
-    assert str(REPOSITORY) not in json.dumps(document)
+    assert str(ROOT) not in json.dumps(document)
 
 
 def test_provenance_of_a_measured_run(fabricated_run: Path):
     profile = load_profile("smoke_13b").override(model="org/name@0123abc")
     rates = [{"kind": "pinned to device", "chunk_bytes": 1 << 26, "gbps": 55.0}]
-    certified = {"link": rates, "machine": {"os": "elsewhere"}}
+    certified = json.loads((REFERENCE_DIR / "h100_2026-11-25" / "results" / "certify.json").read_text())
+    certified |= {"link": rates}
     (fabricated_run / "results" / "certify.json").write_text(json.dumps(certified))
     document = json.loads(write_provenance(fabricated_run, profile).read_text())
     assert document["model"] == {"name": "org/name@0123abc", "synthetic": False, "seed": None, "revision": "0123abc"}
     assert document["link_rates"] == rates
-    assert document["machine"] == {"os": "elsewhere"}, "where the records come from, not where they are written up"
+    assert document["machine"] == certified["machine"], "where the records come from, not where they are written up"
     peaks = document["peak_memory"]
     assert peaks["djinn"] == {
         "peak_device_bytes": 4_200_000_000, "peak_host_bytes": 9_000_000_000, "peak_anon_bytes": 8_000_000_000
     }  # fmt: skip
     assert peaks["accelerate:disk"]["peak_device_bytes"] is None
     assert "deepspeed:cpu" not in peaks  # it finished no run
-
-
-def test_paths_are_shown_from_the_repository(tmp_path: Path):
-    assert from_root(REPOSITORY / "artifact" / "runs" / "x") == "artifact/runs/x"
-    assert from_root(tmp_path) == str(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 
 from djinn.artifact.bundle import kept_files, verify
 from djinn.artifact.readme import rewritten
-from djinn.artifact.reference import ROOT, expected, folders, read_manifest
+from djinn.artifact.reference import expected, folders, read_manifest
 from djinn.bench.records import read_records
+from djinn.places import ROOT
 
 
 @pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)

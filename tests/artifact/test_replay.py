@@ -13,10 +13,9 @@ from djinn.artifact.bundle import verify
 from djinn.artifact.reference import folders
 from djinn.artifact.replay import replay
 from djinn.bench.records import append_record
+from djinn.bench.run import Run
 from djinn.config import load_profile
 from djinn.errors import ConfigError
-from djinn.figures import frames
-from djinn.figures.frames import REPLAYED
 
 
 @pytest.mark.timeout(600)
@@ -28,7 +27,7 @@ def test_the_reference_records_are_replayed(tmp_path: Path) -> None:
         run_dir = tmp_path / f"replay-{folder.name}"
         report = (run_dir / "index.html").read_text()
         assert "Nothing on this page was measured here" in report
-        assert frames.replayed(run_dir).removeprefix("replayed: ") in report
+        assert Run(run_dir).replayed.removeprefix("replayed: ") in report
         assert (run_dir / "figures" / "bandwidth.pdf").is_file()
         assert (run_dir / "provenance.json").read_bytes() == (folder / "provenance.json").read_bytes()
         assert (run_dir / "results" / "baselines.jsonl").read_bytes() == (
@@ -45,6 +44,6 @@ def test_an_earlier_replay_is_replaced_and_a_run_is_not(tmp_path: Path, monkeypa
     with pytest.raises(ConfigError, match="no replay"):
         replay(tmp_path)
     assert mine.is_file()
-    (tmp_path / name / REPLAYED).write_text(json.dumps({"machine": "x", "date": "y"}))
+    Run(tmp_path / name).replay_path.write_text(json.dumps({"machine": "x", "date": "y"}))
     replay(tmp_path)
     assert len(mine.read_text().splitlines()) > 1

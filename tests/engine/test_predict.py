@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn.artifact.reference import REFERENCE_DIR
 from djinn.bench.certify import read_certification
 from djinn.bench.records import Record, read_records
 from djinn.engine.plan import Plan, make_plan
@@ -20,6 +19,7 @@ from djinn.engine.planning import index_of, on_disk, place
 from djinn.engine.predict import ComputeRate, Prediction, Rates, Work, predict, work_of
 from djinn.engine.workspace import Workload, attention_flops
 from djinn.errors import UnavailableError
+from djinn.places import REFERENCE_DIR
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex
 from djinn.weights.tensors import FileSpan, TensorEntry

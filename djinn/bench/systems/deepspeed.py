@@ -33,8 +33,8 @@ from djinn.bench.systems.common import (
     synthetic_weight,
     weight_bytes,
 )
-from djinn.config import CONFIG_DIR
 from djinn.errors import UnavailableError
+from djinn.places import CONFIG_DIR
 
 TEMPLATE = CONFIG_DIR / "ds_config.json"
 
@@ -189,6 +189,10 @@ def _build(job: Job) -> None:
     try:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise UnavailableError("DeepSpeed is not installed: pip install 'djinn[baselines]'") from None
     except Exception as error:  # its import inspects compilers and drivers, and fails in many ways
         raise UnavailableError(f"DeepSpeed cannot be imported: {type(error).__name__}: {error}") from error
     async_io = get_accelerator().create_op_builder("AsyncIOBuilder")

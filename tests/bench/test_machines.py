@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from djinn import hardware
-from djinn.artifact.machines import certified_here, machine_names, machine_of
-from djinn.artifact.reference import REFERENCE_DIR
 from djinn.bench.certify import RESULT, Certification
+from djinn.bench.machines import certified_here, machine_names, machine_of
+from djinn.bench.run import Run
 from djinn.errors import ConfigError
-from djinn.figures.frames import REPLAYED
+from djinn.places import REFERENCE_DIR
 
 CPU = "2-cores_2026-11-25"
 
@@ -63,7 +63,7 @@ def test_the_newest_certification_of_this_very_machine_counts(tmp_path: Path, mo
     assert certified_here("cpu", tmp_path) is None
     write(tmp_path / "elsewhere", elsewhere())
     write(tmp_path / "replayed", here())
-    (tmp_path / "replayed" / REPLAYED).write_text(json.dumps({"machine": "another", "date": "2026-11-24"}))
+    Run(tmp_path / "replayed").replay_path.write_text(json.dumps({"machine": "another", "date": "2026-11-24"}))
     assert certified_here("cpu", tmp_path) is None
     write(tmp_path / "old", here(), age=2)
     write(tmp_path / "new", here(), age=1)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from djinn import hardware
-from djinn.artifact import notebook
-from djinn.artifact.reference import REFERENCE_DIR, folders
 from djinn.bench.certify import RESULT, Certification, read_certification
+from djinn.bench.run import Run
 from djinn.errors import ConfigError
-from djinn.figures.frames import replayed
 from djinn.hardware import Machine
+from djinn.places import REFERENCE_DIR, RUNS_DIR
 
 
 def machine_names(root: Path = REFERENCE_DIR) -> list[str]:
     """Return the names of reference machines that were certified."""
-    return [folder.name for folder in folders(root) if read_certification(folder) is not None]
+    return [folder.name for folder in sorted(root.glob("*/")) if read_certification(folder) is not None]
 
 
 def machine_of(name: str, root: Path = REFERENCE_DIR) -> Certification:
@@ -36,12 +35,12 @@ def machine_of(name: str, root: Path = REFERENCE_DIR) -> Certification:
 def certified_here(device: str, runs: Path | None = None) -> tuple[Path, Certification] | None:
     """Return the newest certification of this machine for a device (cpu or cuda), and its run; None without one."""
     here = _kind(hardware.describe())
-    found = sorted((runs or notebook.RUNS_DIR).glob(f"*/{RESULT}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = sorted((runs or RUNS_DIR).glob(f"*/{RESULT}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
-        run = path.parent.parent
-        certification = None if replayed(run) else read_certification(run)
+        run = Run(path.parent.parent)
+        certification = None if run.replayed else run.certification
         if certification and certification.rates.device == device and _kind(certification.machine) == here:
-            return run, certification
+            return run.folder, certification
     return None
 
 
