@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from djinn.engine.forecast import forecast
     from djinn.engine.model import cool, detach, load, stats
     from djinn.engine.offload import offload
-    from djinn.engine.planning import plan
+    from djinn.engine.opened import plan
     from djinn.weights.checkpoint import resolve
     from djinn.weights.pack import pack, unpack
 
@@ -24,7 +24,7 @@ __all__ = ["cool", "detach", "forecast", "load", "offload", "pack", "plan", "res
 _HOMES = {
     "forecast": "djinn.engine.forecast",
     "offload": "djinn.engine.offload",
-    "plan": "djinn.engine.planning",
+    "plan": "djinn.engine.opened",
     "resolve": "djinn.weights.checkpoint",
     "pack": "djinn.weights.pack",
     "unpack": "djinn.weights.pack",

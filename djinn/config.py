@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,6 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from djinn.errors import ConfigError
 from djinn.places import CONFIG_DIR
 from djinn.sizes import Bytes, format_bytes
+
+if TYPE_CHECKING:
+    from djinn.engine.workspace import Workload
+    from djinn.planning.request import Request
 
 SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
     "djinn": ("", "lossless"),
@@ -123,6 +127,30 @@ class Profile(_Frozen):
     def digest(self) -> str:
         """Short SHA-256 of every field: two records with the same digest were asked for the same thing."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def work(self) -> Workload:
+        """The generation that is measured."""
+        from djinn.engine.workspace import Workload  # imports torch, which takes seconds; a list of profiles does not
+
+        return Workload(prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens, batch=self.batch)
+
+    def request(self) -> Request:
+        """Return what the profile asks of djinn."""
+        import torch
+
+        from djinn.planning.request import Request
+
+        return Request.of(
+            budget=self.budget,
+            keep=self.work,
+            device=self.device,
+            ring=self.ring,
+            host_memory=self.host_memory,
+            chunk=self.chunk,
+            dtype=getattr(torch, self.dtype),
+            coding=self.coding,
+        )
 
     def override(self, **changes: Any) -> Profile:
         """Return a validated copy with ``changes`` applied; sizes are strings with units.

@@ -28,9 +28,18 @@ def device_here(name: str | None) -> torch.device:
         UnavailableError: this machine has no such device.
     """
     device = device_of(name)
+    require_here(device)
+    return device
+
+
+def require_here(device: torch.device) -> None:
+    """Hold a device against those that this machine has.
+
+    Raises:
+        UnavailableError: this machine has no such device.
+    """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
-    return device
 
 
 def free_device_memory(device: torch.device) -> tuple[int, int]:

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -30,17 +29,14 @@ from djinn.bench.findings import Check, Findings, Package
 from djinn.bench.link import LinkRate
 from djinn.bench.proof import Proof, prove
 from djinn.config import Profile, load_profile, profile_names
+from djinn.engine.opened import outlined
 from djinn.engine.plan import Plan
-from djinn.engine.planning import as_coded, estimating, on_disk, place, workspace_of
 from djinn.engine.predict import Rates
-from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine
 from djinn.places import CHECKPOINT_DIR
-from djinn.weights.architectures import load_architecture
 from djinn.weights.checkpoint import SYNTHETIC, synthetic_folder
-from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,24 +209,12 @@ def _size(folder: Path) -> int:
 
 def _plan(profile: Profile) -> Plan:
     """Plan the profile's model, from a synthetic model's config alone, so that no checkpoint has to be there yet."""
-    work = Workload(prompt_tokens=profile.prompt_tokens, new_tokens=profile.new_tokens, batch=profile.batch)
-    device = torch.device(profile.device)
-    with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = _index(profile, Path(spill))
-        index = as_coded(index, workspace_of(index, device, work), profile.budget, profile.coding, layout)
-    if profile.weights == "disk":
-        index = on_disk(index)
-    return place(index, device, work, profile.budget, profile.ring, profile.host_memory)
-
-
-def _index(profile: Profile, spill: Path) -> WeightIndex:
-    if profile.synthetic:
-        config = load_architecture(profile.model.removeprefix(SYNTHETIC))
-        return synthetic_index(empty_model(config, getattr(torch, profile.dtype)), profile.seed)
-    folder = Path(profile.model).expanduser()
-    if not folder.is_dir():
+    if not profile.synthetic and not Path(profile.model).expanduser().is_dir():
         raise ConfigError(f"{profile.model} is not on this disk yet; fetch it, and certify again")
-    return checkpoint_index(folder, spill)
+    model = outlined(profile.model, profile.request())
+    if profile.weights == "disk":
+        model = model.on_disk()
+    return model.place(profile.host_memory)
 
 
 def _gpu_cpus(machine: Machine) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, Pr
 import djinn
 from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.measure import MemoryPeak, peak_device
-from djinn.devices import device_here
+from djinn.devices import require_here
 from djinn.engine.limits import cpu_shares, gpu_shares, limit_of
-from djinn.engine.planning import Coding
+from djinn.engine.model import load_requested
 from djinn.engine.predict import Limit
+from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
-from djinn.sizes import parse_bytes
+from djinn.planning.request import Request
 from djinn.weights.checkpoint import resolve
 
 
@@ -56,20 +57,14 @@ class _DeviceWait(LogitsProcessor):
 def generate(
     model: str,
     prompt: str,
+    request: Request,
     *,
-    budget: str,
-    new_tokens: int,
-    device: str | None = None,
-    ring: str | None = None,
-    host_memory: str | None = None,
-    chunk: str = "64 MiB",
-    coding: Coding | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
     show: bool = False,
 ) -> Generated:
-    """Continue ``prompt``; every other argument is as for :func:`djinn.load`.
+    """Continue ``prompt`` by as many tokens as ``request`` keeps memory for, with a prompt of whatever length it has.
 
     Args:
         temperature: of sampling, seeded by ``seed``; 0 takes the most likely token.
@@ -80,33 +75,26 @@ def generate(
         ConfigError: a chat with a tokenizer that has no template.
         DjinnError: as :func:`djinn.load`.
     """
-    where = device_here(device)
+    where, work = request.device, request.keep
+    assert isinstance(work, Workload)
+    require_here(where)
     on_gpu = where.type == "cuda"
     peak = MemoryPeak()
     peak.mark_bare()
-    ceiling = pinned_h2d_rate(parse_bytes(chunk)) if on_gpu else 0.0  # before the link carries anything else
+    ceiling = pinned_h2d_rate(request.chunk) if on_gpu else 0.0  # before the link carries anything else
     folder = resolve(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = _inputs(tokenizer, folder, prompt, chat)
     prompt_tokens = inputs["input_ids"].shape[1]
-    streaming = djinn.load(
-        folder,
-        budget=budget,
-        device=str(where),
-        ring=ring,
-        host_memory=host_memory,
-        chunk=chunk,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        coding=coding,
-        trace=not on_gpu,  # events around every unit would slow a GPU; on a CPU they are two clock readings
-    )
+    request = request.asking(work=replace(work, prompt_tokens=prompt_tokens))
+    # Events around every unit would slow a GPU; on a CPU they are two clock readings.
+    streaming = load_requested(folder, request, trace=not on_gpu)
     wait = _DeviceWait()
     torch.manual_seed(seed)
     start = time.perf_counter()
     ids = streaming.generate(  # type: ignore[operator]
         **{name: tensor.to(where) for name, tensor in inputs.items()},
-        max_new_tokens=new_tokens,
+        max_new_tokens=work.new_tokens,
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
         logits_processor=LogitsProcessorList([wait] if on_gpu else []),
         streamer=TextStreamer(tokenizer, skip_prompt=True) if show else None,

@@ -83,22 +83,19 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming the weights, and say how fast that was, and what limited it."""
     from djinn.bench.generation import generate as run
+    from djinn.engine.workspace import Workload
+    from djinn.planning.request import Request
 
-    made = run(
-        model,
-        prompt,
+    request = Request.of(
         budget=budget,
-        new_tokens=new_tokens,
+        keep=Workload(prompt_tokens=1, new_tokens=new_tokens, batch=1),
         device=device,
         ring=ring,
         host_memory=host_memory,
         chunk=chunk,
         coding=coding,  # type: ignore[arg-type]
-        temperature=temperature,
-        seed=seed,
-        chat=chat,
-        show=not as_json,
     )
+    made = run(model, prompt, request, temperature=temperature, seed=seed, chat=chat, show=not as_json)
     if as_json:
         print_json(asdict(made))
     else:

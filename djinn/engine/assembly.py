@@ -1,4 +1,4 @@
-"""Assembly: of a plan, a model and its weights a model that streams is made, and what that changed can be undone."""
+"""Turn a planned model into one that streams, and undo that."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from djinn.engine.cuda import CudaCopier
 from djinn.engine.guards import guard, unguard
 from djinn.engine.hooks import Streamer
 from djinn.engine.plan import Plan, Tier
-from djinn.engine.reader import Reader, allocate
+from djinn.engine.reader import allocate
 from djinn.engine.residents import load_residents
 from djinn.engine.saving import save_from_store
 from djinn.engine.stats import Stats
@@ -53,9 +53,6 @@ def start(
     model: nn.Module,
     planned: Plan,
     weights: Weights,
-    device: torch.device,
-    reader: Reader,
-    chunk_bytes: int,
     explain: Callable[..., None],
     *,
     trace: bool,
@@ -64,8 +61,10 @@ def start(
 ) -> Engine:
     """Allocate, fill, bind and hook; ``undo`` learns how to take each step back, but for what :func:`restore` does.
 
-    ``explain`` is a forward hook, called always: see :func:`djinn.engine.workspace.shortage_hook`.
+    The device is the one that the weights' coder works on. ``explain`` is a forward hook, called always: see
+    :func:`djinn.engine.workspace.shortage_hook`.
     """
+    device, reader = weights.coder.device, weights.coder.reader
     stats = Stats(
         model_bytes=planned.model_bytes,
         resident_bytes=planned.resident_bytes,
@@ -93,7 +92,7 @@ def start(
     copier: Copier
     if device.type == "cuda":
         ring = torch.empty(planned.ring_bytes, dtype=torch.uint8, device=device)
-        copier = CudaCopier(sources, planned.slots, ring, reader, stats, chunk_bytes)
+        copier = CudaCopier(sources, planned.slots, ring, reader, stats)
     else:
         copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
     undo.callback(copier.close)

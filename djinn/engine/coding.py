@@ -8,8 +8,10 @@ read: compute runs in order, so the next unit's decoding comes after the last on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -22,41 +24,34 @@ from djinn.codec.layout import Layout
 from djinn.engine.arena import PinnedMemory
 from djinn.engine.reader import Buffer, Piece, Reader, allocate, settle
 from djinn.errors import PlanError
-from djinn.weights.index import WeightIndex
+from djinn.hardware import local_cpus
 from djinn.weights.tensors import Converted, Decoded, Encoded, FileSpan, InMemory, Seeded, TensorEntry
-from djinn.weights.units import PAGE, PlacedTensor, Unit, find_units
+from djinn.weights.units import PAGE, PlacedTensor, Unit
 
 _SAMPLE_BYTES = 2**20
 """Of a tensor, from which its size when coded is estimated."""
 
 
-def coded(index: WeightIndex, layout: Callable[[TensorEntry], Layout | None]) -> WeightIndex:
-    """Return ``index`` with every tensor coded that gains by it and can be decoded just before it is read.
+def coded(units: Sequence[Unit], layout: Callable[[TensorEntry], Layout | None]) -> list[Unit]:
+    """Return ``units`` with every tensor coded that gains by it and can be decoded just before it is read.
 
     ``layout`` says of a raw tensor what its code would be, None where raw is better. What is packed is never coded
     anew: it stays as it is stored, or becomes raw where it cannot be decoded just before it is read.
     """
-    units = find_units(index)
-    readers = [reader for unit in units for reader in unit.readers]
-    tensors = dict(index.tensors)
-    for unit in units:
-        # Scratch holds one unit: what is read around or beside others has to lie elsewhere.
-        apart = unit.held or any(readers.count(reader) > 1 for reader in unit.readers)
-        for tensor in unit.tensors:
-            entry = tensor.entry
-            if apart:
-                tensors[tensor.name] = entry.raw
-            elif entry.codable:
-                assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
-                found = layout(entry)
-                if found is not None:
-                    tensors[tensor.name] = replace(entry, source=Encoded(entry.source), layout=found)
-    return replace(index, tensors=tensors)
 
+    def encoded(entry: TensorEntry) -> TensorEntry:
+        if not entry.codable:
+            return entry
+        assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
+        found = layout(entry)
+        return entry if found is None else replace(entry, source=Encoded(entry.source), layout=found)
 
-def uncoded(index: WeightIndex) -> WeightIndex:
-    """Return ``index`` with every tensor raw; what is packed is decoded when it is loaded."""
-    return replace(index, tensors={name: entry.raw for name, entry in index.tensors.items()})
+    uses = Counter(reader for unit in units for reader in unit.readers)
+    # Scratch holds one unit: what is read around or beside others has to lie elsewhere.
+    return [
+        unit.raw() if unit.held or any(uses[reader] > 1 for reader in unit.readers) else unit.with_entries(encoded)
+        for unit in units
+    ]
 
 
 class Coder:
@@ -67,11 +62,20 @@ class Coder:
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
-        self._reader = reader
-        self._device = device
+        self.reader = reader
+        self.device = device
         self._staging = PinnedMemory(0)
         self._made = PinnedMemory(0)
         self._landing: list[Future[int]] = []
+
+    @classmethod
+    def on(cls, device: torch.device, chunk_bytes: int, undo: ExitStack) -> Coder:
+        """Return a coder with a reader of its own, on the processors next to a GPU; ``undo`` closes both."""
+        reader = Reader(chunk_bytes, cpus=local_cpus(device.index or 0) if device.type == "cuda" else None)
+        undo.callback(reader.close)
+        coder = cls(reader, device)
+        undo.callback(coder.close)
+        return coder
 
     def layout(self, entry: TensorEntry) -> Layout | None:
         """Return the layout of a raw tensor's blob, None where raw is better; reads all of it.
@@ -87,7 +91,7 @@ class Coder:
         stored = entry.source.stored if isinstance(entry.source, Converted) else entry
         nbytes = min(_SAMPLE_BYTES, stored.nbytes)
         sample = allocate(nbytes)
-        self._reader.read(Piece("", stored, 0, nbytes, 0), sample)
+        self.reader.read(Piece("", stored, 0, nbytes, 0), sample)
         found = layout_of(torch.from_numpy(sample).view(stored.dtype).to(entry.dtype))
         if found is None:
             return None
@@ -105,11 +109,11 @@ class Coder:
                 self._make(tensor, image[tensor.offset : tensor.offset + tensor.entry.nbytes])
                 done += self._landing
                 continue
-            pieces = self._reader.fill(replace(unit, tensors=(tensor,)), image)
+            pieces = self.reader.fill(replace(unit, tensors=(tensor,)), image)
             done += pieces
             if tensor.entry.crc32 is not None:
                 # The threads take what they are given in order, so none waits for a piece that none has taken.
-                done.append(self._reader.pool.submit(_verified, tensor, image, pieces))
+                done.append(self.reader.pool.submit(_verified, tensor, image, pieces))
         return done
 
     def check(self, units: Iterable[Unit]) -> None:
@@ -125,7 +129,7 @@ class Coder:
     def close(self) -> None:
         """Give the buffers back, and the device memory that was worked in, if any was."""
         wait(self._landing)
-        if self._device.type == "cuda" and self._staging.buffer.nbytes:
+        if self.device.type == "cuda" and self._staging.buffer.nbytes:
             torch.cuda.empty_cache()
         self._staging.close()
         self._made.close()
@@ -141,13 +145,13 @@ class Coder:
         self._made = self._at_least(target.nbytes, self._made)
         host = self._made.buffer[: target.nbytes]
         torch.from_numpy(host).copy_(made)
-        step = self._reader.chunk_bytes
+        step = self.reader.chunk_bytes
 
         def land(start: int) -> int:
             np.copyto(target[start : start + step], host[start : start + step])
             return target[start : start + step].nbytes
 
-        self._landing = [self._reader.pool.submit(land, start) for start in range(0, target.nbytes, step)]
+        self._landing = [self.reader.pool.submit(land, start) for start in range(0, target.nbytes, step)]
 
     def _weights(self, entry: TensorEntry, name: str) -> torch.Tensor:
         """Return a raw tensor on the device; valid until the next call."""
@@ -157,7 +161,7 @@ class Coder:
             return self._stored(entry, name).view(entry.dtype).view(entry.shape)
         packed = entry.source.coded
         assert packed.layout is not None
-        weights = torch.empty(packed.layout.decoded_bytes, dtype=torch.uint8, device=self._device)
+        weights = torch.empty(packed.layout.decoded_bytes, dtype=torch.uint8, device=self.device)
         decode(self._stored(packed, name), packed.layout, weights)
         return weights[: entry.raw_bytes].view(entry.dtype).view(entry.shape)
 
@@ -166,7 +170,7 @@ class Coder:
         unit = Unit("", (), (PlacedTensor(name, entry, 0),))
         self._staging = self._at_least(unit.image_bytes + PAGE, self._staging)
         settle(self.fill(unit, self._staging.buffer))
-        return torch.from_numpy(self._staging.buffer[: entry.nbytes]).to(self._device)
+        return torch.from_numpy(self._staging.buffer[: entry.nbytes]).to(self.device)
 
     def _at_least(self, nbytes: int, memory: PinnedMemory) -> PinnedMemory:
         """Return ``memory``, or a larger one in its place that has ``nbytes``."""
@@ -175,7 +179,7 @@ class Coder:
         memory.close()
         memory = PinnedMemory(nbytes)
         memory.buffer[::PAGE] = 0
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             memory.pin()
         return memory
 

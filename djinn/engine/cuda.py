@@ -39,7 +39,7 @@ class CudaCopier:
         sources: what each streamed unit is copied from, in order of visits.
         slots: where each goes.
         ring: uint8 tensor on the device.
-        chunk_bytes: size of one copy command.
+        reader: reads units on disk; a copy command moves as much as one of its reads.
     """
 
     def __init__(
@@ -49,11 +49,9 @@ class CudaCopier:
         ring: torch.Tensor,
         reader: Reader,
         stats: Stats,
-        chunk_bytes: int,
     ) -> None:
         self.ring = ring
         self._sources = sources
-        self._slots = slots
         self._stats = stats
         self._stream = torch.cuda.Stream(ring.device)
         self._device_index = ring.device.index if ring.device.index is not None else torch.cuda.current_device()
@@ -61,25 +59,24 @@ class CudaCopier:
         self._computing: torch.cuda.Stream | None = None
         self._ready = [torch.cuda.Event() for _ in sources]
         self._free = [torch.cuda.Event() for _ in sources]
+        self._targets = [ring[slot.offset : slot.offset + slot.nbytes] for slot in slots]
         self._issue = [
-            prepare(
-                _commands(ring[slot.offset : slot.offset + slot.nbytes], source.image, chunk_bytes),
-                page_locked=stats.page_locked,
-            )
+            prepare(_commands(target, source.image, reader.chunk_bytes), page_locked=stats.page_locked)
             if source.image is not None
             else None
-            for source, slot in zip(sources, slots, strict=True)
+            for source, target in zip(sources, self._targets, strict=True)
         ]
         self._disk: _DiskStream | None = None
         if any(source.image is None for source in sources):
-            self._disk = _DiskStream(self, reader)
+            self._disk = _DiskStream(ring.device, reader)
         self._trace = _Trace(stats) if stats.traced else None
 
     def submit(self, unit: int, after: int | None) -> None:
         issue = self._issue[unit]
         if issue is None:
             assert self._disk is not None
-            self._disk.submit(unit, after)
+            release = None if after is None else self._free[after]
+            self._disk.submit(self._sources[unit].unit, self._targets[unit], self._ready[unit], release)
             return
         stream = self._stream
         if after is not None:
@@ -92,9 +89,9 @@ class CudaCopier:
         self._ready[unit].record(stream)
 
     def wait(self, unit: int) -> None:
-        if self._disk is not None:
-            self._disk.wait(unit)
         source = self._sources[unit]
+        if self._disk is not None:
+            self._disk.wait(source.unit)
         self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
         compute = self._compute_stream()
         if self._trace is not None:
@@ -181,11 +178,10 @@ class _Staging:
 class _DiskStream:
     """Reads units from disk into page-locked buffers on threads, and copies each piece on as soon as it is there."""
 
-    def __init__(self, copier: CudaCopier, reader: Reader) -> None:
-        self._copier = copier
+    def __init__(self, device: torch.device, reader: Reader) -> None:
         self._reader = reader
-        self.stream = torch.cuda.Stream(copier.ring.device)
-        self._fills: dict[int, Fill] = {}
+        self.stream = torch.cuda.Stream(device)
+        self._fills: dict[str, Fill] = {}
         self._feeder = Feeder(reader)
         self._lock = threading.Lock()
         size = reader.chunk_bytes + 2 * PAGE
@@ -196,15 +192,17 @@ class _DiskStream:
         for number in range(STAGING_BUFFERS):
             self._free.put(_Staging(self._memory.buffer[number * size : (number + 1) * size], torch.cuda.Event()))
 
-    def submit(self, unit: int, after: int | None) -> None:
-        slot = self._copier._slots[unit]
-        target = self._copier.ring[slot.offset : slot.offset + slot.nbytes]
-        release = None if after is None else self._copier._free[after]
-        fill = self._fills[unit] = Fill()
-        cut = pieces(self._copier._sources[unit].unit, self._reader.chunk_bytes)
-        self._feeder.begin(fill, [partial(self._move, unit, piece, target, release) for piece in cut])
+    def submit(
+        self, unit: Unit, target: torch.Tensor, ready: torch.cuda.Event, release: torch.cuda.Event | None
+    ) -> None:
+        """Start reading ``unit`` into its slot after ``release``; ``ready`` is recorded behind its last piece."""
+        fill = self._fills[unit.name] = Fill()
+        cut = pieces(unit, self._reader.chunk_bytes)
+        self._feeder.begin(fill, [partial(self._move, piece, target, ready, release) for piece in cut])
 
-    def _move(self, unit: int, piece: Piece, target: torch.Tensor, release: torch.cuda.Event | None) -> float:
+    def _move(
+        self, piece: Piece, target: torch.Tensor, ready: torch.cuda.Event, release: torch.cuda.Event | None
+    ) -> float:
         with self._staging() as staging:
             staging.copied.synchronize()
             shift = piece.offset // PAGE * PAGE
@@ -217,7 +215,7 @@ class _DiskStream:
                 target[piece.offset : piece.offset + piece.nbytes].copy_(source, non_blocking=True)
                 staging.copied.record(self.stream)
                 # All pieces go through one stream, so the event behind the last one issued is behind them all.
-                self._copier._ready[unit].record(self.stream)
+                ready.record(self.stream)
         return time.perf_counter()
 
     @contextmanager
@@ -228,8 +226,8 @@ class _DiskStream:
         finally:
             self._free.put(staging)
 
-    def wait(self, unit: int) -> None:
-        fill = self._fills.get(unit)
+    def wait(self, unit: Unit) -> None:
+        fill = self._fills.get(unit.name)
         if fill is not None:
             fill.wait()
 

@@ -5,7 +5,6 @@ Each answer to "what if" is a plan of its own, made and predicted as the first o
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,24 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from djinn.devices import device_of
+from djinn.engine.opened import outlined
 from djinn.engine.plan import Plan
-from djinn.engine.planning import (
-    Coding,
-    as_coded,
-    estimating,
-    host_bytes_of,
-    on_disk,
-    outline_of,
-    place_here,
-    planner,
-    require_host_memory,
-    workspace_of,
-)
 from djinn.engine.predict import Prediction, Rates, predict, work_of
 from djinn.engine.workspace import Workload, largest
 from djinn.errors import PlanError, UnavailableError
 from djinn.hardware import usable_ram
+from djinn.planning.request import Coding, Request
 
 MORE_BYTES = 10**9
 """How much more budget :attr:`Forecast.more` has."""
@@ -106,28 +94,23 @@ def forecast(
     Raises:
         ConfigError, CheckpointError, PlanError: as :func:`djinn.load`. The device need not be here.
     """
-    where = device_of(device)
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
+    request = Request.of(
+        budget=budget, keep=work, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding
+    )
     room = usable_ram() if free is None else free
-    with tempfile.TemporaryDirectory(prefix="djinn-") as spill, estimating() as layout:
-        index = outline_of(model, Path(spill), where, dtype)
-        index = as_coded(index, workspace_of(index, where, work), budget, coding, layout)
-    index = on_disk(index)
-    chosen = place_here(index, where, work, budget, ring, host_memory, room)
-    make = planner(index, where, ring)
+    found = outlined(model, request).on_disk()
 
     def plan_for(budget_bytes: int, workload: Workload) -> Plan:
-        planned = make(budget_bytes, host_bytes_of(where, budget_bytes, host_memory, room), workload)
-        require_host_memory(planned, where, room)
-        return planned
+        return found.alternative(budget_bytes, workload, room)
 
     def predict_for(planned: Plan, workload: Workload) -> Prediction:
         if rates is None:
             raise UnavailableError("no rates of this machine are known")
-        return predict(planned, rates, work_of(index, planned.units, workload))
+        return predict(planned, rates, work_of(found.index, planned.units, workload))
 
-    made_for = getattr(index.model.config.get_text_config(), "max_position_embeddings", None) or _MOST_TOKENS
-    return outlook(chosen, work, plan_for, predict_for, longest=made_for - new_tokens)
+    made_for = getattr(found.index.model.config.get_text_config(), "max_position_embeddings", None) or _MOST_TOKENS
+    return outlook(found.plan(room), work, plan_for, predict_for, longest=made_for - new_tokens)
 
 
 def outlook(

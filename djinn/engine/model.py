@@ -14,18 +14,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from djinn.devices import device_here, free_device_memory
+from djinn.devices import free_device_memory, require_here
 from djinn.engine.assembly import Engine, restore, start
 from djinn.engine.binding import Weights, parameters_of
 from djinn.engine.coding import Coder
+from djinn.engine.opened import opened
 from djinn.engine.plan import Plan
-from djinn.engine.planning import Coding, as_coded, index_of, place_here, require_device_memory, workspace_of
-from djinn.engine.reader import Reader
 from djinn.engine.stats import Stats
 from djinn.engine.workspace import Workload, shortage_hook
 from djinn.errors import ConfigError, PlanError
-from djinn.hardware import local_cpus, usable_ram
-from djinn.sizes import format_bytes, parse_bytes
+from djinn.hardware import usable_ram
+from djinn.planning.memory import require_device_memory
+from djinn.planning.request import Coding, Request
+from djinn.sizes import format_bytes
+from djinn.weights.opening import index_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,27 +84,34 @@ def load(
         PlanError: a ring, budget or host memory that cannot work; says what would.
         UnavailableError: no such device, or a package that a quantised checkpoint needs.
     """
-    where = device_here(device)
-    chunk_bytes = parse_bytes(chunk)
-    work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
+    request = Request.of(
+        budget=budget, device=device, ring=ring, host_memory=host_memory, chunk=chunk, dtype=dtype, coding=coding,
+        keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
+    )  # fmt: skip
+    return load_requested(model, request, seed=seed, trace=trace, progress=progress)
+
+
+def load_requested(
+    model: str | Path, request: Request, *, seed: int = 0, trace: bool = False, progress: bool = False
+) -> PreTrainedModel:
+    """Return the model that :func:`load` does, for a request that has been made already.
+
+    Raises:
+        CheckpointError, PlanError, UnavailableError: as for :func:`load`.
+    """
+    require_here(request.device)
     with ExitStack() as undo:
         spill = Path(tempfile.mkdtemp(prefix="djinn-"))
         undo.callback(shutil.rmtree, spill, ignore_errors=True)
-        index = index_of(model, spill, where, dtype, seed)
-        reader = Reader(chunk_bytes, cpus=local_cpus(where.index or 0) if where.type == "cuda" else None)
-        undo.callback(reader.close)
-        coder = Coder(reader, where)
-        undo.callback(coder.close)
-        index = as_coded(index, workspace_of(index, where, work), budget, coding, coder.layout)
-        planned = place_here(index, where, work, budget, ring, host_memory)
-        if where.type == "cuda":
-            require_device_memory(planned, *free_device_memory(where))
+        index = index_of(model, spill, request.device, request.dtype, seed)
+        coder = Coder.on(request.device, request.chunk, undo)
+        planned = opened(index, request, coder.layout).plan()
+        if request.device.type == "cuda":
+            require_device_memory(planned, *free_device_memory(request.device))
         vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
         weights = Weights(parameters_of(index), coder)
-        engine = start(
-            index.model, planned, weights, where, reader, chunk_bytes, shortage_hook(str(work)),
-            trace=trace, progress=progress, undo=undo,
-        )  # fmt: skip
+        explain = shortage_hook(str(request.keep))
+        engine = start(index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo)
     register(index.model, engine)
     return index.model
 

@@ -9,24 +9,24 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from djinn.devices import device_here, free_device_memory
+from djinn.devices import free_device_memory, require_here
 from djinn.engine.assembly import Engine, note_state, restore, start
 from djinn.engine.binding import Weights, parameters_by_name
 from djinn.engine.coding import Coder
 from djinn.engine.guards import is_guarded
 from djinn.engine.model import register
-from djinn.engine.planning import Coding, as_coded, in_free_memory, place_units, require_device_memory
-from djinn.engine.reader import Reader
-from djinn.engine.workspace import CUDA_OVERHEAD_BYTES, shortage_hook
+from djinn.engine.opened import opened
+from djinn.engine.workspace import shortage_hook
 from djinn.errors import ConfigError, PlanError
-from djinn.hardware import local_cpus
+from djinn.planning.memory import require_device_memory
+from djinn.planning.request import Coding, Request
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights.index import WeightIndex
 from djinn.weights.quantised import quantised_bytes, states_bytes
 from djinn.weights.recording import Example, recorded_reads, run, undisturbed
 from djinn.weights.tensors import InMemory, TensorEntry
 from djinn.weights.tracing import ReadRecorder, storage_of
-from djinn.weights.units import UNREAD, Unit, find_units
+from djinn.weights.units import UNREAD, Unit
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -83,44 +83,36 @@ def offload(
             was.
         UnavailableError: no such device.
     """
-    where = _device(device)
-    chunk_bytes = parse_bytes(chunk)
+    if workspace is None:
+        workspace = round(WORKSPACE_SHARE * parse_bytes(budget))
+    request = Request.of(
+        budget=budget, keep=workspace, device=device, ring=ring, host_memory=host_memory, chunk=chunk, coding=coding
+    )
+    where = _with_index(request.device)
     examples = _checked_examples(example)
     _check(module)
-    kept = parse_bytes(workspace) if workspace is not None else round(WORKSPACE_SHARE * parse_bytes(budget))
-    workspace_bytes = kept + quantised_bytes(module) + (CUDA_OVERHEAD_BYTES if where.type == "cuda" else 0)
     parameters = parameters_by_name(module)
     names = {id(parameter): name for name, alike in parameters.items() for parameter in alike}
     tensors = {name: _entry(name, alike[0]) for name, alike in parameters.items()}
-    index = WeightIndex(module, tensors, synthetic=False, reads=recorded_reads(module, names, examples))
-    sizes = [(alike[0].device, tensors[name].nbytes) for name, alike in parameters.items()]
-    on_host = sum(nbytes for home, nbytes in sizes if home.type == "cpu")
-    on_device = sum(nbytes for home, nbytes in sizes if home == where) + states_bytes(module, where)
+    reads = recorded_reads(module, names, examples)
+    index = WeightIndex(module, tensors, synthetic=False, reads=reads, kept_bytes=quantised_bytes(module))
+    there = (tensors[name].nbytes for name, alike in parameters.items() if alike[0].device == where)
+    on_device = sum(there) + states_bytes(module, where)
     with ExitStack() as undo:
-        reader = Reader(chunk_bytes, cpus=local_cpus(where.index) if where.type == "cuda" else None)
-        undo.callback(reader.close)
-        coder = Coder(reader, where)
-        undo.callback(coder.close)
-        index = as_coded(index, workspace_bytes, budget, coding, coder.layout)
-        units = find_units(index)
+        coder = Coder.on(where, request.chunk, undo)
+        model = opened(index, request, coder.layout)
         try:
-            planned = in_free_memory(
-                lambda host_bytes: place_units(units, where, workspace_bytes, budget, ring, host_bytes),
-                where, budget, host_memory, given_back=on_host,
-            )  # fmt: skip
+            planned = model.plan()
             if where.type == "cuda":
                 free, total = free_device_memory(where)
                 require_device_memory(planned, free + on_device, total)
         except PlanError as error:
-            raise PlanError(f"{error}{_unread_words(units)}") from None
+            raise PlanError(f"{error}{_unread_words(model.units)}") from None
         before = note_state(module)
         weights = Weights(parameters, coder)
         try:
-            explain = shortage_hook(f"a workspace of {format_bytes(kept)}")
-            engine = start(
-                module, planned, weights, where, reader, chunk_bytes, explain,
-                trace=trace, progress=False, undo=undo,
-            )  # fmt: skip
+            explain = shortage_hook(f"a workspace of {format_bytes(parse_bytes(workspace))}")
+            engine = start(module, planned, weights, explain, trace=trace, progress=False, undo=undo)
             undo.push(engine.resources)
             _check_reads(module, engine, names, examples, where)
             undo.pop_all()
@@ -169,11 +161,12 @@ def _check_reads(
         run(module, examples, device)
 
 
-def _device(name: str | None) -> torch.device:
-    where = device_here(name)
-    if where.type == "cuda" and where.index is None:
+def _with_index(device: torch.device) -> torch.device:
+    """Return a device that is here, as parameters on it name it."""
+    require_here(device)
+    if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return where
+    return device
 
 
 def _checked_examples(example: Example | list[Example]) -> list[Example]:

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+
+import torch
 
 from djinn.engine.ring import Slot, schedule
 from djinn.errors import PlanError
@@ -19,6 +22,12 @@ from djinn.weights.units import PAGE, Unit
 
 OVERLAP_UNITS = 3
 """Largest units that a ring of default size holds: one computing, one arriving, one queued behind it."""
+
+RING_FLOOR_BYTES = 1_250_000_000
+"""A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens; one of a few units more than
+overlap needs keeps more disk reads under way."""
+RING_FLOOR_SHARE = 0.125
+"""The most of the budget that such a ring may take: a resident byte is worth more than a byte of ring."""
 
 TINY_SHARE = 0.01
 """Units below this share of the largest one (norms, lone biases) stay: a copy of their own costs more than it moves."""
@@ -107,6 +116,26 @@ class Plan:
 
     def _bytes(self, tier: Tier) -> int:
         return sum(unit.image_bytes for unit in self.at(tier))
+
+
+def place_on(
+    device: torch.device,
+    units: Sequence[Unit],
+    *,
+    budget: int,
+    workspace_bytes: int,
+    host_bytes: int,
+    ring_bytes: int | None,
+) -> Plan:
+    """Place ``units`` with the default ring that suits a kind of device; otherwise as :func:`make_plan`."""
+    make = partial(
+        make_plan, units, budget=budget, workspace_bytes=workspace_bytes, host_bytes=host_bytes, ring_bytes=ring_bytes
+    )
+    if device.type == "cpu":
+        made = make()
+        if not made.disk_bytes:  # copies out of host memory cost the cores as much, however far ahead they are made
+            return made
+    return make(ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget)))
 
 
 def make_plan(

@@ -58,9 +58,14 @@ class WeightIndex(Generic[Model]):
         return sum(entry.raw_bytes for entry in self.tensors.values())
 
     @property
-    def in_memory_bytes(self) -> int:
-        """Bytes of the weights that are in memory already, and are freed there while they are taken."""
-        return sum(entry.raw_bytes for entry in self.tensors.values() if isinstance(entry.raw.source, InMemory))
+    def in_host_memory_bytes(self) -> int:
+        """Bytes of the weights that are in host memory already, and are freed there while they are taken."""
+        held = (
+            (entry.raw_bytes, entry.source.parameter.device)
+            for entry in self.tensors.values()
+            if isinstance(entry.source, InMemory)
+        )
+        return sum(nbytes for nbytes, device in held if device.type == "cpu")
 
 
 def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None) -> WeightIndex:

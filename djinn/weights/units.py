@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -86,9 +87,13 @@ class Unit:
         layout = last.entry.layout
         return last.offset + (last.entry.raw_bytes if layout is None else layout.decoded_bytes)
 
+    def with_entries(self, change: Callable[[TensorEntry], TensorEntry]) -> Unit:
+        """Return the unit with ``change`` applied to each of its tensors, laid out anew."""
+        return replace(self, tensors=_layout([(tensor.name, change(tensor.entry)) for tensor in self.tensors]))
+
     def raw(self) -> Unit:
         """Return the unit with its tensors raw."""
-        return replace(self, tensors=_layout([(tensor.name, tensor.entry.raw) for tensor in self.tensors]))
+        return self.with_entries(lambda entry: entry.raw)
 
 
 def find_units(index: WeightIndex) -> list[Unit]:

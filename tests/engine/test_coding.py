@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.codec.layout import LEAST_BYTES
+from djinn.engine import coding
 from djinn.engine import model as engine_model
 from djinn.engine.coding import Coder, Scratch
-from djinn.engine.coding import coded as as_coded
 from djinn.engine.plan import Plan, Tier
 from djinn.engine.reader import Reader
 from djinn.errors import ConfigError, PlanError
 from djinn.weights.index import checkpoint_index
 from djinn.weights.tensors import Encoded
+from djinn.weights.units import find_units
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,8 +173,8 @@ def test_a_unit_read_inside_another_is_refused(checkpoint: Path) -> None:
 def test_only_what_gains_is_coded(checkpoint: Path, tmp_path: Path) -> None:
     reader = Reader(2**20)
     coder = Coder(reader, torch.device("cpu"))
-    index = as_coded(checkpoint_index(checkpoint, tmp_path), coder.layout)
-    for name, entry in index.tensors.items():
+    units = coding.coded(find_units(checkpoint_index(checkpoint, tmp_path)), coder.layout)
+    for name, entry in ((tensor.name, tensor.entry) for unit in units for tensor in unit.tensors):
         assert (entry.layout is not None) == (entry.raw_bytes >= LEAST_BYTES), name
         assert isinstance(entry.source, Encoded) == (entry.layout is not None)
         assert entry.raw.nbytes == entry.raw_bytes

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from djinn.engine.forecast import Forecast, forecast
+from djinn.engine.opened import outlined
 from djinn.engine.plan import Plan
-from djinn.engine.planning import index_of, on_disk, place_here
 from djinn.engine.predict import ComputeRate, Rates, predict, work_of
 from djinn.engine.workspace import Workload
 from djinn.errors import PlanError
+from djinn.planning.request import Request
 from djinn.weights import checkpoint
+from djinn.weights.opening import index_of
 
 MODEL = "synthetic:llama-2-7b"
 FREE = 8 * 10**9
@@ -28,9 +30,9 @@ def found() -> Forecast:
 
 
 def planned(budget: int, **changes: int) -> Plan:
-    index = on_disk(index_of(MODEL, None, torch.device("cpu"), torch.bfloat16, 0))  # type: ignore[arg-type]
-    load = Workload(**({"batch": 1, **WORK} | changes))
-    return place_here(index, torch.device("cuda"), load, budget, None, None, FREE)
+    work = Workload(**({"batch": 1, **WORK} | changes))
+    request = Request.of(budget=budget, keep=work, device="cuda", dtype=torch.bfloat16)
+    return outlined(MODEL, request).on_disk().plan(FREE)
 
 
 def test_a_machine_that_is_not_here_is_planned_in_its_own_memory(found: Forecast) -> None:
@@ -49,7 +51,7 @@ def test_what_fits_is_the_most_that_fits(found: Forecast) -> None:
 
 
 def test_one_more_gb_is_planned_again(found: Forecast) -> None:
-    index = index_of(MODEL, None, torch.device("cpu"), torch.bfloat16, 0)  # type: ignore[arg-type]
+    index = index_of(MODEL, Path(), torch.device("cpu"))
     more = planned(7 * 10**9)
     times = [predict(plan, RATES, work_of(index, plan.units, found.work)).token_s for plan in (found.plan, more)]
     assert found.gain_s == pytest.approx(times[0] - times[1])

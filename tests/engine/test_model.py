@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.engine import model as engine_model
-from djinn.engine import planning
+from djinn.engine import opened
 from djinn.engine.plan import Plan, Tier
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 from djinn.weights.architectures import load_architecture
@@ -305,7 +305,7 @@ def test_nothing_is_left_of_a_model_that_was_refused(tiny_checkpoint: Tiny, copy
 
 def test_a_read_error_while_loading_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = readers(), open_files(), spills()
-    really = planning.find_units
+    really = opened.find_units
 
     def truncating(index: object) -> object:
         units = really(index)  # type: ignore[arg-type]
@@ -314,7 +314,7 @@ def test_a_read_error_while_loading_leaves_nothing(copy: Path, monkeypatch: pyte
         return units
 
     budget = budget_for(copy)
-    monkeypatch.setattr(planning, "find_units", truncating)
+    monkeypatch.setattr(opened, "find_units", truncating)
     with pytest.raises(CheckpointError, match="ends at byte 1000"):
         djinn.load(copy, budget=budget, **WORK)
     gc.collect()
@@ -462,7 +462,7 @@ def test_bad_arguments_are_refused_by_name(changes: dict[str, object], message: 
 def test_host_memory_that_is_not_there_is_refused(tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint("llama")
     budget = budget_for(folder)
-    monkeypatch.setattr(planning, "usable_ram", lambda: 10**6)
+    monkeypatch.setattr(opened, "usable_ram", lambda: 10**6)
     with pytest.raises(
         PlanError, match=r"host memory: the plan needs .* but 1 MB are free; lower host_memory or budget"
     ):

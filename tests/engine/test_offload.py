@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, skip_init
 
 import djinn
-from djinn.engine import assembly, binding, planning
+from djinn.engine import assembly, binding, opened
 from djinn.engine import model as engine_model
 from djinn.engine import offload as offloading
 from djinn.engine.plan import Plan, Tier
@@ -674,7 +674,7 @@ def test_the_whole_of_a_module_that_streams_in_part_and_its_parts_are_refused() 
 
 def test_memory_is_planned_for_what_moving_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
     module = made(Net)
-    for room in (planning, engine_model):
+    for room in (opened, engine_model):
         monkeypatch.setattr(room, "usable_ram", lambda: 10**6)
     assert plan_of(streaming(module, (IDS,))).pinned_bytes > 10**6
     djinn.detach(module)

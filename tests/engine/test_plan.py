@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn.engine.plan import Plan, Tier, make_plan
-from djinn.engine.planning import RING_FLOOR_SHARE, place_units, require_device_memory
+from djinn.engine.plan import RING_FLOOR_SHARE, Plan, Tier, make_plan, place_on
 from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import PlanError
+from djinn.planning.memory import require_device_memory
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PAGE, PlacedTensor, Unit
 
@@ -244,7 +244,10 @@ def test_the_ring_of_a_small_model_is_an_eighth_of_the_budget_where_that_helps()
     assert floor > three.ring_bytes
 
     def ring(device: str, host_bytes: int) -> int:
-        return place_units(units, torch.device(device), 0, 300 * PAGE, None, host_bytes).ring_bytes
+        made = place_on(
+            torch.device(device), units, budget=300 * PAGE, workspace_bytes=0, host_bytes=host_bytes, ring_bytes=None
+        )
+        return made.ring_bytes
 
     assert ring("cuda", 500 * PAGE) == ring("cuda", 0) == ring("cpu", 0) == floor
     assert ring("cpu", 500 * PAGE) == three.ring_bytes, "no disk is read"

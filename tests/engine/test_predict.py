@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from djinn.bench.certify import read_certification
 from djinn.bench.records import Record, read_records
+from djinn.engine.opened import Opened, outlined
 from djinn.engine.plan import Plan, make_plan
-from djinn.engine.planning import index_of, on_disk, place
 from djinn.engine.predict import ComputeRate, Prediction, Rates, Work, predict, work_of
 from djinn.engine.workspace import Workload, attention_flops
 from djinn.errors import UnavailableError
 from djinn.places import REFERENCE_DIR
+from djinn.planning.request import Request
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import WeightIndex
 from djinn.weights.tensors import FileSpan, TensorEntry
 from djinn.weights.units import PAGE, PlacedTensor, Unit
 
@@ -163,20 +163,14 @@ def test_a_rate_that_is_missing_is_named() -> None:
 
 
 def test_what_a_model_computes_is_read_from_its_modules() -> None:
-    index = index_of("synthetic:mixtral-tiny", Path(), torch.device("cpu"), torch.bfloat16, 0)
-    plan = place(index, torch.device("cpu"), LOAD, "1 GB", None, 10**9)
-    found = work_of(index, plan.units, LOAD)
+    model = outlined("synthetic:mixtral-tiny", Request.of(budget="1 GB", keep=LOAD, device="cpu"))
+    index = model.index
+    found = work_of(index, model.units, LOAD)
     assert found.shares["model.embed_tokens"] == 0
     assert found.shares["model.layers.0.mlp.experts"] == pytest.approx(2 / index.model.config.num_local_experts)
     assert found.head == {"lm_head"}
     config = load_architecture("llama-2-13b")
     assert attention_flops(config, LOAD) == 40 * 2 * 40 * 128 * 64**2 * 2
-
-
-@cache
-def index_of_record(model: str, link: str) -> WeightIndex:
-    index = index_of(model, Path(), torch.device("cpu"), torch.bfloat16, 0)
-    return on_disk(index) if link == "disk" else index
 
 
 CPU_FILES = ("2-cores_2026-11-25/results/baselines.jsonl", "2-cores_2026-11-25/results/sweep.jsonl")
@@ -203,12 +197,19 @@ def records(*files: str) -> list[tuple[str, Record]]:
 
 
 @cache
+def opened_of_record(model: str, link: str) -> Opened:
+    request = Request.of(budget="1 GB", keep=LOAD, device="cuda" if link == "pcie" else "cpu", dtype=torch.bfloat16)
+    found = outlined(model, request)
+    return found.on_disk() if link == "disk" else found
+
+
+@cache
 def plan_of_record(
     model: str, link: str, load: Workload, budget: int, ring: int, host_memory: int
 ) -> tuple[Plan, Work]:
-    index = index_of_record(model, link)
-    plan = place(index, torch.device("cuda" if link == "pcie" else "cpu"), load, budget, ring, host_memory)
-    return plan, work_of(index, plan.units, load)
+    found = opened_of_record(model, link)
+    asked = replace(found, request=replace(found.request, budget=budget, keep=load, ring=ring))
+    return asked.place(host_memory), work_of(found.index, found.units, load)
 
 
 def predicted_of(record: Record) -> Prediction:

@@ -15,11 +15,11 @@ from tiny_models import save_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, TorchAoConfig
 
 import djinn
-from djinn.engine import planning
 from djinn.engine.model import placement
 from djinn.engine.workspace import CUDA_OVERHEAD_BYTES
 from djinn.errors import CheckpointError, ConfigError, PlanError, UnavailableError
 from djinn.weights import quantised
+from djinn.weights.opening import index_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,7 +186,7 @@ def test_four_bit_weights_cannot_be_saved_until_they_are_detached(four_bits: Pat
 
 
 def test_what_lies_beside_the_weights_is_within_the_budget(four_bits: Path, tmp_path: Path) -> None:
-    index = planning.index_of(four_bits, tmp_path, torch.device("cpu"), None, 0)
+    index = index_of(four_bits, tmp_path, torch.device("cpu"))
     linears = [tensor.nbytes for tensor in index.tensors.values() if tensor.dtype == torch.uint8]
     scales = index.kept_bytes - 4 * max(linears)  # bfloat16 instead of half a byte
     assert 2 * sum(linears) / 64 <= scales <= 8 * sum(linears) / 64

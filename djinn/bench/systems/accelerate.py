@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from djinn.bench.systems.base import Job, PassCounter, System
 from djinn.bench.systems.common import host_model, require_ram, skeleton, weight_bytes
-from djinn.engine.workspace import Workload, workspace_bytes
+from djinn.engine.workspace import workspace_bytes
 from djinn.errors import UnavailableError
 
 _FRAGMENTS_BYTES = 10**9
@@ -85,8 +85,7 @@ def _device_map(job: Job) -> dict[str, str | int]:
     Accelerate itself leaves room for the largest offloaded block.
     """
     model = skeleton(job)
-    work = Workload(prompt_tokens=job.profile.prompt_tokens, new_tokens=job.profile.new_tokens, batch=job.profile.batch)
-    workspace = workspace_bytes(model.config, job.dtype, torch.device("cuda"), work)
+    workspace = workspace_bytes(model.config, job.dtype, torch.device("cuda"), job.profile.work)
     room = max(job.profile.budget - workspace - _FRAGMENTS_BYTES, 0)
     elsewhere: dict[int | str, int | str] = {0: room, "cpu": 0 if job.variant == "disk" else 2 * weight_bytes(model)}
     if job.variant == "disk":

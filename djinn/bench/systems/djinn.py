@@ -5,7 +5,7 @@ from __future__ import annotations
 import djinn
 from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
-from djinn.engine.model import placement
+from djinn.engine.model import load_requested, placement
 from djinn.engine.plan import Plan
 from djinn.engine.stats import Interval
 from djinn.weights.tensors import kind_of
@@ -28,21 +28,7 @@ class Djinn(System):
     def __init__(self, job: Job) -> None:
         profile = job.profile
         link = pinned_h2d_rate(profile.chunk) if job.on_gpu else 0.0  # before it carries anything else
-        self.model = djinn.load(
-            job.model,
-            budget=profile.budget,
-            device=profile.device,
-            ring=profile.ring,
-            host_memory=profile.host_memory,
-            chunk=profile.chunk,
-            prompt_tokens=profile.prompt_tokens,
-            new_tokens=profile.new_tokens,
-            batch=profile.batch,
-            dtype=job.dtype,
-            seed=profile.seed,
-            coding=profile.coding,
-            trace=job.trace,
-        )
+        self.model = load_requested(job.model, profile.request(), seed=profile.seed, trace=job.trace)
         stats = djinn.stats(self.model)
         self.resident_bytes = stats.resident_bytes
         self.ring_bytes = stats.ring_bytes

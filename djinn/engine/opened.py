@@ -1,0 +1,166 @@
+"""An opened model: its index and its units, found once and coded as asked; whatever is planned is planned from it.
+
+``plan`` says what :func:`djinn.load` would do, without loading.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from djinn.codec.layout import Layout
+from djinn.engine.coding import Coder, coded
+from djinn.engine.plan import Plan, place_on
+from djinn.engine.reader import Reader
+from djinn.engine.workspace import CUDA_OVERHEAD_BYTES, Workload, what_fits, workspace_bytes
+from djinn.errors import PlanError
+from djinn.hardware import usable_ram
+from djinn.planning.memory import require_host_memory
+from djinn.planning.request import Coding, Request
+from djinn.weights.index import WeightIndex
+from djinn.weights.opening import outline_of
+from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
+from djinn.weights.units import PAGE, Unit, find_units
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, what was asked of it, and its units in execution order, with the bytes that they will have."""
+
+    index: WeightIndex
+    request: Request
+    units: tuple[Unit, ...]
+
+    def plan(self, free: int | None = None) -> Plan:
+        """Return the plan in the host memory that is ``free``, bytes; by default what is free here now.
+
+        Raises:
+            PlanError: a budget, ring or host memory that cannot work; says what would, the generation included.
+        """
+        free = usable_ram() if free is None else free
+        planned = self.place(self._arena_bytes(self.request, free))
+        self._require_host_memory(planned, free)
+        return planned
+
+    def place(self, arena_bytes: int) -> Plan:
+        """Return the plan with an arena of at most ``arena_bytes``, whether they are free or not.
+
+        Raises:
+            PlanError: as :meth:`plan`, but for host memory.
+        """
+        try:
+            return self._place(self.request, arena_bytes)
+        except PlanError as error:
+            keep = self.request.keep
+            if not isinstance(keep, Workload):
+                raise
+            would_fit = what_fits(lambda work: self._place(self.request.asking(work=work), arena_bytes), keep)
+            raise PlanError(f"{error}{would_fit}") from None
+
+    def alternative(self, budget: int, work: Workload, free: int) -> Plan:
+        """Return what :meth:`plan` would for another budget (bytes) and generation.
+
+        Raises:
+            PlanError: one that cannot work.
+        """
+        request = self.request.asking(budget=budget, work=work)
+        planned = self._place(request, self._arena_bytes(request, free))
+        self._require_host_memory(planned, free)
+        return planned
+
+    def on_disk(self) -> Opened:
+        """Return a synthetic model as it will be once its checkpoint is written; any other as it is.
+
+        Where in its file a tensor will be does not matter to a plan.
+        """
+
+        def written(entry: TensorEntry) -> TensorEntry:
+            return replace(entry, source=FileSpan(Path(), 0)) if isinstance(entry.source, Seeded) else entry
+
+        return replace(self, units=tuple(unit.with_entries(written) for unit in self.units))
+
+    def _place(self, request: Request, arena_bytes: int) -> Plan:
+        return place_on(
+            request.device,
+            self.units,
+            budget=request.budget,
+            workspace_bytes=workspace_of(self.index, request),
+            host_bytes=arena_bytes,
+            ring_bytes=request.ring,
+        )
+
+    def _arena_bytes(self, request: Request, free: int) -> int:
+        return request.arena_bytes(free, self.index.in_host_memory_bytes)
+
+    def _require_host_memory(self, planned: Plan, free: int) -> None:
+        require_host_memory(planned, self.request.device, free + self.index.in_host_memory_bytes)
+
+
+def plan(
+    model: str | Path,
+    *,
+    budget: int | str,
+    device: str | None = None,
+    ring: int | str | None = None,
+    host_memory: int | str | None = None,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    coding: Coding | None = None,
+) -> Plan:
+    """Return the plan that :func:`djinn.load` would follow with the same arguments; loads no weights.
+
+    What weights would come to if they were coded while they are loaded is estimated from the first MiB of each.
+
+    Raises:
+        ConfigError, CheckpointError, PlanError: as :func:`djinn.load`.
+    """
+    request = Request.of(
+        budget=budget, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding,
+        keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
+    )  # fmt: skip
+    return outlined(model, request).plan()
+
+
+def outlined(model: str | Path, request: Request) -> Opened:
+    """Open a model for planning alone: headers are read, and where weights would be coded, one MiB of each tensor.
+
+    Raises:
+        ConfigError, CheckpointError, UnavailableError: a model that cannot be had, or is damaged.
+    """
+    reader = Reader(PAGE)
+    try:
+        with tempfile.TemporaryDirectory(prefix="djinn-") as spill:
+            index = outline_of(model, Path(spill), request.device, request.dtype)
+            return opened(index, request, Coder(reader, torch.device("cpu")).estimate)
+    finally:
+        reader.close()
+
+
+def opened(index: WeightIndex, request: Request, layout: Callable[[TensorEntry], Layout | None]) -> Opened:
+    """Return an index as an opened model: its tensors coded or raw as asked, raw in any case if it fits the budget.
+
+    ``layout`` is as for :func:`djinn.engine.coding.coded`.
+    """
+    units = find_units(index)
+    fits = index.nbytes + workspace_of(index, request) <= request.budget
+    is_packed = any(entry.crc32 is not None for entry in index.tensors.values())
+    if fits or request.coding == "none":
+        units = [unit.raw() for unit in units]
+    elif request.coding == "lossless" or is_packed:
+        units = coded(units, layout)
+    return Opened(index, request, tuple(units))
+
+
+def workspace_of(index: WeightIndex, request: Request) -> int:
+    """Return the device memory to keep free of weights, bytes."""
+    if isinstance(request.keep, Workload):
+        needed = workspace_bytes(index.model.config, index.model.dtype, request.device, request.keep)
+    else:
+        needed = request.keep + (CUDA_OVERHEAD_BYTES if request.device.type == "cuda" else 0)
+    return needed + index.kept_bytes

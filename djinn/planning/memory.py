@@ -1,0 +1,39 @@
+"""Hold a plan against the memory that there is. Pure."""
+
+from __future__ import annotations
+
+import torch
+
+from djinn.engine.plan import Plan
+from djinn.engine.workspace import CUDA_CONTEXT_BYTES
+from djinn.errors import PlanError
+from djinn.sizes import format_bytes
+
+
+def require_host_memory(planned: Plan, device: torch.device, free: int) -> None:
+    """Hold a plan against the host memory that is free, bytes.
+
+    Raises:
+        PlanError: it needs more.
+    """
+    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
+    if needed > free:
+        raise PlanError(
+            f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "
+            "lower host_memory or budget"
+        )
+
+
+def require_device_memory(planned: Plan, free: int, total: int) -> None:
+    """Hold a plan against the memory of a GPU, bytes; ``free`` is what is free once the CUDA context is there.
+
+    Raises:
+        PlanError: it needs more.
+    """
+    needed = planned.device_bytes - CUDA_CONTEXT_BYTES
+    if needed > free:
+        raise PlanError(
+            f"device memory: the plan needs {format_bytes(planned.device_bytes)}, but of the GPU's "
+            f"{format_bytes(total)} only {format_bytes(free)} are free; a budget of "
+            f"{free + CUDA_CONTEXT_BYTES} bytes fits, as does what other processes give back"
+        )

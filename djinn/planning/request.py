@@ -1,0 +1,89 @@
+"""A request: what a user asks of a device, as numbers. Here words become bytes, or are refused, and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+import torch
+
+from djinn.devices import device_of
+from djinn.engine.workspace import Workload
+from djinn.errors import ConfigError
+from djinn.sizes import parse_bytes
+
+Coding = Literal["none", "lossless"]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HOST_SHARE = 0.8
+"""Share of the host memory that is free now which streamed weights may take, if no other limit is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a model is planned and loaded for. Sizes are bytes; :func:`djinn.load` says what each field means."""
+
+    device: torch.device
+    budget: int
+    keep: Workload | int
+    """What device memory is kept for beside the weights: a generation, or bytes that the user named."""
+    ring: int | None
+    host_memory: int | None
+    chunk: int
+    dtype: torch.dtype | None
+    coding: Coding | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        budget: int | str,
+        keep: Workload | int | str,
+        device: str | None = None,
+        ring: int | str | None = None,
+        host_memory: int | str | None = None,
+        chunk: int | str = "64 MiB",
+        dtype: torch.dtype | None = None,
+        coding: Coding | None = None,
+    ) -> Self:
+        """Return the request that a user's words make. The device need not be here.
+
+        Raises:
+            ConfigError: a word that means nothing; says which, and what would.
+        """
+        if dtype not in (*DTYPES, None):
+            raise ConfigError(f"dtype {dtype}: it is {', '.join(map(str, DTYPES))}, or None for the checkpoint's own")
+        if coding not in (*get_args(Coding), None):
+            raise ConfigError(f"coding {coding!r}: it is none or lossless")
+        if isinstance(keep, Workload):
+            _check(keep)
+        return cls(
+            device=device_of(device),
+            budget=parse_bytes(budget),
+            keep=keep if isinstance(keep, Workload) else parse_bytes(keep),
+            ring=None if ring is None else parse_bytes(ring),
+            host_memory=None if host_memory is None else parse_bytes(host_memory),
+            chunk=parse_bytes(chunk),
+            dtype=dtype,
+            coding=coding,
+        )
+
+    def asking(self, *, budget: int | None = None, work: Workload | None = None) -> Self:
+        """Return the same request with another budget, or for another generation."""
+        return replace(self, budget=budget or self.budget, keep=work or self.keep)
+
+    def arena_bytes(self, free: int, given_back: int) -> int:
+        """Return the largest arena: what was asked for, or a share of the host memory that is ``free``.
+
+        What loading gives back while it fills the arena is all the arena's.
+        """
+        if self.host_memory is not None:
+            return self.host_memory
+        on_device = self.budget if self.device.type == "cpu" else 0
+        return given_back + max(round(HOST_SHARE * free) - on_device, 0)
+
+
+def _check(work: Workload) -> None:
+    for name, least in (("prompt_tokens", 1), ("new_tokens", 0), ("batch", 1)):
+        value = getattr(work, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} {value!r}: it is a whole number of at least {least}")

@@ -1,0 +1,53 @@
+"""Opening: from what the user calls a model to its index, with its weights or, for planning alone, without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from djinn.errors import CheckpointError
+from djinn.weights import checkpoint
+from djinn.weights.architectures import load_architecture
+from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, synthetic_index
+from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
+
+
+def index_of(
+    model: str | Path, spill: Path, device: torch.device, dtype: torch.dtype | None = None, seed: int = 0
+) -> WeightIndex:
+    """Return the index of what a user calls a model, to run on ``device``; ``seed`` is of a synthetic one.
+
+    Raises:
+        ConfigError, CheckpointError, UnavailableError: a model that cannot be had, or is damaged.
+    """
+    name = str(model)
+    if name.startswith(checkpoint.SYNTHETIC):
+        config = load_architecture(name.removeprefix(checkpoint.SYNTHETIC))
+        return synthetic_index(empty_model(config, dtype or torch.bfloat16), seed)
+    folder = checkpoint.resolve(name)
+    method = quantisation_of(folder)
+    if method is not None:
+        require_streamable(folder, method)
+    if method in IN_MEMORY:
+        return quantised_index(folder, dtype, device)
+    return checkpoint_index(folder, spill, dtype)
+
+
+def outline_of(model: str | Path, spill: Path, device: torch.device, dtype: torch.dtype | None = None) -> WeightIndex:
+    """Return the index of a model for planning alone: of a hub id, only headers are fetched.
+
+    A quantised checkpoint is loaded into host memory all the same.
+
+    Raises:
+        ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
+    """
+    outline = spill / "outline"
+    found = checkpoint.outline(str(model), outline)
+    if not outline.is_dir():
+        return index_of(found, spill, device, dtype)
+    method = quantisation_of(outline)
+    if method is not None:
+        require_streamable(Path(str(model)), method)
+        raise CheckpointError(f"{model}: quantised, so that headers do not tell its plan; fetch it first: hf download")
+    return header_index(outline, dtype)
