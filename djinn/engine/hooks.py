@@ -1,12 +1,8 @@
 """Prefetch-only forward hooks: they wait for a unit, release it, and start the copies that the release allows.
 
 Nothing is decided here: where a unit lands and which others lie there was computed before. Visits are numbered through
-all passes; in the recorded order the next visit's copy has long been submitted, and prefetching goes on over the end of
-a pass, so the next token's first units move while the host still samples this one.
-
-A way that passes take twice running instead of the recorded one is expected from then on: an encoder that runs for the
-first token alone is not prefetched for the others, nor is what follows an early exit. Visits that are then left out
-keep their numbers.
+all passes; in the expected order (:mod:`djinn.planning.order`) the next visit's copy has long been submitted, and
+prefetching goes on over the end of a pass, so the next token's first units move while the host still samples this one.
 """
 
 from __future__ import annotations
@@ -25,6 +21,7 @@ from djinn.engine.ring import Slot
 from djinn.engine.stats import Stats
 from djinn.engine.turns import Turns
 from djinn.errors import PlanError
+from djinn.planning.order import Order
 from djinn.weights.units import Unit
 
 
@@ -56,11 +53,8 @@ class Streamer:
         self._released = 0
         self._cursor = 0
         self._submitted = 0
-        self._steps = [1] * len(units)
-        """How many visits on from each unit the pass is expected to go."""
-        self._strayed: dict[int, int] = {}
-        """After which unit the last pass went to which other than the expected one."""
-        self._previous: int | None = None
+        self._order = Order(len(units))
+        self._next = self._order.after
         self._last_released: int | None = None
         self._occupied = 0
         """The units that are in the ring or on their way and have not been released: a set, as in ``Slot.clashes``."""
@@ -165,8 +159,8 @@ class Streamer:
             return
         if self._cursor % len(self._units) != unit:
             self._leave_order(unit)
-        elif self._strayed and self._previous is not None:
-            self._strayed.pop(self._previous, None)
+        else:
+            self._order.follow(unit)
         if self._cursor == self._submitted:
             self._advance()
             if self._cursor == self._submitted:
@@ -176,7 +170,6 @@ class Streamer:
             self._scratch.enter(self._units[unit].name)
         self._wait(unit)
         visit, self._cursor = self._cursor, self._next(self._cursor)
-        self._previous = unit
         self._stats.visits += 1
         if decode is None:
             self._reading[unit] = _Reading(visit)
@@ -238,15 +231,12 @@ class Streamer:
             self._occupied |= 1 << unit
             self._submitted = self._next(self._submitted)
 
-    def _next(self, visit: int) -> int:
-        return visit + self._steps[visit % len(self._steps)]
-
     def _leave_order(self, unit: int) -> None:
         """Get to ``unit`` although another was due: skip what was prefetched in between, or start anew from it."""
         if self._reading:
             self._refuse_nesting(unit)
         count = len(self._units)
-        again = self._has_strayed_again(unit)
+        again = self._order.stray(unit)
         skipped = []
         target = self._cursor
         while target < self._submitted and target % count != unit:
@@ -263,19 +253,6 @@ class Streamer:
             self._copier.settle()
             self._restart(unit)
             self._stats.reloads += 1
-
-    def _has_strayed_again(self, unit: int) -> bool:
-        """Return whether the last pass went to ``unit`` from here, too; it is then what is expected."""
-        previous = self._previous
-        if previous is None:
-            return False
-        again = self._strayed.get(previous) == unit
-        if again:
-            del self._strayed[previous]
-            self._steps[previous] = (unit - previous) % len(self._units) or len(self._units)
-        else:
-            self._strayed[previous] = unit
-        return again
 
     def _restart(self, unit: int) -> None:
         """Make ``unit`` the next visit, with an empty ring; nothing to do where all units are resident."""
