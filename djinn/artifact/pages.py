@@ -142,8 +142,9 @@ def table(records: list[Record]) -> str:
 
 def claims_page() -> str:
     """Return docs/claims.md: what shows each claim, what that takes, and what every reference run measured."""
-    claims, folders_ = load_claims(), sorted(runs(), key=_newest_first)
-    measured = {folder: _outcomes(folder, claims) for folder in reversed(folders_)}
+    claims = load_claims()
+    newest_first = sorted(runs(), key=lambda folder: read_manifest(folder).date, reverse=True)
+    measured = {folder: _outcomes(folder, claims) for folder in newest_first}
     groups: dict[str, list[Claim]] = {group: [] for group in [*_GROUPS, "Other"]}
     for claim in claims:
         groups[next((name for name, metrics in _GROUPS.items() if claim.metric in metrics), "Other")].append(claim)
@@ -220,10 +221,6 @@ def _pictured(root: Path = REFERENCE_DIR) -> tuple[Manifest, list[Record]]:
     return read_manifest(folder), latest(read_records(folder / "results" / "baselines.jsonl"))
 
 
-def _newest_first(folder: Path) -> str:
-    return read_manifest(folder).date
-
-
 def _outcomes(folder: Path, claims: list[Claim]) -> dict[str, Outcome]:
     evidence = read_evidence(folder)
     return {claim.id: evaluate(claim, evidence) for claim in claims}
@@ -237,10 +234,9 @@ def _claims_table(claims: list[Claim], measured: Mapping[Path, Mapping[str, Outc
     for claim in claims:
         profile = load_profile(claim.profile)
         own = run_of(claim.profile)
-        places = [folder for folder in ([own] if own else []) + list(measured) if folder in measured]
-        outcome = next((measured[at][claim.id] for at in places if measured[at][claim.id].measured is not None), None)
-        at = next((at for at in places if measured[at][claim.id].measured is not None), None)
-        reference = f"{_verdict(outcome)} ({at.name})" if outcome and at else "not measured"
+        places = [*([own] if own else []), *measured]
+        at = next((folder for folder in places if measured[folder][claim.id].measured is not None), None)
+        reference = "not measured" if at is None else f"{_verdict(measured[at][claim.id])} ({at.name})"
         run = f"`{claim.profile}`, `{claim.notebook}`"
         size = format_bytes(profile.min_disk)
         rows.append(_cells([claim.id, claim.text, target_words(claim), run, f"{profile.minutes:g}", size, reference]))

@@ -64,7 +64,7 @@ def git_state() -> dict[str, Any]:
 
 
 def from_root(path: Path) -> str:
-    """Return ``path`` as seen from the repository's root, so that what is written down names no one's home."""
+    """Return ``path`` as seen from the repository's root, so that files of a run name no user's folder."""
     path = path.absolute()
     return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
 
