@@ -1,4 +1,4 @@
-"""A run as what is deposited: checksums of every file, their verification, and an archive whose bytes repeat."""
+"""A run ready to be deposited: checksums of every file, their verification, and an archive whose bytes repeat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_sums(folder: Path) -> Path:
 
 
 def kept_files(folder: Path) -> list[str]:
-    """Return the files of a run that are kept, but for the checksums: paths from ``folder``, in order of name."""
+    """Return the paths from ``folder`` of all files that a run keeps, sorted, without the checksums themselves."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(
         path.as_posix()
@@ -33,7 +33,7 @@ def kept_files(folder: Path) -> list[str]:
 
 
 def verify(folder: Path) -> int:
-    """Hold every file of ``folder`` against ``SHA256SUMS``; return how many there are.
+    """Check every file of ``folder`` against ``SHA256SUMS``; return how many files there are.
 
     Raises:
         ConfigError: no checksums there.

@@ -1,4 +1,4 @@
-"""Claims as data: ``artifact/claims.yaml`` held against a run's records, as PASS, FAIL or NOT RUN (why).
+"""Claims as data: ``artifact/claims.yaml`` evaluated over a run's records into PASS, FAIL or NOT RUN, with why.
 
 A claim passes only on numbers that were measured in this run on what the claim is about. Missing inputs, another
 device or a smaller model make it NOT RUN; they can never make it pass.
@@ -70,7 +70,7 @@ class Claim(_Frozen):
         return metric
 
     def holds(self, measured: float) -> bool:
-        """Return whether ``measured`` meets the target, the tolerance granted."""
+        """Return whether ``measured`` meets the target within the tolerance."""
         if self.comparison == ">=":
             return measured >= self.target * (1 - self.tolerance)
         if self.comparison == "<=":

@@ -1,4 +1,4 @@
-"""What claims are held against: the evidence that a run holds, and one function for each number."""
+"""The evidence that claims are judged on, and one function for each number that they are about."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Evidence:
 
     profile: Profile
     records: list[Record]
-    """Of the baselines, the latest of every point."""
+    """Records of the baselines: the latest of every point."""
     proof: Proof | None
-    """Of the certification: whether streamed equals resident."""
+    """The certification's proof that streamed output equals resident output; None where there is none."""
     coded_timeline: pd.DataFrame
-    """Of the sweep's point with coded weights."""
+    """Timeline of the sweep's point with coded weights; empty where there is none."""
 
     def finished(self, system: str = "djinn") -> list[Record]:
         """Return the finished runs of djinn, or of ``djinn:lossless``."""
@@ -79,7 +79,7 @@ def coding_changes_no_token(evidence: Evidence) -> float:
 
 
 def bits_per_weight(evidence: Evidence) -> float:
-    """The most bits that a kind of coded tensor takes for every 16 of its weights."""
+    """Bits per coded weight, of the kind of tensor that takes most."""
     bits = frames.bits(evidence.finished("djinn:lossless"))["bits"]
     if bits.empty:
         raise NotMeasuredError("no tensor was coded")
@@ -99,7 +99,7 @@ def link_utilisation(evidence: Evidence) -> float:
 
 
 def disk_or_compute_bound(evidence: Evidence) -> float:
-    """The median run's link utilisation, or the share of it in which compute did not wait, whichever is larger."""
+    """The larger of the median link utilisation and the median share of time in which compute did not wait."""
     walls, stalls = evidence.values("wall_s"), evidence.values("stall_s")
     running = [1 - stall / wall for stall, wall in zip(stalls, walls, strict=True)]
     return max(link_utilisation(evidence), median(running))
@@ -128,10 +128,10 @@ def host_memory_gib(evidence: Evidence) -> float:
 
 
 def time_over_best_peer(evidence: Evidence, peers: list[str], system: str = "djinn") -> float:
-    """The system's time over the fastest peer's in the same run, the median of the runs that it and all peers finished.
+    """The system's time over the fastest peer's in the same run: the median over the runs that all of them finished.
 
-    The time is TTFT plus every per-token time. A peer that finished no run is left out; the runs are paired, because
-    the machine drifts between them.
+    The time is TTFT plus every per-token time. A peer that finished no run is left out. Runs are paired, because the
+    machine drifts between them.
     """
     runs = frames.runs(evidence.records)
     table = runs.dropna(subset=["generate_s"]).pivot_table(index="run", columns="name", values="generate_s")
@@ -165,7 +165,7 @@ METRICS: Mapping[str, Callable[..., float]] = {
 
 
 def read_evidence(run: Run) -> Evidence:
-    """Read what the claims are held against; missing files hold nothing."""
+    """Read the evidence of a run; what has no file there is empty."""
     return Evidence(
         profile=run.profile,
         records=run.baselines,

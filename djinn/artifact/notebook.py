@@ -128,7 +128,7 @@ def finish(session: Session) -> None:
 
 @house_style()
 def picture(figure: Figure) -> Image:
-    """Return ``figure`` as what a notebook shows when it is a cell's last line."""
+    """Return ``figure`` as an image, for the last line of a notebook's cell."""
     data = BytesIO()
     figure.savefig(data, format="png", dpi=PNG_DPI)
     return Image(data.getvalue(), width=round(figure.get_size_inches()[0] * SCREEN_DPI))

@@ -17,7 +17,7 @@ from djinn.places import REFERENCE_DIR
 
 
 class Source(BaseModel):
-    """Where a file, or all files of a folder, come from: the command, its revision, and what a reader has to know."""
+    """Where one file, or every file of one folder, comes from: command, revision, and what a reader has to know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +51,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def runs(root: Path = REFERENCE_DIR) -> list[Path]:
-    """Return those of the folders that hold a whole run."""
+    """Return the folders that hold a whole run."""
     return [folder for folder in folders(root) if Run(folder).has_profile]
 
 
@@ -64,7 +64,7 @@ def run_of(profile: str, root: Path = REFERENCE_DIR) -> Path | None:
 def expected(device: str | None = None, root: Path = REFERENCE_DIR) -> dict[str, str]:
     """Return for each claim what reference runs measured, and which.
 
-    With a ``device``, of claims on any device only what was measured on that one.
+    With a ``device``, a claim about any device shows only what was measured on that one.
     """
     found: dict[str, list[str]] = {}
     claims = load_claims()

@@ -42,8 +42,8 @@ _MEASURES = {
     "time to first token, s": "ttft_s",
     "time per token, s": "token_s",
     "link, GB/s": "link_gbps",
-    "ceiling beside it, GB/s": "ceiling_gbps",
-    "of the ceiling": "link_utilisation",
+    "ceiling of the link, GB/s": "ceiling_gbps",
+    "share of the ceiling": "link_utilisation",
     "effective, GB/s": "effective_gbps",
 }
 _SIZES = {
@@ -51,7 +51,7 @@ _SIZES = {
     "resident weights": "resident_bytes",
     "peak device memory": "peak_device_bytes",
     "peak host memory": "peak_host_bytes",
-    "of it anonymous": "peak_anon_bytes",
+    "peak anonymous host memory": "peak_anon_bytes",
 }
 
 

@@ -1,4 +1,4 @@
-"""``djinn generate``: one prompt continued by a streaming model, and how fast, how large and limited by what it was."""
+"""``djinn generate``: continue one prompt with a streaming model, and say how fast it was and what limited it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from djinn.weights.checkpoint import resolve
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What was generated, and how. Times are seconds from the call of ``generate``, rates 10^9 bytes/s."""
+    """The text, and how fast it came. Times are seconds from the call of ``generate``, rates 10^9 bytes/s."""
 
     text: str
     new_tokens: int
@@ -32,12 +32,12 @@ class Generated:
     tokens_per_s: float
     link_gbps: float
     effective_gbps: float
-    """Bytes of weights that the passes consumed, from wherever, over time."""
+    """Bytes of weights that the passes consumed, streamed or resident, over ``wall_s``."""
     stall_s: float
     peak_device_bytes: int
     limit: Limit
     shares: dict[Limit, float]
-    """Of the time, by what it was taken by."""
+    """Share of ``wall_s`` that link, disk, compute and host each took."""
 
 
 class _DeviceWait(LogitsProcessor):
@@ -67,8 +67,8 @@ def generate(
     """Continue ``prompt`` by as many tokens as ``request`` keeps memory for, with a prompt of whatever length it has.
 
     Args:
-        temperature: of sampling, seeded by ``seed``; 0 takes the most likely token.
-        chat: put the prompt into the tokenizer's chat template, as a user's message.
+        temperature: for sampling, which ``seed`` seeds; 0 takes the most likely token.
+        chat: put the prompt into the tokenizer's chat template, as the message of a user.
         show: print tokens as they come.
 
     Raises:

@@ -1,7 +1,7 @@
 """One measured call of ``generate``, the same for every system: what is timed, counted and sampled, and how.
 
-The run is as cold as a run can be: the checkpoint's pages are dropped from the page cache, nothing is prefetched, and
-the link's raw rate is measured before and after, because disks and neighbours drift; the higher is its ceiling.
+The run is as cold as a run can be: the checkpoint's pages are dropped from the page cache and nothing is prefetched.
+The link's raw rate is measured before and after, because disks and shared machines drift; the higher is the ceiling.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from djinn.bench.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
 from djinn.engine.reader import THREADS, read_rate
 
-# At these sizes neither link is slowed by its commands. The host memory page-locked beside a full arena is kept small.
+# At these sizes neither link is slowed by its commands. The sample is small, because a full arena is pinned beside it.
 _LINK_CHUNK, _LINK_SAMPLE = 64 * 2**20, 512 * 2**20
 _DISK_CHUNK, _DISK_SAMPLE = 16 * 2**20, 3 * 10**9
 _SAMPLE_S = 0.02
@@ -55,16 +55,16 @@ class MemoryPeak:
         threading.Thread(target=self._watch, name="memory-peak", daemon=True).start()
 
     def mark_bare(self) -> None:
-        """Take the anonymous memory held so far for the process's own: interpreter and libraries, no system.
+        """Call what is held now the baseline: interpreter and libraries, before a system loads.
 
-        Device memory held so far is the driver's and other processes': this one has no context there yet.
+        Device memory held now is the driver's and other processes': this one has no context there yet.
         """
         self.sample()
         self.bare_bytes = self.anon_bytes
         self.bare_device_bytes = gpus.gpu_used_bytes() or 0
 
     def sample(self) -> None:
-        """Look once more; anonymous memory includes shared memory, which cannot be taken back either."""
+        """Take one more sample. Shared memory counts as anonymous: the kernel cannot take it back either."""
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         size = {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon", "RssShmem")}
         self.rss_bytes = max(self.rss_bytes, size["VmRSS"])
@@ -99,7 +99,7 @@ def prompt_ids(config: PretrainedConfig, *, batch: int, tokens: int, seed: int) 
 
 
 def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dict[str, Any]:
-    """Generate once, greedily, ``new_tokens`` tokens; return the fields of a record that a run gives.
+    """Generate the profile's ``new_tokens`` tokens once, greedily; return the fields that a record takes from a run.
 
     Raises:
         Whatever the system raises.
@@ -141,7 +141,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
 
 
 def warm(system: System, job: Job) -> None:
-    """Generate two tokens that nobody measures: what a first pass compiles, allocates and looks up is then there."""
+    """Generate two tokens unmeasured, so that no measured run compiles or allocates what only a first pass does."""
     _generate(system, job, _prompt(system, job), min(2, job.profile.new_tokens), TokenTimes())
 
 
@@ -168,7 +168,7 @@ def _generate(system: System, job: Job, prompt: torch.Tensor, new_tokens: int, t
 
 
 class GpuLink:
-    """PCIe: its ceiling is the page-locked copy rate, and what crosses it is what the system says it copies."""
+    """PCIe. Its ceiling is the rate of pinned copies; the system says how many bytes it has copied."""
 
     name = "pcie"
 
@@ -182,10 +182,10 @@ class GpuLink:
 
 
 class DiskLink:
-    """The disk: its ceiling is the parallel direct read rate, and what crosses it is what the kernel says was read.
+    """The disk. Its ceiling is the rate of parallel direct reads; the kernel says how many bytes were read.
 
-    The kernel's count is the same measure for every system, and leaves out what a page cache spared it. Where the file
-    system is not a local disk the kernel counts nothing; then what the system says it streams is taken.
+    The kernel's count is the same measure for every system, and leaves out what came from the page cache. Where the
+    file system is not a local disk the kernel counts nothing; then the system's own count is taken.
     """
 
     name = "disk"

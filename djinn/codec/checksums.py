@@ -1,7 +1,7 @@
-"""Checksums of what is stored: by which damage is found, and the section that has it named.
+"""Checksums of what is stored: they find damage, and name the section that has it.
 
-Every section of a blob has a CRC-32, which covers the section with the gap after it: so every byte is in exactly one.
-A raw tensor is one section. CRC-32 runs at about 1 GB/s on a core and lets go of the interpreter lock.
+Every section of a blob has a CRC-32. It covers the section and the gap after it, so that every byte is covered once.
+A raw tensor is one section. CRC-32 runs at about 1 GB/s on a core and releases the interpreter lock.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RAW_SECTION = "weights"
 
 
 def section_names(layout: Layout | None) -> list[str]:
-    """Return the sections of a tensor of this layout, in order; None is a raw one."""
+    """Return the names of the sections that a tensor of this layout has, in order; None stands for a raw tensor."""
     return [RAW_SECTION] if layout is None else list(layout.offsets)
 
 

@@ -1,7 +1,7 @@
 """The codec on a CPU: NumPy over blocks of tiles that stay in the cache, eight weights to a word.
 
-Every call works in the calling thread alone; NumPy lets go of the interpreter lock within a block, so that several
-tensors can be coded by several threads.
+Every call works in the calling thread alone. NumPy releases the interpreter lock within a block, so several threads can
+code several tensors at once.
 """
 
 from __future__ import annotations

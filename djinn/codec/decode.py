@@ -13,14 +13,14 @@ class Decoder:
 
     Everything that does not change between calls is done at construction, compiling the kernel included. A call
     starts one kernel on the device's current stream and returns; on a CPU it returns when the bits are there. Both
-    tensors are kept alive; what is in them is read and written at every call.
+    tensors are kept alive; every call reads the blob and writes the buffer anew.
     """
 
     def __init__(self, layout: Layout, blob: torch.Tensor, out: torch.Tensor) -> None:
         """``blob``: uint8 [layout.nbytes]. ``out``: bfloat16 or uint8, one-dimensional, layout.decoded_bytes bytes.
 
-        Both are contiguous, on the same device, at addresses that are multiples of 16. A blob that may be damaged is
-        to be verified before it is decoded: a kernel looks for escapes wherever the blob says.
+        Both are contiguous, on the same device, at addresses that are multiples of 16. Verify a blob that may be
+        damaged before it is decoded: a kernel reads escapes from wherever the blob says.
 
         Raises:
             ValueError: tensors other than these.

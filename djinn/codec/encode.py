@@ -1,4 +1,4 @@
-"""Encoding: what a tensor would come to, and its blob, on the device where the tensor is."""
+"""Encoding: a tensor's blob, or the layout that it would have, made on the device where the tensor is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from djinn.codec.layout import MIN_GAIN, Layout, sections
 def encode(weights: torch.Tensor, min_gain: float = MIN_GAIN) -> tuple[torch.Tensor, Layout] | None:
     """Return the blob (uint8 [layout.nbytes], on the tensor's device) and its layout, or None where raw is better.
 
-    ``weights`` may have any shape. Raw is better for what is not bfloat16, has no elements, or would shrink by less
-    than the share ``min_gain`` of its bytes; ``-math.inf`` codes whatever it costs.
+    ``weights`` may have any shape. Raw is better for a tensor that is not bfloat16, has no elements, or would shrink by
+    less than the share ``min_gain`` of its bytes. With ``-math.inf`` it is coded even if it grows.
     """
     if not _codable(weights):
         return None
@@ -31,7 +31,7 @@ def encode(weights: torch.Tensor, min_gain: float = MIN_GAIN) -> tuple[torch.Ten
 
 
 def layout_of(weights: torch.Tensor, min_gain: float = MIN_GAIN) -> Layout | None:
-    """Return the layout of the blob that `encode` would make, in half of its time or so; None where raw is better."""
+    """Return the layout of the blob that `encode` would make, in about half of its time; None where raw is better."""
     if not _codable(weights):
         return None
     flat = weights.detach().reshape(-1)

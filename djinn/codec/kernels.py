@@ -1,8 +1,8 @@
 """The codec on a GPU: Triton kernels, one program per tile, no atomics. Importing this needs Triton.
 
-What the decoder loads and stores is contiguous and whole words, escapes excepted. Plane words are unsigned throughout:
-a shift of a signed word would smear its sign. Sizes stand as numbers, since kernels cannot read globals: a tile
-has 4096 weights, 1024 words of ``sm``, 3 planes of 128 words, 2048 words decoded.
+The decoder loads and stores whole words that are contiguous, except for escapes. Words of planes are unsigned, because
+a shift would spread the sign of a signed word. Sizes are written as numbers, because kernels cannot read globals: a
+tile has 4096 weights, 1024 words of ``sm``, 3 planes of 128 words, 2048 words decoded.
 """
 
 from __future__ import annotations

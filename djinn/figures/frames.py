@@ -154,7 +154,7 @@ def bits(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def shares(intervals: pd.DataFrame) -> pd.Series:
-    """Return of a timeline the share of its time that each lane is busy; its index are the lanes that it has.
+    """Return the share of a timeline's time in which each of its lanes is busy, indexed by lane.
 
     Copies from disk overlap: time in which several are under way counts once.
     """

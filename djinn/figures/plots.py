@@ -149,12 +149,12 @@ def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
 
 @house_style()
 def timeline(intervals: pd.DataFrame, pcie: pd.DataFrame | None = None, ax: Axes | None = None) -> Figure:
-    """What the copy engine did when: copies, compute and stalls, and some of them larger; then the link's counters.
+    """Copies, compute and stalls over time, then a part of them enlarged, then the counters of the link.
 
-    ``ax`` takes the lanes alone; the trace has a clock of its own and so an axes of its own.
+    ``ax`` takes the lanes alone: the counters have a clock of their own, and so an axes of their own.
     """
     _require(intervals, "no timeline")
-    words = "Every interval, at least a hairline wide. Right: share of the time. "
+    words = "Every interval; the shortest are drawn a hairline wide. Right: share of the time. "
     words += "Stall: compute waits for copies, as it must where the link limits."
     starts = intervals["start_s"].sort_values().tolist()
     enlarged = ax is None and len(starts) > 2 * _ENLARGED

@@ -23,7 +23,7 @@ def stall_report(stats: Stats, wall_s: float, link: Literal["disk", "pcie"], cei
     """Return a table with a row for each fact: its value, and how to read it.
 
     Args:
-        stats: of a model loaded with ``trace=True``, from :func:`djinn.stats`.
+        stats: statistics of a model loaded with ``trace=True``, from :func:`djinn.stats`.
         wall_s: seconds that its passes took, all since loading.
         link: what the bytes crossed: "pcie" on a GPU, "disk" on a CPU.
         ceiling_gbps: the link's raw rate, 10^9 bytes/s.

@@ -29,7 +29,7 @@ GREY = "#555555"
 
 @dataclass(frozen=True)
 class Look:
-    """How one system is drawn."""
+    """How one system is called and drawn. ``label`` is its display name: what people read, wherever they read it."""
 
     label: str
     colour: str
@@ -40,14 +40,26 @@ class Look:
 LOOKS = {
     "djinn": Look("djinn", "#0072B2", "", "o"),
     "djinn:lossless": Look("djinn, coded", "#56B4E9", "++", "*"),
-    "accelerate:disk": Look("Accelerate (disk)", "#E69F00", "///", "s"),
-    "accelerate:cpu": Look("Accelerate (CPU)", "#E69F00", "|||", "D"),
-    "accelerate:cpu-pinned": Look("Accelerate (pinned)", "#E69F00", "---", "P"),
-    "deepspeed:cpu": Look("DeepSpeed (CPU)", "#009E73", "...", "^"),
-    "deepspeed:nvme": Look("DeepSpeed (NVMe)", "#009E73", "xxx", "v"),
+    "accelerate:disk": Look("Accelerate, disk", "#E69F00", "///", "s"),
+    "accelerate:cpu": Look("Accelerate", "#E69F00", "|||", "D"),
+    "accelerate:cpu-pinned": Look("Accelerate, pinned", "#E69F00", "---", "P"),
+    "deepspeed:cpu": Look("DeepSpeed ZeRO-3", "#009E73", "...", "^"),
+    "deepspeed:nvme": Look("DeepSpeed ZeRO-3, disk", "#009E73", "xxx", "v"),
     "resident": Look("resident", "#CC79A7", "\\\\\\", "X"),
 }
-"""Every system that a profile may list, as ``system`` or ``system:variant``."""
+"""Every system that a profile may list, as ``system`` or ``system:variant``. Profiles, records and commands keep these
+names; pages, tables and figures show the labels."""
+
+
+def display_name(name: str) -> str:
+    """Return what people read for a name in a record, such as "djinn, coded" for ``djinn:lossless``.
+
+    A benchmark's variant follows its system's label: ``deepspeed:cpu, tuned`` is "DeepSpeed ZeRO-3, tuned".
+    """
+    known = max((each for each in LOOKS if name == each or name.startswith((f"{each}:", f"{each},"))), key=len)
+    variant = name.removeprefix(known).lstrip(":, ")
+    return f"{LOOKS[known].label}, {variant}" if variant else LOOKS[known].label
+
 
 LANES = {"copy": "#0072B2", "decode": "#CC79A7", "compute": "#009E73", "stall": "#D55E00"}
 """The lanes of the timeline, top to bottom."""

@@ -1,16 +1,17 @@
-"""The reference records: whole, unchanged, readable, and what README's table says."""
+"""The reference records: whole, unchanged, readable, and what the generated pages and README's picture say."""
 
 from __future__ import annotations
 
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from djinn.artifact.bundle import kept_files, verify
-from djinn.artifact.readme import rewritten
+from djinn.artifact.pages import DOCS, PICTURE, pages, picture_frame, results_page
 from djinn.artifact.reference import expected, folders, read_manifest
 from djinn.bench.records import read_records
-from djinn.places import ROOT
 
 
 @pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)
@@ -24,11 +25,32 @@ def test_a_folder_is_what_its_manifest_and_checksums_say(folder: Path) -> None:
         assert path.name.startswith("timeline") or read_records(path)
 
 
-def test_readme_shows_records_and_claims() -> None:
-    """After new records or claims: python -m djinn.artifact.readme."""
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"<!-- {name}: written by djinn.artifact.readme -->" in readme for name in ("results", "claims"))
-    assert rewritten(readme) == readme
+@pytest.mark.parametrize("name", ["results.md", "claims.md"])
+def test_generated_pages_show_records_and_claims(name: str) -> None:
+    """After new records or claims: python -m djinn.artifact.pages."""
+    assert pages()[DOCS / name] == (DOCS / name).read_text()
+
+
+def test_the_newest_record_of_a_machine_and_model_stands_first() -> None:
+    front, _, older = results_page().partition("\n## Older and partial records\n")
+    headings = [re.findall(r"^### (.*)", part, flags=re.M) for part in (front, older)]
+    assert len(set(headings[0])) == len(headings[0]), "one section for each machine and model"
+    assert set(headings[1]) <= set(headings[0]), "what is older has a newer one above"
+    dates = re.findall(r"^(\d{4}-\d\d-\d\d), ", front, flags=re.M)
+    assert dates == sorted(dates, reverse=True)
+
+
+def test_tables_show_display_names_alone() -> None:
+    shown = re.findall(r"^\| ([^|]+?) \|", results_page(), flags=re.M)
+    assert not [name for name in shown if ":" in name]
+
+
+def test_readmes_picture_shows_the_records() -> None:
+    """The CSV is what the picture was drawn from; its letters depend on the fonts of a machine."""
+    buffer = StringIO()
+    picture_frame().to_csv(buffer, index=False)
+    assert buffer.getvalue() == PICTURE.with_suffix(".csv").read_text()
+    assert 10_000 < PICTURE.with_suffix(".png").stat().st_size < 100_000
 
 
 def test_expected_values_are_those_of_runs_on_the_same_kind_of_device() -> None:

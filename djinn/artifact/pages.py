@@ -1,0 +1,277 @@
+"""The generated pages: docs/results.md, docs/claims.md and README's picture, from the reference records alone.
+
+python -m djinn.artifact.pages        writes them anew, and the checksums of the records
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from djinn.artifact.bundle import write_sums
+from djinn.artifact.claims import Claim, Outcome, evaluate, load_claims, target_words
+from djinn.artifact.metrics import read_evidence
+from djinn.artifact.reference import Manifest, Source, folders, read_manifest, run_of, runs
+from djinn.bench.records import Record, read_records
+from djinn.bench.run import Run
+from djinn.bench.statistics import summary_frame
+from djinn.config import load_profile
+from djinn.figures import headline
+from djinn.figures.draw import save
+from djinn.figures.style import display_name
+from djinn.files import write_text
+from djinn.places import REFERENCE_DIR, ROOT
+from djinn.sizes import format_bytes
+
+DOCS = ROOT / "docs"
+PICTURE = DOCS / "images" / "70b"
+"""README's picture, without its suffix."""
+PICTURED = "compare_70b"
+"""The profile whose newest reference run README's picture shows."""
+
+_TABLES = ("baselines.jsonl", "benchmark.jsonl")
+"""Files of run records that get a table; the points of a sweep are for its figure."""
+
+_WRITTEN = "<!-- Written by `python -m djinn.artifact.pages`; changes by hand are lost. -->"
+
+_RESULTS = f"""# Results
+
+{_WRITTEN}
+
+These tables are made from the records in [data/reference](../data/reference) alone. The newest record of each machine
+and model stands first; older and partial records stand below the line. The words are those of the
+[glossary](architecture.md#terms).
+
+- Times are medians over all tokens of all finished runs, rates are medians over the runs, memory is the largest peak.
+- All weights are synthetic: seeded random numbers in the shape of the model.
+- **host memory** is anonymous memory: what the kernel cannot take back by itself.
+- **of the ceiling** is the link's rate over its raw rate, which was measured beside each run: pinned copies to a GPU,
+  direct reads from a disk.
+- **djinn is** and **djinn, coded is** say how much faster djinn generates a token than the system of that row.
+- Rows with different budgets are different settings of a system. They are no comparison.
+- "Device memory capped" in the name of a machine means that the budget was smaller than the GPU's memory.
+
+![Time per token of Llama-2-70B in 24 GB of an H100, by system](images/70b.png)
+"""
+
+_CLAIMS = f"""# Claims
+
+{_WRITTEN}
+
+[artifact/claims.yaml](../artifact/claims.yaml) holds every claim as data. Code evaluates it over the records of a run
+and says PASS, FAIL or NOT RUN, with the reason. A claim whose inputs are missing never passes. A claim passes within
+its tolerance and not beyond; where the table gives none, the target itself is the limit.
+
+To check a claim yourself, run `make reproduce PROFILE=<run>` with the name in the column **run**, and open the page
+that it writes. That takes two minutes of your time; **minutes** and **disk** are the machine's. The column
+**reference** is what our run of that profile measured, or our newest run that measured it. Ratios hold on any machine.
+A claim that names a GPU is judged on that GPU alone.
+"""
+
+_GROUPS = {
+    "Exact": ("streamed_equals_resident", "same_tokens", "coding_changes_no_token"),
+    "Memory": ("device_memory_over_budget", "oversubscription", "host_memory_gib"),
+    "Bandwidth": ("disk_or_compute_bound", "link_gbps", "link_utilisation"),
+    "Speed": ("time_over_best_peer", "ttft_s"),
+    "Coding": ("bits_per_weight", "decode_share"),
+}
+"""The groups of claims, by what they measure; a metric that is in none of them comes last."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One file of records that has a table."""
+
+    folder: Path
+    manifest: Manifest
+    name: str
+    source: Source
+    records: list[Record]
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        """What the file is about: of several about the same machine and model, the newest counts."""
+        return self.manifest.machine, self.records[0].model
+
+    @property
+    def rank(self) -> tuple[str, int, int]:
+        """Newest first, then the largest model, then the most finished runs."""
+        finished = [record for record in self.records if record.status == "ok"]
+        return self.manifest.date, max((each.model_bytes or 0 for each in finished), default=0), len(finished)
+
+
+def results_page(root: Path = REFERENCE_DIR) -> str:
+    """Return docs/results.md: a section for each file that compares systems, with its command, table and notes."""
+    blocks = sorted(_blocks(root), key=lambda block: block.rank, reverse=True)
+    newest = {block.subject: block for block in reversed(blocks)}
+    front = [block for block in blocks if newest[block.subject] is block]
+    older = [block for block in blocks if newest[block.subject] is not block]
+    words = "Each has a record above of the same machine and model, which is newer or holds more finished runs."
+    sections = [_section(block) for block in front]
+    sections += ["---\n", f"## Older and partial records\n\n{words}\n", *map(_section, older)] if older else []
+    return "\n".join([_RESULTS, *sections])
+
+
+def table(records: list[Record]) -> str:
+    """Return a row per system and variant: medians over the finished runs, or why there is none."""
+    head = ["system", "budget", "host memory", "first token, s", "per token, s", "link, GB/s", "of the ceiling", "runs"]
+    frame = summary_frame(records)
+    ours = {name: _token_s(frame, name) for name in headline.OURS}
+    ours = {name: seconds for name, seconds in ours.items() if seconds and len(frame) > 1}
+    head += [f"{display_name(name)} is" for name in ours]
+    rows = [_cells(head), _cells(["---"] * len(head))]
+    for row in frame.to_dict("records"):
+        cells = [display_name(row["label"]), format_bytes(int(row["budget_bytes"]))]
+        if not row["runs"]:
+            rows.append(_cells([*cells, "", f"{row['status']}: {row['reason']}", "", "", "", "0", *[""] * len(ours)]))
+            continue
+        cells.append(format_bytes(int(row["peak_anon_bytes"])))
+        cells += [_number(row[f"{column}_median"]) for column in ("ttft_s", "token_s", "link_gbps")]
+        share = row["link_utilisation_median"]
+        cells += ["" if math.isnan(share) else f"{share:.1%}", str(row["runs"])]
+        apart = row["label"] not in headline.OURS
+        cells += [headline.faster(row["token_s_median"] / seconds) if apart else "" for seconds in ours.values()]
+        rows.append(_cells(cells))
+    return "\n".join(rows) + "\n"
+
+
+def claims_page() -> str:
+    """Return docs/claims.md: what shows each claim, what that takes, and what every reference run measured."""
+    claims = load_claims()
+    newest_first = sorted(runs(), key=lambda folder: read_manifest(folder).date, reverse=True)
+    measured = {folder: _outcomes(folder, claims) for folder in newest_first}
+    groups: dict[str, list[Claim]] = {group: [] for group in [*_GROUPS, "Other"]}
+    for claim in claims:
+        groups[next((name for name, metrics in _GROUPS.items() if claim.metric in metrics), "Other")].append(claim)
+    parts = [_CLAIMS]
+    for group, members in groups.items():
+        if members:
+            parts += [f"## {group}\n", _claims_table(members, measured)]
+    parts += ["## What every reference run measured\n", _matrix(claims, measured)]
+    return "\n".join(parts)
+
+
+def picture_frame(root: Path = REFERENCE_DIR) -> pd.DataFrame:
+    """Return the rows of README's picture (see :func:`djinn.figures.headline.medians`)."""
+    return headline.medians(_pictured(root)[1])
+
+
+def write_picture(stem: Path = PICTURE) -> list[Path]:
+    """Draw README's picture as PDF and PNG, with the CSV that it shows; return the paths."""
+    manifest, records = _pictured()
+    rows = picture_frame()
+    budget = format_bytes(int(rows["budget_bytes"].iloc[0]))
+    few, many = rows["runs"].min(), rows["runs"].max()
+    counted = f"{few}" if few == many else f"{few} to {many}"
+    ceiling = rows["ceiling_gbps"].iloc[0]
+    about = (
+        f"{records[0].device_name}, {manifest.date}: median of {counted} runs, batch {records[0].batch}, synthetic "
+        f"weights, same tokens. Bound: bytes beyond the budget over the link's ceiling, {ceiling:.1f} GB/s."
+    )
+    figure = headline.draw(rows, f"Time per token: Llama-2-70B (138 GB) in {budget} of an H100", about)
+    return save(figure, rows, stem)
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of every generated page, by its path."""
+    return {DOCS / "results.md": results_page(), DOCS / "claims.md": claims_page()}
+
+
+def main() -> None:
+    """Write the checksums of the records, the generated pages and README's picture."""
+    for folder in folders():
+        write_sums(folder)
+    for path, text in pages().items():
+        write_text(path, text)
+    write_picture()
+
+
+def _blocks(root: Path) -> Iterator[_Block]:
+    for folder in folders(root):
+        manifest = read_manifest(folder)
+        for name, source in manifest.files.items():
+            if Path(name).name in _TABLES:
+                yield _Block(folder, manifest, name, source, read_records(folder / name))
+
+
+def _section(block: _Block) -> str:
+    machine, model = block.subject
+    path = f"{_from_docs(block.folder)}/{block.name}"
+    parts = [
+        f"### {model}, {machine}\n",
+        f"{block.manifest.date}, [{block.folder.name}/{block.name}]({path}), by `{block.source.command}`.\n",
+        table(block.records),
+    ]
+    return "\n".join([*parts, *([f"{block.source.notes}\n"] if block.source.notes else [])])
+
+
+def _token_s(frame: pd.DataFrame, name: str) -> float | None:
+    times = frame.loc[frame["label"] == name, "token_s_median"].dropna()
+    return float(times.iloc[0]) if len(times) else None
+
+
+def _pictured(root: Path = REFERENCE_DIR) -> tuple[Manifest, list[Record]]:
+    folder = run_of(PICTURED, root)
+    assert folder is not None, f"no reference run of {PICTURED}"
+    return read_manifest(folder), Run(folder).baselines
+
+
+def _outcomes(folder: Path, claims: list[Claim]) -> dict[str, Outcome]:
+    evidence = read_evidence(Run(folder))
+    return {claim.id: evaluate(claim, evidence) for claim in claims}
+
+
+def _claims_table(claims: list[Claim], measured: Mapping[Path, Mapping[str, Outcome]]) -> str:
+    rows = [
+        _cells(["claim", "what", "target", "run", "minutes", "disk", "reference"]),
+        _cells(["---"] * 7),
+    ]
+    for claim in claims:
+        profile = load_profile(claim.profile)
+        own = run_of(claim.profile)
+        places = [*([own] if own else []), *measured]
+        at = next((folder for folder in places if measured[folder][claim.id].measured is not None), None)
+        reference = "not measured" if at is None else f"{_verdict(measured[at][claim.id])} ({at.name})"
+        run = f"`{claim.profile}`, `{claim.notebook}`"
+        size = format_bytes(profile.min_disk)
+        rows.append(_cells([claim.id, claim.text, target_words(claim), run, f"{profile.minutes:g}", size, reference]))
+    return "\n".join(rows) + "\n"
+
+
+def _matrix(claims: list[Claim], measured: Mapping[Path, Mapping[str, Outcome]]) -> str:
+    rows = [_cells(["claim", *(f"[{folder.name}]({_from_docs(folder)})" for folder in measured)])]
+    rows.append(_cells(["---"] * (len(measured) + 1)))
+    for claim in claims:
+        rows.append(_cells([claim.id, *(_verdict(outcomes[claim.id]) for outcomes in measured.values())]))
+    counts = [Counter(outcome.verdict for outcome in outcomes.values()) for outcomes in measured.values()]
+    rows.append(_cells(["in all", *(f"{each['PASS']} PASS, {each['FAIL']} FAIL" for each in counts)]))
+    return "\n".join(rows) + "\n\nAn empty cell is NOT RUN.\n"
+
+
+def _verdict(outcome: Outcome) -> str:
+    if outcome.measured is None:
+        return ""
+    return f"**{outcome.measured:.4g} FAIL**" if outcome.verdict == "FAIL" else f"{outcome.measured:.3g}"
+
+
+def _from_docs(path: Path) -> str:
+    return Path(os.path.relpath(path, DOCS)).as_posix()
+
+
+def _number(value: Any) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}"
+
+
+def _cells(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

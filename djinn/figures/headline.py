@@ -1,0 +1,119 @@
+"""The picture at the top of README: time per token of every system, and the bound that the link sets.
+
+The bound is the time that the link needs at its measured ceiling for the fewest bytes that must cross it per token:
+the model's bytes beyond the budget. Coded weights are fewer bytes, so that djinn can pass it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from djinn.bench.records import Record
+from djinn.bench.statistics import summary_frame
+from djinn.errors import UnavailableError
+from djinn.figures.style import LOOKS, PAGE_IN, SMALLEST_PT, beside, canvas, explain, figure_of, house_style
+
+OURS = ("djinn", "djinn:lossless")
+_OTHERS = "#B8B8B8"
+_CUT = 1.35
+"""A bar longer than this many times the second slowest system's is cut there, so that the others can be told apart."""
+
+
+def medians(records: Sequence[Record]) -> pd.DataFrame:
+    """Return one row per finished system, fastest first.
+
+    Columns:
+        name: ``system`` or ``system:variant``.
+        label: its display name.
+        runs: how many runs finished.
+        token_s: median of all times from one token to the next, seconds.
+        ceiling_gbps: median of the link's ceilings beside the runs of all systems, 10^9 bytes/s.
+        model_bytes, budget_bytes: as recorded.
+        bound_s: (model_bytes - budget_bytes) / ceiling, seconds.
+        djinn, djinn:lossless: how many times faster that one's median is than this system's.
+
+    Raises:
+        UnavailableError: djinn has no finished run among ``records``.
+    """
+    frame = summary_frame(records)
+    frame = frame[(frame["runs"] > 0) & frame["label"].isin(LOOKS)].sort_values("token_s_median")
+    times = frame.set_index("label")["token_s_median"]
+    if OURS[0] not in times:
+        raise UnavailableError("no finished run of djinn to compare with")
+    ceiling = pd.Series([each.ceiling_gbps for each in records if each.ceiling_gbps is not None]).median()
+    rows = pd.DataFrame(
+        {
+            "name": frame["label"],
+            "label": [LOOKS[name].label for name in frame["label"]],
+            "runs": frame["runs"],
+            "token_s": frame["token_s_median"],
+            "ceiling_gbps": ceiling,
+            "model_bytes": frame["model_bytes"].astype("int64"),
+            "budget_bytes": frame["budget_bytes"],
+        }
+    )
+    rows["bound_s"] = (rows["model_bytes"] - rows["budget_bytes"]).clip(lower=0) / ceiling / 1e9
+    for ours in OURS:
+        rows[ours] = rows["token_s"] / times.get(ours, float("nan"))
+    return rows.reset_index(drop=True)
+
+
+def faster(ratio: float) -> str:
+    """Return a speedup in words: "1.3x faster", from 10 on "12x faster", below 1 "1.1x slower"."""
+    times, word = (ratio, "faster") if ratio >= 1 else (1 / ratio, "slower")
+    return f"{times:.0f}x {word}" if times >= 10 else f"{times:.1f}x {word}"
+
+
+@house_style()
+def draw(rows: pd.DataFrame, title: str, about: str, ax: Axes | None = None) -> Figure:
+    """Draw ``rows`` (see :func:`medians`): a bar for each system, its time, and how much faster djinn is.
+
+    Args:
+        rows: systems of one run, fastest first.
+        title: what is compared.
+        about: one line about machine, runs and weights.
+        ax: an axes to draw into instead of a figure of its own.
+    """
+    ax = canvas(ax, 1.2 + 0.25 * len(rows), PAGE_IN)
+    bound, slowest = rows["bound_s"].iloc[0], rows["token_s"].max()
+    others = rows["token_s"].drop(rows["token_s"].idxmax())
+    longest = min(slowest, _CUT * others.max()) if len(others) else slowest
+    for row, system in enumerate(rows.to_dict("records")):
+        name, seconds = str(system["name"]), float(system["token_s"])
+        ours, drawn = name in OURS, min(seconds, longest)
+        ax.barh(row, drawn, height=0.7, color=LOOKS[name].colour if ours else _OTHERS, linewidth=0)
+        if seconds > longest:  # two white strokes: the bar goes on
+            for place in (0.93, 0.95):
+                ax.plot([place * longest, (place + 0.012) * longest], [row + 0.42, row - 0.42], color="white", zorder=4)
+        ax.annotate(
+            f"{seconds:#.3g} s",
+            (drawn, row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold" if ours else "normal",
+            zorder=6,
+        )
+        if not ours:
+            beside(ax, "; ".join(f"{LOOKS[each].label} {faster(system[each])}" for each in _measured(system)), row)
+    ax.axvline(bound, color="black", linestyle="--", zorder=5)
+    words = f"the link's bound for raw weights, {bound:#.3g} s"
+    ax.annotate(
+        words, (bound, len(rows) - 0.2), xytext=(4, 0), textcoords="offset points", va="center", fontsize=SMALLEST_PT
+    )
+    ax.set_yticks(range(len(rows)), list(rows["label"]))
+    ax.set_ylim(len(rows) + 0.1, -0.5)
+    ax.set_xlim(0, 1.12 * longest)
+    ax.grid(False, axis="y")
+    ax.set_xlabel("seconds per token")
+    explain(ax, title, about)
+    return figure_of(ax)
+
+
+def _measured(system: Mapping[Any, Any]) -> list[str]:
+    return [each for each in OURS if pd.notna(system[each])]

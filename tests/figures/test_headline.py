@@ -1,0 +1,89 @@
+"""README's picture: medians and speedups as the records give them, every system drawn, the bound a line."""
+
+from __future__ import annotations
+
+import matplotlib.text
+import pandas as pd
+import pytest
+from fabricated import fabricated, failed
+from matplotlib.figure import Figure
+
+from djinn.bench.records import Record
+from djinn.config import load_profile
+from djinn.errors import UnavailableError
+from djinn.figures import headline
+from djinn.figures.style import canvas, display_name
+
+PROFILE = load_profile("compare_h100")
+
+
+def record(name: str, seconds: float, run: int = 0) -> Record:
+    system, _, variant = name.partition(":")
+    times = [seconds] * (PROFILE.new_tokens - 1)
+    return fabricated(
+        PROFILE, system, run, variant=variant, per_token_s=times, model_bytes=60 * 10**9, budget_bytes=10 * 10**9,
+        ceiling_gbps=50.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    times = {"accelerate:cpu": 20.0, "djinn": 2.0, "deepspeed:cpu": 3.0, "djinn:lossless": 1.25}
+    return headline.medians([record(name, seconds) for name, seconds in times.items()])
+
+
+def words_in(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def test_rows_are_medians_speedups_and_the_bound(rows: pd.DataFrame):
+    assert list(rows["label"]) == ["djinn, coded", "djinn", "DeepSpeed ZeRO-3", "Accelerate"]
+    assert list(rows["token_s"]) == [1.25, 2.0, 3.0, 20.0]
+    assert list(rows["djinn"]) == [0.625, 1.0, 1.5, 10.0]
+    assert list(rows["djinn:lossless"]) == [1.0, 1.6, 2.4, 16.0]
+    assert set(rows["bound_s"]) == {1.0}, "50 GB beyond the budget at 50 GB/s"
+
+
+def test_systems_that_did_not_finish_are_no_rows():
+    missing = failed(PROFILE, "accelerate:cpu", 0, "unavailable", "memory: none")
+    assert list(headline.medians([record("djinn", 2.0), missing])["name"]) == ["djinn"]
+    with pytest.raises(UnavailableError, match="no finished run of djinn"):
+        headline.medians([record("deepspeed:cpu", 3.0)])
+
+
+def test_every_system_has_its_bar_its_time_and_its_speedups(rows: pd.DataFrame):
+    figure = headline.draw(rows, "title", "about")
+    (ax,) = figure.axes
+    assert len(ax.patches) == len(rows)
+    words = words_in(figure)
+    for said in ("1.25 s", "2.00 s", "3.00 s", "20.0 s", "djinn 1.5x faster; djinn, coded 2.4x faster", "10x"):
+        assert said in words
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths[:3] == [1.25, 2.0, 3.0]
+    assert 3.0 < widths[3] < 20.0, "the slowest bar is cut, so that the others can be told apart"
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"] == [1.0]
+
+
+def test_it_draws_into_an_axes_of_ones_own_and_one_system_alone():
+    ax = canvas(None, 2.0)
+    assert headline.draw(headline.medians([record("djinn", 2.0)]), "", "", ax=ax) is ax.figure
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(1.288, "1.3x faster"), (12.6, "13x faster"), (0.5, "2.0x slower")])
+def test_speedups_are_said_in_one_way(ratio: float, words: str):
+    assert headline.faster(ratio) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("djinn", "djinn"),
+        ("djinn:lossless", "djinn, coded"),
+        ("djinn:24 GB, ring 20 GB", "djinn, 24 GB, ring 20 GB"),
+        ("deepspeed:cpu, tuned", "DeepSpeed ZeRO-3, tuned"),
+        ("accelerate:cpu-pinned", "Accelerate, pinned"),
+        ("accelerate:cpu", "Accelerate"),
+    ],
+)
+def test_names_in_records_have_one_display_name(name: str, shown: str):
+    assert display_name(name) == shown
