@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 
 import djinn
+from djinn.bench.disk import read_rate
 from djinn.bench.harness import Bench, Lane
 from djinn.bench.measure import drop_pages
 from djinn.bench.records import Record
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job
 from djinn.config import Profile, load_profile
-from djinn.engine.reader import read_rate
 from djinn.weights.checkpoint import resolve
 
 HOST_MEMORY = {"12 GiB in all": "7 GB", "18 GiB in all": "13.5 GB"}

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 from djinn.engine import predict
 from djinn.engine.predict import Rates
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import owners
+from djinn.weights.models import owners
 
 TOKENS = (1, 8, 64, 512, 4096)
 _SEQUENCE = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from djinn import hardware
-from djinn.bench.certify import RESULT, Certification, read_certification
+from djinn.bench.certification import RESULT, Certification, read_certification
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
 from djinn.hardware import Machine

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from djinn.bench.certify import Certification, read_certification
+from djinn.bench.certification import Certification, read_certification
 from djinn.bench.records import Record, latest, read_records
 from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError

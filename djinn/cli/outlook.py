@@ -12,8 +12,8 @@ from djinn.cli.show import print_json, print_table
 from djinn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from djinn.engine.forecast import Choice, Forecast
     from djinn.engine.predict import Prediction, Rates
+    from djinn.planning.outlook import Choice, Forecast
 
 _CERTIFY = "`djinn certify` measures this machine; --machine plans for one that was measured before"
 

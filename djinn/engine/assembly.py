@@ -12,18 +12,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from djinn.engine.arena import Arena
-from djinn.engine.binding import Weights, buffer_homes, map_large_blocks, move_buffers
+from djinn.engine.binding import Weights, buffer_homes, move_buffers
 from djinn.engine.coding import Scratch, decoding
-from djinn.engine.copier import Copier, CpuCopier, Source
+from djinn.engine.copier import Copier, Source
+from djinn.engine.cpu import CpuCopier
 from djinn.engine.cuda import CudaCopier
+from djinn.engine.device_memory import hold_workspace
 from djinn.engine.guards import guard, unguard
+from djinn.engine.heap import map_large_blocks
 from djinn.engine.hooks import Streamer
 from djinn.engine.plan import Plan, Tier
 from djinn.engine.reader import allocate
 from djinn.engine.residents import load_residents
 from djinn.engine.saving import save_from_store
 from djinn.engine.stats import Stats
-from djinn.engine.workspace import hold_workspace
 from djinn.weights.quantised import gather_states
 
 
@@ -62,7 +64,7 @@ def start(
     """Allocate, fill, bind and hook; ``undo`` learns how to take each step back, but for what :func:`restore` does.
 
     The device is the one that the weights' coder works on. ``explain`` is a forward hook, called always: see
-    :func:`djinn.engine.workspace.shortage_hook`.
+    :func:`djinn.engine.device_memory.shortage_hook`.
     """
     device, reader = weights.coder.device, weights.coder.reader
     stats = Stats(

@@ -5,10 +5,8 @@ Only ``.data`` of a parameter changes, so whoever holds it (ties, optimisers, li
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -16,14 +14,14 @@ from torch import nn
 
 from djinn.codec.decode import decode
 from djinn.engine.coding import Coder
+from djinn.engine.heap import trim_heap
 from djinn.engine.reader import Buffer, allocate, settle
 from djinn.errors import CheckpointError
-from djinn.weights.index import WeightIndex, owners
+from djinn.weights.index import WeightIndex
+from djinn.weights.models import owners
 from djinn.weights.tensors import FileSpan, InMemory
 from djinn.weights.units import PlacedTensor, Unit
 
-_M_MMAP_THRESHOLD = -3
-"""As in glibc's ``malloc.h``."""
 TRIM_BYTES = 64 * 2**20
 """Freed weights that the C library may keep before it is asked to give them back to the system."""
 
@@ -211,22 +209,6 @@ def move_buffers(model: nn.Module, homes: Mapping[tuple[str, str], torch.device]
         for name, buffer in module._buffers.items():
             if buffer is not None and (prefix, name) in homes:
                 buffer.data = buffer.data.to(homes[prefix, name])  # the same object: it may be shared
-
-
-def trim_heap() -> None:
-    """Give memory that has been freed back to the system; glibc keeps blocks under 32 MiB in the middle of its heap."""
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def map_large_blocks() -> None:
-    """Have the C library map memory of a MiB and more by itself, for the whole process, so that freeing it frees it.
-
-    glibc stops doing so once a large block has been freed. A KV cache that grows between activations then leaves holes
-    all over its heap: with prompts of a 7B model up to twice what its tensors come to. Passes are no slower for it.
-    """
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _was_in_memory(tensor: PlacedTensor) -> bool:

@@ -8,7 +8,6 @@ read: compute runs in order, so the next unit's decoding comes after the last on
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
@@ -25,33 +24,11 @@ from djinn.engine.arena import PinnedMemory
 from djinn.engine.reader import Buffer, Piece, Reader, allocate, settle
 from djinn.errors import PlanError
 from djinn.hardware import local_cpus
-from djinn.weights.tensors import Converted, Decoded, Encoded, FileSpan, InMemory, Seeded, TensorEntry
-from djinn.weights.units import PAGE, PlacedTensor, Unit
+from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, TensorEntry
+from djinn.weights.units import PlacedTensor, Unit
 
 _SAMPLE_BYTES = 2**20
 """Of a tensor, from which its size when coded is estimated."""
-
-
-def coded(units: Sequence[Unit], layout: Callable[[TensorEntry], Layout | None]) -> list[Unit]:
-    """Return ``units`` with every tensor coded that gains by it and can be decoded just before it is read.
-
-    ``layout`` says of a raw tensor what its code would be, None where raw is better. What is packed is never coded
-    anew: it stays as it is stored, or becomes raw where it cannot be decoded just before it is read.
-    """
-
-    def encoded(entry: TensorEntry) -> TensorEntry:
-        if not entry.codable:
-            return entry
-        assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
-        found = layout(entry)
-        return entry if found is None else replace(entry, source=Encoded(entry.source), layout=found)
-
-    uses = Counter(reader for unit in units for reader in unit.readers)
-    # Scratch holds one unit: what is read around or beside others has to lie elsewhere.
-    return [
-        unit.raw() if unit.held or any(uses[reader] > 1 for reader in unit.readers) else unit.with_entries(encoded)
-        for unit in units
-    ]
 
 
 class Coder:

@@ -26,7 +26,8 @@ from djinn.engine.memcpy import Command, prepare
 from djinn.engine.reader import THREADS, Buffer, Piece, Reader, pieces
 from djinn.engine.ring import Slot
 from djinn.engine.stats import Interval, Stats
-from djinn.weights.units import PAGE, Unit
+from djinn.weights.tensors import PAGE
+from djinn.weights.units import Unit
 
 STAGING_BUFFERS = THREADS
 """Page-locked buffers between disk and link: one for every reading thread; copying one takes a tenth of reading it."""

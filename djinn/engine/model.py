@@ -18,10 +18,11 @@ from djinn.devices import free_device_memory, require_here
 from djinn.engine.assembly import Engine, restore, start
 from djinn.engine.binding import Weights, parameters_of
 from djinn.engine.coding import Coder
+from djinn.engine.device_memory import shortage_hook
 from djinn.engine.opened import opened
 from djinn.engine.plan import Plan
 from djinn.engine.stats import Stats
-from djinn.engine.workspace import Workload, shortage_hook
+from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
 from djinn.planning.memory import require_device_memory

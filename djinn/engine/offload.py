@@ -13,10 +13,10 @@ from djinn.devices import free_device_memory, require_here
 from djinn.engine.assembly import Engine, note_state, restore, start
 from djinn.engine.binding import Weights, parameters_by_name
 from djinn.engine.coding import Coder
+from djinn.engine.device_memory import shortage_hook
 from djinn.engine.guards import is_guarded
 from djinn.engine.model import register
 from djinn.engine.opened import opened
-from djinn.engine.workspace import shortage_hook
 from djinn.errors import ConfigError, PlanError
 from djinn.planning.memory import require_device_memory
 from djinn.planning.request import Coding, Request

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from djinn.codec.layout import Layout
-from djinn.engine.coding import Coder, coded
+from djinn.engine.coding import Coder
 from djinn.engine.plan import Plan, place_on
 from djinn.engine.reader import Reader
 from djinn.engine.workspace import CUDA_OVERHEAD_BYTES, Workload, what_fits, workspace_bytes
@@ -21,10 +21,11 @@ from djinn.errors import PlanError
 from djinn.hardware import usable_ram
 from djinn.planning.memory import require_host_memory
 from djinn.planning.request import Coding, Request
+from djinn.weights.coding import coded
 from djinn.weights.index import WeightIndex
 from djinn.weights.opening import outline_of
-from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
-from djinn.weights.units import PAGE, Unit, find_units
+from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
+from djinn.weights.units import Unit, find_units
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def outlined(model: str | Path, request: Request) -> Opened:
 def opened(index: WeightIndex, request: Request, layout: Callable[[TensorEntry], Layout | None]) -> Opened:
     """Return an index as an opened model: its tensors coded or raw as asked, raw in any case if it fits the budget.
 
-    ``layout`` is as for :func:`djinn.engine.coding.coded`.
+    ``layout`` is as for :func:`djinn.weights.coding.coded`.
     """
     units = find_units(index)
     fits = index.nbytes + workspace_of(index, request) <= request.budget

@@ -18,7 +18,8 @@ import torch
 from djinn.engine.ring import Slot, schedule
 from djinn.errors import PlanError
 from djinn.sizes import format_bytes
-from djinn.weights.units import PAGE, Unit
+from djinn.weights.tensors import PAGE
+from djinn.weights.units import Unit
 
 OVERLAP_UNITS = 3
 """Largest units that a ring of default size holds: one computing, one arriving, one queued behind it."""

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import queue
-import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,8 +24,8 @@ from numpy.typing import NDArray
 
 from djinn.errors import CheckpointError
 from djinn.weights import synthetic
-from djinn.weights.tensors import FileSpan, InMemory, Seeded, TensorEntry
-from djinn.weights.units import PAGE, Unit
+from djinn.weights.tensors import PAGE, FileSpan, InMemory, Seeded, TensorEntry
+from djinn.weights.units import Unit
 
 Buffer = NDArray[np.uint8]
 
@@ -126,13 +123,13 @@ class Reader:
         span = -(-(offset + nbytes - low) // PAGE) * PAGE
         begin = at - (offset - low)
         if begin % PAGE == 0 and begin >= 0 and begin + span <= image.nbytes:
-            self._read_pages(path, low, image[begin : begin + span], offset + nbytes - low)
+            self.read_pages(path, low, image[begin : begin + span], offset + nbytes - low)
         else:
             bounce = self._bounce_buffer(span)
-            self._read_pages(path, low, bounce, offset + nbytes - low)
+            self.read_pages(path, low, bounce, offset + nbytes - low)
             np.copyto(image[at : at + nbytes], bounce[offset - low : offset - low + nbytes])
 
-    def _read_pages(self, path: Path, offset: int, target: Buffer, needed: int) -> None:
+    def read_pages(self, path: Path, offset: int, target: Buffer, needed: int) -> None:
         """Read whole pages into ``target`` until the ``needed`` bytes are there (a file's last page may be short)."""
         done = 0
         try:
@@ -187,49 +184,6 @@ def _open_direct(path: Path) -> int | None:
         os.close(file)
         return None
     return file
-
-
-def read_rate(paths: Sequence[Path], nbytes: int, chunk_bytes: int, threads: int = THREADS) -> float:
-    """Return the raw direct-read rate of these files in bytes/s: the ceiling of streaming from them.
-
-    Reads up to ``nbytes`` in blocks of ``chunk_bytes``, ``threads`` at a time, into buffers that are used again: one
-    contiguous stretch as in a pass, from a random place, so that no cache below the page cache has just seen it.
-    """
-    reader = Reader(chunk_bytes, threads)
-    chunk = reader.chunk_bytes
-    buffers: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
-    for _ in range(threads):
-        buffer = allocate(chunk)
-        buffer[::PAGE] = 1  # touched before timing: the first touch of a page is slow
-        buffers.put(buffer)
-
-    def read(path: Path, offset: int, needed: int) -> int:
-        buffer = buffers.get()
-        try:
-            reader._read_pages(path, offset, buffer, needed)
-        finally:
-            buffers.put(buffer)
-        return needed
-
-    try:
-        blocks = _stretch(paths, nbytes, chunk)
-        start = time.perf_counter()
-        total = sum(reader.pool.map(lambda block: read(*block), blocks))
-        return total / (time.perf_counter() - start)
-    finally:
-        reader.close()
-
-
-def _stretch(paths: Sequence[Path], nbytes: int, chunk: int) -> list[tuple[Path, int, int]]:
-    """Return (path, offset, bytes) of consecutive blocks that cover ``nbytes``, from a random one on."""
-    blocks = [
-        (path, offset, min(chunk, path.stat().st_size - offset))
-        for path in paths
-        for offset in range(0, path.stat().st_size, chunk)
-    ]
-    wanted = max(1, min(len(blocks), nbytes // chunk))
-    first = random.randrange(len(blocks))
-    return [blocks[(first + number) % len(blocks)] for number in range(wanted)]
 
 
 def settle(futures: Sequence[Future[int]], progress: Callable[[int], object] = lambda _: None) -> None:

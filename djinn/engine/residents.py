@@ -10,7 +10,8 @@ import torch
 
 from djinn.engine.arena import PinnedMemory
 from djinn.engine.reader import Filler, allocate, settle
-from djinn.weights.units import PAGE, Unit
+from djinn.weights.tensors import PAGE
+from djinn.weights.units import Unit
 
 
 def load_residents(units: Sequence[Unit], filler: Filler, device: torch.device) -> dict[str, torch.Tensor]:

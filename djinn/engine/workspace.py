@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +24,6 @@ CUDA_CONTEXT_BYTES = 1050 * 10**6
 CUDA_OVERHEAD_BYTES = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES + SMALL_TENSORS_BYTES
 """What a GPU needs beside weights, KV cache and activations."""
 
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 _FRAGMENTS_SHARE = 0.02
 """What may be lost between tensors that torch's allocator cuts from one piece: more than in any case of the tests."""
@@ -85,32 +81,13 @@ def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.
 
     A CPU's torch (2.13) copies the output projection for every sequence whose last position alone goes through it,
     as it does in ``generate``; a tenth more is for what the C library keeps around such copies and other tensors, once
-    it maps large ones by themselves (:func:`djinn.engine.binding.map_large_blocks`).
+    it maps large ones by themselves (:func:`djinn.engine.heap.map_large_blocks`).
     """
     tensors = kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work)
     if device.type == "cuda":
         return CUDA_OVERHEAD_BYTES + round((1 + _FRAGMENTS_SHARE) * tensors)
     text = next(dimensions(config))
     return 11 * (tensors + work.batch * text.vocab * text.hidden * dtype.itemsize) // 10
-
-
-def hold_workspace(workspace_bytes: int, device: torch.device) -> None:
-    """Have torch's allocator hold a GPU's workspace as one free piece, from which passes then cut their tensors.
-
-    Left to itself it takes memory from the driver in pieces of whatever size is asked for first; a KV cache that grows
-    lies scattered over them, and passes need up to 1.4 times what their tensors come to. The piece serves passes on the
-    stream that is current now; it is gone once someone calls ``torch.cuda.empty_cache()`` or memory runs out, and what
-    is allocated outside of passes, another model too, may be cut from it. Where torch is told not to split what is
-    large, or the memory is not there, passes get theirs as torch gives it.
-    """
-    if not any("max_split_size_mb" in os.environ.get(name, "") for name in _ALLOCATOR_SETTINGS):
-        with suppress(torch.OutOfMemoryError):
-            torch.empty(held_bytes(workspace_bytes), dtype=torch.uint8, device=device)
-
-
-def held_bytes(workspace_bytes: int) -> int:
-    """Return how much of a GPU's workspace is held in one piece: all that is not the context's or small tensors'."""
-    return max(workspace_bytes - CUDA_CONTEXT_BYTES - SMALL_TENSORS_BYTES, 0)
 
 
 def largest(fits: Callable[[int], bool], below: int) -> int:
@@ -136,17 +113,3 @@ def what_fits(plan_for: Callable[[Workload], object], work: Workload) -> str:
     batch = largest(lambda size: fits(batch=size), work.batch)
     words = [f"a prompt of {prompt} tokens"] * (prompt > 0) + [f"a batch of {batch}"] * (batch > 0)
     return f"; it would fit {' or '.join(words)}" if words else ""
-
-
-def shortage_hook(kept_for: str) -> Callable[..., None]:
-    """Return a forward hook, to be called always, that says on an out-of-memory error what memory was kept for."""
-
-    def explain(*_: object) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, torch.OutOfMemoryError):
-            error.add_note(
-                f"djinn kept device memory for {kept_for}: load the model with what you need, or ask for less; it can "
-                "still be used"
-            )
-
-    return explain

@@ -9,7 +9,8 @@ import torch
 from djinn.errors import CheckpointError
 from djinn.weights import checkpoint
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, synthetic_index
+from djinn.weights.index import WeightIndex, checkpoint_index, header_index, synthetic_index
+from djinn.weights.models import empty_model
 from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
 
 

@@ -11,6 +11,11 @@ import torch
 
 from djinn.codec.layout import LEAST_BYTES, Layout
 
+PAGE = 4096
+"""Direct reads need file offset, address and length in multiples of this."""
+ALIGNMENT = 256
+"""Bytes to which tensors are aligned in memory, so that kernels choose the same path as for resident weights."""
+
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,

@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
-from djinn.weights.index import Reads, owners
+from djinn.weights.index import Reads
 from djinn.weights.inputs import Inputs, example_inputs, following_inputs
+from djinn.weights.models import owners
 
 
 def traced_readers(model: PreTrainedModel) -> dict[str, list[str]]:

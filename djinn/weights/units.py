@@ -7,13 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from djinn.weights.index import WeightIndex
-from djinn.weights.tensors import FileSpan, TensorEntry
+from djinn.weights.tensors import ALIGNMENT, PAGE, FileSpan, TensorEntry
 from djinn.weights.tracing import inside, read_by_block, read_by_module, traced_readers
 
-PAGE = 4096
-"""Direct reads need file offset, address and length in multiples of this."""
-ALIGNMENT = 256
-"""Bytes to which tensors are aligned in memory, so that kernels choose the same path as for resident weights."""
 UNREAD = "(not read)"
 """The unit of what no recorded pass has read: it stays on the device, because nobody knows who will read it."""
 
@@ -89,7 +85,7 @@ class Unit:
 
     def with_entries(self, change: Callable[[TensorEntry], TensorEntry]) -> Unit:
         """Return the unit with ``change`` applied to each of its tensors, laid out anew."""
-        return replace(self, tensors=_layout([(tensor.name, change(tensor.entry)) for tensor in self.tensors]))
+        return replace(self, tensors=lay_out([(tensor.name, change(tensor.entry)) for tensor in self.tensors]))
 
     def raw(self) -> Unit:
         """Return the unit with its tensors raw."""
@@ -109,16 +105,16 @@ def find_units(index: WeightIndex) -> list[Unit]:
         Unit(
             name="+".join(each) or "(root)",
             readers=each,
-            tensors=_layout([(name, index.tensors[name]) for name in parameters]),
+            tensors=lay_out([(name, index.tensors[name]) for name in parameters]),
             held=any(other != reader and inside(other, reader) for reader in each for other in all_readers),
         )
         for each, parameters in members.items()
     ]
     unread = [(name, entry) for name, entry in index.tensors.items() if name not in readers]
-    return units + ([Unit(UNREAD, (), _layout(unread), held=True)] if unread else [])
+    return units + ([Unit(UNREAD, (), lay_out(unread), held=True)] if unread else [])
 
 
-def _layout(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
+def lay_out(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
     """Place tensors in an image so that a direct read can put a file's pages straight into it.
 
     A tensor whose file offset is aligned keeps its offset within the page, on pages of its own; others are packed.

@@ -7,7 +7,8 @@ import torch
 
 from djinn import hardware
 from djinn.bench import certify as module
-from djinn.bench.certify import RESULT, Certification, certify, read_certification
+from djinn.bench.certification import RESULT, Certification, read_certification
+from djinn.bench.certify import certify
 from djinn.bench.proof import prove
 from djinn.config import load_profile
 from djinn.errors import ConfigError, PlanError

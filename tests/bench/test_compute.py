@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from djinn.bench import compute
-from djinn.bench.certify import Certification
+from djinn.bench.certification import Certification
 
 
 def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:

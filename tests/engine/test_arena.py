@@ -16,7 +16,8 @@ from djinn.engine.reader import Buffer, Reader, allocate, settle
 from djinn.engine.residents import load_residents
 from djinn.errors import CheckpointError
 from djinn.weights.files import read_shard
-from djinn.weights.units import PAGE, Unit, _layout
+from djinn.weights.tensors import PAGE
+from djinn.weights.units import Unit, lay_out
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def units(tmp_path: Path) -> list[Unit]:
     path = tmp_path / "model.safetensors"
     save_file({f"t{number}": torch.randn(100 * number + 1, 33) for number in range(6)}, path)
     entries = list(read_shard(path).items())
-    return [Unit(f"u{number}", (f"u{number}",), _layout(entries[number : number + 2])) for number in range(0, 6, 2)]
+    return [Unit(f"u{number}", (f"u{number}",), lay_out(entries[number : number + 2])) for number in range(0, 6, 2)]
 
 
 def expected(unit: Unit) -> Buffer:

@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from djinn.engine.copier import CpuCopier, Source
+from djinn.engine.copier import Source
+from djinn.engine.cpu import CpuCopier
 from djinn.engine.reader import Reader, allocate, pieces, settle
 from djinn.engine.ring import schedule
 from djinn.engine.stats import TIMELINE_LIMIT, Interval, Stats
 from djinn.errors import CheckpointError
 from djinn.weights.files import read_shard
-from djinn.weights.units import PAGE, Unit, _layout
+from djinn.weights.tensors import PAGE
+from djinn.weights.units import Unit, lay_out
 
 
 def new_stats(*, traced: bool = False) -> Stats:
@@ -41,7 +43,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def units(path: Path) -> list[Unit]:
-    return [Unit(name, (name,), _layout([(name, entry)])) for name, entry in sorted(read_shard(path).items())]
+    return [Unit(name, (name,), lay_out([(name, entry)])) for name, entry in sorted(read_shard(path).items())]
 
 
 def copier_of(units: list[Unit], reader: Reader, stats: Stats, *, in_memory: bool) -> CpuCopier:

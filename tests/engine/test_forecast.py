@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from djinn.engine.forecast import Forecast, forecast
+from djinn.engine.forecast import forecast
 from djinn.engine.opened import outlined
 from djinn.engine.plan import Plan
 from djinn.engine.predict import ComputeRate, Rates, predict, work_of
 from djinn.engine.workspace import Workload
 from djinn.errors import PlanError
+from djinn.planning.outlook import Forecast
 from djinn.planning.request import Request
 from djinn.weights import checkpoint
 from djinn.weights.opening import index_of

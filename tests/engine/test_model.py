@@ -26,7 +26,7 @@ from djinn.engine import opened
 from djinn.engine.plan import Plan, Tier
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import empty_model
+from djinn.weights.models import empty_model
 from djinn.weights.synth import synthesise
 
 Tiny = Callable[[str], Path]

@@ -15,8 +15,8 @@ from djinn.engine.plan import RING_FLOOR_SHARE, Plan, Tier, make_plan, place_on
 from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import PlanError
 from djinn.planning.memory import require_device_memory
-from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
-from djinn.weights.units import PAGE, PlacedTensor, Unit
+from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
+from djinn.weights.units import PlacedTensor, Unit
 
 GB = 10**9
 

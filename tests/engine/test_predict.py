@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn.bench.certify import read_certification
+from djinn.bench.certification import read_certification
 from djinn.bench.records import Record, read_records
 from djinn.engine.opened import Opened, outlined
 from djinn.engine.plan import Plan, make_plan
@@ -22,8 +22,8 @@ from djinn.errors import UnavailableError
 from djinn.places import REFERENCE_DIR
 from djinn.planning.request import Request
 from djinn.weights.architectures import load_architecture
-from djinn.weights.tensors import FileSpan, TensorEntry
-from djinn.weights.units import PAGE, PlacedTensor, Unit
+from djinn.weights.tensors import PAGE, FileSpan, TensorEntry
+from djinn.weights.units import PlacedTensor, Unit
 
 LOAD = Workload(prompt_tokens=64, new_tokens=8, batch=2)
 COMPUTE = (ComputeRate(tokens=1, rate=10e9), ComputeRate(tokens=8, rate=9e9), ComputeRate(tokens=64, rate=2e9))

@@ -15,17 +15,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from djinn.engine.reader import Reader, allocate, pieces, read_rate, settle
+from djinn.bench.disk import read_rate
+from djinn.engine.reader import Reader, allocate, pieces, settle
 from djinn.errors import CheckpointError
 from djinn.weights.files import read_shard
-from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
-from djinn.weights.units import PAGE, Unit, _layout
+from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
+from djinn.weights.units import Unit, lay_out
 
 GUARD = 0xA5
 
 
 def unit_of(tensors: dict[str, TensorEntry]) -> Unit:
-    return Unit(name="u", readers=("u",), tensors=_layout(list(tensors.items())))
+    return Unit(name="u", readers=("u",), tensors=lay_out(list(tensors.items())))
 
 
 def write_checkpoint(path: Path, sizes: list[int], first: int, gaps: list[int]) -> dict[str, TensorEntry]:

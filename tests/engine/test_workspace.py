@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 import djinn
+from djinn.engine.device_memory import held_bytes, hold_workspace
 from djinn.engine.model import placement
 from djinn.engine.workspace import (
     CUDA_CONTEXT_BYTES,
     CUDA_OVERHEAD_BYTES,
     Workload,
     activation_bytes,
-    held_bytes,
-    hold_workspace,
     kv_cache_bytes,
     largest,
     what_fits,

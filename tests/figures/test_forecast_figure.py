@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from matplotlib.colors import to_hex
 
-from djinn.engine.forecast import Forecast, forecast
+from djinn.engine.forecast import forecast
 from djinn.engine.plan import Tier
 from djinn.engine.predict import Rates
 from djinn.errors import UnavailableError
 from djinn.figures.forecast import COLOURS, budgets_frame, draw
+from djinn.planning.outlook import Forecast
 
 
 @pytest.fixture(scope="module")

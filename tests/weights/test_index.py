@@ -23,7 +23,8 @@ import djinn
 from djinn.errors import CheckpointError
 from djinn.weights.architectures import load_architecture
 from djinn.weights.files import read_checkpoint, read_shard
-from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, header_index, owners, synthetic_index
+from djinn.weights.index import WeightIndex, checkpoint_index, header_index, synthetic_index
+from djinn.weights.models import empty_model, owners
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import find_units
 

@@ -7,8 +7,8 @@ import torch
 from architectures import ARCHITECTURES
 from transformers import LlavaForConditionalGeneration, Wav2Vec2Config, Wav2Vec2Model
 
-from djinn.weights.index import empty_model
 from djinn.weights.inputs import example_inputs, following_inputs
+from djinn.weights.models import empty_model
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

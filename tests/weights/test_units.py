@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from djinn.weights.index import WeightIndex, checkpoint_index, synthetic_index
-from djinn.weights.units import PAGE, Unit, find_units
+from djinn.weights.tensors import PAGE
+from djinn.weights.units import Unit, find_units
 
 Tiny = Callable[[str], Path]
 TRACED = sorted(TINY.keys() - {"opt"})

@@ -15,7 +15,7 @@ from djinn.bench.systems.base import Job
 from djinn.errors import UnavailableError
 from djinn.sizes import format_bytes
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import empty_model
+from djinn.weights.models import empty_model
 from djinn.weights.synthetic import fill
 
 FILLERS = 8
