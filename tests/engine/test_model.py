@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -268,8 +269,14 @@ def open_files() -> set[str]:
     return {name for name in found if name.endswith(".safetensors")}
 
 
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other processes leave in the system's folder meanwhile is none of these tests' business."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def spills() -> set[Path]:
-    return set(Path(engine_model.tempfile.gettempdir()).glob("djinn-*"))
+    return set(Path(tempfile.gettempdir()).glob("djinn-*"))
 
 
 @pytest.mark.parametrize("how", ["del", "detach"])
