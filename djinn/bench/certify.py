@@ -37,15 +37,13 @@ from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine
-from djinn.places import CHECKPOINT_DIR
+from djinn.places import CERTIFICATION, CHECKPOINT_DIR, certification_path
 from djinn.weights.architectures import load_architecture
 from djinn.weights.checkpoint import SYNTHETIC, synthetic_folder
 from djinn.weights.index import WeightIndex, checkpoint_index, empty_model, synthetic_index
 
 if TYPE_CHECKING:
     import pandas as pd
-
-RESULT = Path("results") / "certify.json"
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 _Result = TypeVar("_Result")
@@ -120,7 +118,7 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
     Raises:
         OSError: the run directory cannot be written.
     """
-    target = run_dir / RESULT
+    target = run_dir / CERTIFICATION
     checkpoint = _checkpoint(profile)
     folder = CHECKPOINT_DIR if checkpoint else run_dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +181,7 @@ def read_certification(run_dir: Path) -> Certification | None:
     Raises:
         ConfigError: the file is damaged.
     """
-    path = next((path for path in (run_dir / RESULT, run_dir / RESULT.name) if path.is_file()), None)
+    path = certification_path(run_dir)
     if path is None:
         return None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,18 @@ class _DeviceWait(LogitsProcessor):
         return scores
 
 
+class _Pieces(TextStreamer):
+    """Hands the generated text on, piece by piece, once later tokens can no longer change it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand on a piece; see ``transformers.TextStreamer``."""
+        self._show(text + "\n" * stream_end)
+
+
 def generate(
     model: str,
     prompt: str,
@@ -67,14 +80,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
-    show: bool = False,
+    show: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Generated:
     """Continue ``prompt``; every other argument is as for :func:`djinn.load`.
 
     Args:
         temperature: of sampling, seeded by ``seed``; 0 takes the most likely token.
         chat: put the prompt into the tokenizer's chat template, as a user's message.
-        show: print tokens as they come.
+        show: is given the text piece by piece, as it comes.
+        say: is told what is done next, in a few words.
 
     Raises:
         ConfigError: a chat with a tokenizer that has no template.
@@ -84,11 +99,13 @@ def generate(
     on_gpu = where.type == "cuda"
     peak = MemoryPeak()
     peak.mark_bare()
+    say("reading the tokenizer")
     ceiling = pinned_h2d_rate(parse_bytes(chunk)) if on_gpu else 0.0  # before the link carries anything else
     folder = resolve(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = _inputs(tokenizer, folder, prompt, chat)
     prompt_tokens = inputs["input_ids"].shape[1]
+    say("loading the weights")
     streaming = djinn.load(
         folder,
         budget=budget,
@@ -101,6 +118,7 @@ def generate(
         coding=coding,
         trace=not on_gpu,  # events around every unit would slow a GPU; on a CPU they are two clock readings
     )
+    say("generating")
     wait = _DeviceWait()
     torch.manual_seed(seed)
     start = time.perf_counter()
@@ -109,7 +127,7 @@ def generate(
         max_new_tokens=new_tokens,
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
         logits_processor=LogitsProcessorList([wait] if on_gpu else []),
-        streamer=TextStreamer(tokenizer, skip_prompt=True) if show else None,
+        streamer=_Pieces(tokenizer, show) if show else None,
     )[0, prompt_tokens:]
     wall_s = time.perf_counter() - start
     peak.sample()
