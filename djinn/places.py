@@ -29,6 +29,14 @@ RUNS_DIR = ROOT / "artifact" / "runs"
 _CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "djinn"
 CHECKPOINT_DIR = (CHECKOUT / "artifact" if CHECKOUT else _CACHE_DIR) / "checkpoints"
 
+CERTIFICATION = Path("results") / "certify.json"
+"""Where a run keeps what was found out of its machine."""
+
+
+def certification_path(folder: Path) -> Path | None:
+    """Return the certification of a run, or of a folder that holds it alone; None if there is none yet."""
+    return next((path for path in (folder / CERTIFICATION, folder / CERTIFICATION.name) if path.is_file()), None)
+
 
 def from_root(path: Path) -> str:
     """Return ``path`` as seen from :data:`ROOT`, so that what is written down names no one's home."""

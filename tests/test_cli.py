@@ -33,6 +33,29 @@ def test_help_is_instant_because_torch_is_not_imported() -> None:
     assert not {"torch", "transformers", "pandas", "deepspeed"} & set(modules.split())
 
 
+def test_help_groups_the_commands() -> None:
+    shown = djinn("--help").stdout
+    places = [shown.index(f" {words} ") for words in ("Use", "generate", "Measure", "baseline", "Artifact", "verify")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--machine", "l4"],
+        ["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5"],
+        ["reproduce", "--profile", "smoke_huge"],
+        ["certify", "--profile", "smoke_huge"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_bad_input_is_refused_before_torch_is_imported(arguments: list[str]) -> None:
+    code = f"import sys; from djinn.cli import main; main({arguments}, standalone_mode=False) or print(*sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert finished.stderr.startswith("djinn: ")
+    assert not {"torch", "transformers", "pandas", "papermill"} & set(finished.stdout.split())
+
+
 def test_profiles_as_json() -> None:
     result = djinn("profiles", "--json")
     assert result.exit_code == 0
@@ -43,6 +66,8 @@ def test_profiles_for_people() -> None:
     result = djinn("profiles")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in profile_names())
+    assert "…" not in result.stdout  # nothing is cut short
+    assert len(result.stdout.splitlines()) <= 1 + 2 * len(profile_names())  # in 80 columns
 
 
 @pytest.mark.parametrize(
@@ -159,6 +184,20 @@ def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:
     assert measured["shares"][measured["limit"]] == max(measured["shares"].values())
 
 
+def test_a_terminal_shows_what_goes_on_and_standard_output_stays_as_it_is(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ["plan", str(tiny_checkpoint), "--budget", "5 MB", "--prompt-tokens", "8", "--device", "cpu", "--json"]
+    generate = ["generate", str(tiny_checkpoint), "--prompt", "Hello", "--budget", "5 MB", "--new-tokens", "2"]
+    piped = [djinn(*arguments) for arguments in (plan, generate)]
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    on_terminal = [djinn(*arguments) for arguments in (plan, generate)]
+    assert [each.stdout for each in piped] == [each.stdout for each in on_terminal]
+    assert piped[0].stderr == ""
+    assert "reading the weights' headers" in on_terminal[0].stderr
+    assert "generating" in on_terminal[1].stderr
+
+
 def test_generate_samples_as_it_is_told(tiny_checkpoint: Path) -> None:
     arguments = [
         "generate",
@@ -268,6 +307,7 @@ def test_a_run_that_did_not_succeed_is_code_1_with_its_reason(
     assert result.exit_code == 1
     assert "deepspeed:cpu: oom: out of memory: 26 GB of weights, 12 GB of RAM" in result.stdout
     assert "TTFT" in result.stdout
+    assert "90.8%" in result.stdout
     assert "TTFT" not in djinn("baseline", "all", "--ttft-disabled").stdout
 
 
@@ -290,6 +330,23 @@ def test_figures_and_report_of_a_run(fabricated_run: Path) -> None:
     claims = json.loads((fabricated_run / "results/claims.json").read_text())
     assert written.exit_code == int(any(claim["verdict"] == "FAIL" for claim in claims))
     assert str(fabricated_run / "index.html") in written.stdout.replace("\n", "")
+    assert "claims that apply here pass; 9 need a GPU" in written.stdout
+
+
+def test_a_report_evaluates_the_claims_once(fabricated_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from djinn.artifact import claims, report
+
+    written: list[Path] = []
+
+    def counted(run_dir: Path) -> list[claims.Outcome]:
+        written.append(run_dir)
+        return write(run_dir)
+
+    write = claims.write_claims
+    for module in (claims, report):
+        monkeypatch.setattr(module, "write_claims", counted)
+    assert djinn("report", str(fabricated_run)).exit_code in (0, 1)
+    assert written == [fabricated_run]
 
 
 def test_report_of_something_else_is_bad_input(tmp_path: Path) -> None:

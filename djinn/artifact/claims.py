@@ -85,6 +85,8 @@ class Outcome(_Frozen):
     verdict: Verdict
     measured: float | None = None
     why: str = ""
+    lacking: str = ""
+    """Where the run is not about what the claim needs: that, in a few words, such as "a GPU"."""
 
 
 def load_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
@@ -109,7 +111,7 @@ def evaluate(claim: Claim, evidence: Evidence) -> Outcome:
         _require(claim.needs, evidence)
         measured = METRICS[claim.metric](evidence, **claim.arguments)
     except NotMeasuredError as missing:
-        return Outcome(claim=claim, verdict="NOT RUN", why=str(missing))
+        return Outcome(claim=claim, verdict="NOT RUN", why=str(missing), lacking=missing.lacking)
     if claim.holds(measured):
         return Outcome(claim=claim, verdict="PASS", measured=measured)
     return Outcome(claim=claim, verdict="FAIL", measured=measured, why=f"{measured:.4g} is not {target_words(claim)}")
@@ -122,6 +124,11 @@ def write_claims(run_dir: Path) -> list[Outcome]:
     document = [outcome.model_dump(mode="json") for outcome in outcomes]
     write_text(run_dir / "results" / "claims.json", json.dumps(document, indent=2) + "\n")
     return outcomes
+
+
+def read_claims(run_dir: Path) -> list[Outcome]:
+    """Return the outcomes that :func:`write_claims` wrote last."""
+    return TypeAdapter(list[Outcome]).validate_json((run_dir / "results" / "claims.json").read_text())
 
 
 def claims_frame(outcomes: list[Outcome], expected: Mapping[str, str] | None = None) -> pd.DataFrame:
@@ -154,13 +161,15 @@ def target_words(claim: Claim) -> str:
 def _require(needs: Needs, evidence: Evidence) -> None:
     device = evidence.profile.device
     if needs.device is not None and needs.device != device:
-        raise NotMeasuredError(f"needs device {needs.device}; this run used {device}")
+        lacking = "a GPU" if needs.device == "cuda" else "a run without a GPU"
+        raise NotMeasuredError(f"needs device {needs.device}; this run used {device}", lacking)
     if needs.gpu is None and needs.model_bytes is None:
         return
     names = {record.device_name for record in evidence.finished()}
     if needs.gpu is not None and not all(needs.gpu in name.split() for name in names):
-        raise NotMeasuredError(f"needs an {needs.gpu}; this run used {', '.join(sorted(names))}")
+        raise NotMeasuredError(f"needs an {needs.gpu}; this run used {', '.join(sorted(names))}", "another GPU")
     if needs.model_bytes is not None and (smallest := min(evidence.values("model_bytes"))) < needs.model_bytes:
         raise NotMeasuredError(
-            f"needs a model of {format_bytes(needs.model_bytes)} or more; this run's has {format_bytes(smallest)}"
+            f"needs a model of {format_bytes(needs.model_bytes)} or more; this run's has {format_bytes(smallest)}",
+            "a larger model",
         )

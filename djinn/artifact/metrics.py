@@ -17,7 +17,14 @@ from djinn.figures import frames
 
 
 class NotMeasuredError(Exception):
-    """A metric's inputs are missing; the message says which."""
+    """A metric's inputs are missing; the message says which.
+
+    ``lacking`` says in a few words what a claim needs that this run is not about, such as "a GPU".
+    """
+
+    def __init__(self, message: str, lacking: str = "") -> None:
+        super().__init__(message)
+        self.lacking = lacking
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+from djinn.artifact.progress import shown
 from djinn.artifact.reference import read_manifest, runs
 from djinn.artifact.report import write_report
-from djinn.artifact.runner import execute
+from djinn.artifact.runner import execute, expected_s
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
 from djinn.files import write_text
@@ -36,7 +37,8 @@ def replay(out: Path = RUNS_DIR) -> list[Path]:
         manifest = read_manifest(folder)
         write_text(run.replay_path, json.dumps({"machine": manifest.machine, "date": manifest.date}) + "\n")
         parameters = {"profile": from_root(run.profile_path), "run_dir": from_root(run_dir)}
-        execute(NOTEBOOK_DIR / "04_figures.ipynb", run_dir, parameters)
+        with shown(folder.name, expected_s(run.profile, "04_figures")):
+            execute(NOTEBOOK_DIR / "04_figures.ipynb", run_dir, parameters)
         print(f"{folder.name}: {from_root(write_report(run_dir))}")
         replayed.append(run_dir)
     return replayed

@@ -128,8 +128,9 @@ def _spread(row: Mapping[Any, Any], measure: str) -> str:
     mean, high = row.get(f"{measure}_mean", math.nan), row.get(f"{measure}_high", math.nan)
     if math.isnan(mean):
         return ""
-    interval = "" if math.isnan(high) else f" ± {high - mean:.2g}"
-    return f"{mean:.3g}{interval} ({row[f'{measure}_median']:.3g})"
+    scale, unit = (100, "%") if measure == "link_utilisation" else (1, "")
+    interval = "" if math.isnan(high) else f" ± {scale * (high - mean):.2g}{unit}"
+    return f"{scale * mean:.3g}{unit}{interval} ({scale * row[f'{measure}_median']:.3g}{unit})"
 
 
 def _number(row: Mapping[Any, Any], column: str) -> str:

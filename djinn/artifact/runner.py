@@ -19,10 +19,13 @@ import papermill
 from nbconvert import HTMLExporter
 
 from djinn.artifact import auto
+from djinn.artifact.progress import shown
 from djinn.artifact.provenance import write_provenance
+from djinn.artifact.reference import run_of
 from djinn.artifact.report import write_report
+from djinn.artifact.verdict import verdict_of
 from djinn.bench.run import Run
-from djinn.config import load_profile
+from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError, DjinnError
 from djinn.files import write_text
 from djinn.places import NOTEBOOK_DIR, ROOT, RUNS_DIR, from_root
@@ -33,13 +36,20 @@ _PROGRESS_S = "10"
 """Seconds between two states of a progress bar, as tqdm reads it: a log keeps every one of them."""
 
 
-def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: Any) -> Path:
-    """Run the four notebooks and return the run directory with their results, figures and report.
+_START_S = 5.0
+"""What a notebook takes besides its cells: its kernel starts, its page is written."""
+_ABOUT_S = {"01_certify": 20.0, "04_figures": 5.0}
+"""Seconds of the notebooks that measure no model; the other two share what is left of a profile's minutes."""
+
+
+def reproduce(profile: str = "auto", run_dir: Path | None = None, *, verbose: bool = False, **overrides: Any) -> Path:
+    """Run the four notebooks, say what they come to, and return the run directory with results, figures and report.
 
     Args:
         profile: a profile's name or file; ``auto`` takes the largest that this machine can hold, and says why.
         run_dir: an earlier run directory is continued: what it has measured is not measured again. By default a
             new one, ``artifact/runs/<profile>-<UTC time>``.
+        verbose: show all that the notebooks print; it is kept in the run's ``logs`` either way.
         overrides: other values than the profile's, by the notebooks' parameter names.
 
     Raises:
@@ -59,16 +69,29 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, **overrides: A
         run_dir = RUNS_DIR / f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     run_dir = run_dir.absolute()
     Run.open(run_dir, chosen)
-    print(f"{chosen.title}: four notebooks, about {chosen.minutes:g} minutes")
+    print(f"{chosen.title}: four notebooks, about {chosen.minutes:g} minutes; what they print goes to", end=" ")
+    print(from_root(run_dir / "logs"), flush=True)
     named = from_root(Path(profile)) if profile.endswith(".yaml") else profile
     parameters = {"profile": named, "run_dir": from_root(run_dir), **overrides}
     for name in NOTEBOOKS:
-        execute(NOTEBOOK_DIR / f"{name}.ipynb", run_dir, parameters)
+        with shown(name, expected_s(chosen, name), verbose=verbose):
+            execute(NOTEBOOK_DIR / f"{name}.ipynb", run_dir, parameters)
         write_provenance(run_dir, chosen)
     report = write_report(run_dir)
-    for what, path in (("report", report), ("figures", run_dir / "figures"), ("notebooks", run_dir / "notebooks")):
-        print(f"{what:10}{from_root(path)}")
+    print(f"report    {from_root(report)}")
+    for folder in ("figures", "notebooks", "logs"):
+        print(f"{folder:10}{from_root(run_dir / folder)}")
+    print(verdict_of(run_dir))
     return run_dir
+
+
+def expected_s(profile: Profile, notebook: str) -> float:
+    """Return about how many seconds a notebook takes: what it took in the profile's reference run, if there is one."""
+    reference = run_of(profile.name)
+    done = Run(reference).done(notebook) if reference else None
+    others = len(NOTEBOOKS) - len(_ABOUT_S)
+    estimate = _ABOUT_S.get(notebook, (60 * profile.minutes - sum(_ABOUT_S.values())) / others)
+    return _START_S + (done["wall_s"] if done else estimate)
 
 
 def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
@@ -97,6 +120,7 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
                 kernel_name="python3",
                 cwd=ROOT,
                 log_output=True,
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel writes its own log to the terminal
                 progress_bar=False,
                 coalesce_streams=True,  # nbclient: of a progress bar, keep the last state
             )
@@ -145,18 +169,16 @@ def _rename(source: Path, target: Path) -> None:
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Show what the cells print while they run, and keep it in ``path``."""
+    """Keep what the cells print while they run in ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("papermill")
-    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(path, mode="w")]
+    handler = logging.FileHandler(path, mode="w")
     level = logger.level
     logger.setLevel(logging.INFO)
-    for handler in handlers:
-        logger.addHandler(handler)
+    logger.addHandler(handler)
     try:
         yield
     finally:
         logger.setLevel(level)
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
+        logger.removeHandler(handler)
+        handler.close()

@@ -15,11 +15,10 @@ from djinn.bench.proof import Proof
 from djinn.engine.predict import Rates
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
+from djinn.places import certification_path
 
 if TYPE_CHECKING:
     import pandas as pd
-
-RESULT = Path("results") / "certify.json"
 
 
 class Certification(BaseModel):
@@ -88,7 +87,7 @@ def read_certification(run_dir: Path) -> Certification | None:
     Raises:
         ConfigError: the file is damaged.
     """
-    path = next((path for path in (run_dir / RESULT, run_dir / RESULT.name) if path.is_file()), None)
+    path = certification_path(run_dir)
     if path is None:
         return None
     try:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from packaging.requirements import Requirement
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from djinn import hardware
 from djinn.bench import compute, disk, link
-from djinn.bench.certification import RESULT, Certification
+from djinn.bench.certification import Certification
 from djinn.bench.checks import check_all
 from djinn.bench.findings import Findings, Package
 from djinn.bench.proof import prove
@@ -31,12 +31,8 @@ from djinn.engine.plan import Plan
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine
-from djinn.places import CHECKPOINT_DIR
+from djinn.places import CERTIFICATION, CHECKPOINT_DIR
 from djinn.weights.checkpoint import SYNTHETIC, synthetic_folder
-
-if TYPE_CHECKING:
-    pass
-
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 _Result = TypeVar("_Result")
@@ -51,7 +47,7 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
     Raises:
         OSError: the run directory cannot be written.
     """
-    target = run_dir / RESULT
+    target = run_dir / CERTIFICATION
     checkpoint = _checkpoint(profile)
     folder = CHECKPOINT_DIR if checkpoint else run_dir
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +55,18 @@ class _DeviceWait(LogitsProcessor):
         return scores
 
 
+class _Pieces(TextStreamer):
+    """Hands the generated text on, piece by piece, once later tokens can no longer change it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand on a piece; see ``transformers.TextStreamer``."""
+        self._show(text + "\n" * stream_end)
+
+
 def generate(
     model: str,
     prompt: str,
@@ -62,14 +75,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
-    show: bool = False,
+    show: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Generated:
     """Continue ``prompt`` by as many tokens as ``request`` keeps memory for, with a prompt of whatever length it has.
 
     Args:
         temperature: for sampling, which ``seed`` seeds; 0 takes the most likely token.
         chat: put the prompt into the tokenizer's chat template, as the message of a user.
-        show: print tokens as they come.
+        show: is given the text piece by piece, as it comes.
+        say: is told what is done next, in a few words.
 
     Raises:
         ConfigError: a chat with a tokenizer that has no template.
@@ -81,14 +96,17 @@ def generate(
     on_gpu = where.type == "cuda"
     peak = MemoryPeak()
     peak.mark_bare()
+    say("reading the tokenizer")
     ceiling = pinned_h2d_rate(request.chunk) if on_gpu else 0.0  # before the link carries anything else
     folder = resolve(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = _inputs(tokenizer, folder, prompt, chat)
     prompt_tokens = inputs["input_ids"].shape[1]
     request = request.asking(work=replace(work, prompt_tokens=prompt_tokens))
+    say("loading the weights")
     # Events around every unit would slow a GPU; on a CPU they are two clock readings.
     streaming = load_requested(folder, request, trace=not on_gpu)
+    say("generating")
     wait = _DeviceWait()
     torch.manual_seed(seed)
     start = time.perf_counter()
@@ -97,7 +115,7 @@ def generate(
         max_new_tokens=work.new_tokens,
         **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
         logits_processor=LogitsProcessorList([wait] if on_gpu else []),
-        streamer=TextStreamer(tokenizer, skip_prompt=True) if show else None,
+        streamer=_Pieces(tokenizer, show) if show else None,
     )[0, prompt_tokens:]
     wall_s = time.perf_counter() - start
     peak.sample()

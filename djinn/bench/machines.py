@@ -1,20 +1,39 @@
-"""Machines whose rates are known: this one once it is certified, and those that left reference records."""
+"""Machines whose rates are known: this one once it is certified, and those that left reference records.
+
+Names are looked up without torch, which takes seconds to import: a misspelt one is refused at once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from djinn import hardware
-from djinn.bench.certification import RESULT, Certification, read_certification
-from djinn.bench.run import Run
 from djinn.errors import ConfigError
-from djinn.hardware import Machine
-from djinn.places import REFERENCE_DIR, RUNS_DIR
+from djinn.places import CERTIFICATION, REFERENCE_DIR, RUNS_DIR, certification_path
+
+if TYPE_CHECKING:
+    from djinn.bench.certification import Certification
+    from djinn.hardware import Machine
 
 
 def machine_names(root: Path = REFERENCE_DIR) -> list[str]:
     """Return the names of reference machines that were certified."""
-    return [folder.name for folder in sorted(root.glob("*/")) if read_certification(folder) is not None]
+    return [folder.name for folder in sorted(root.glob("*/")) if certification_path(folder) is not None]
+
+
+def certified_folder(name: str, root: Path = REFERENCE_DIR) -> Path:
+    """Return the folder of a reference machine, or a run directory that holds a certification.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    for folder in (root / name, Path(name)):
+        if name and certification_path(folder) is not None:
+            return folder
+    raise ConfigError(
+        f"no machine {name!r}; the machines are {', '.join(machine_names(root))}, or a run directory that "
+        "`djinn certify` has written to"
+    )
 
 
 def machine_of(name: str, root: Path = REFERENCE_DIR) -> Certification:
@@ -23,19 +42,20 @@ def machine_of(name: str, root: Path = REFERENCE_DIR) -> Certification:
     Raises:
         ConfigError: neither of these, or a damaged file.
     """
-    for folder in (root / name, Path(name)):
-        if name and folder.is_dir() and (found := read_certification(folder)) is not None:
-            return found
-    raise ConfigError(
-        f"no machine {name!r}; the machines are {', '.join(machine_names(root))}, or a run directory that "
-        "`djinn certify` has written to"
-    )
+    from djinn.bench.certification import read_certification
+
+    found = read_certification(certified_folder(name, root))
+    assert found is not None
+    return found
 
 
 def certified_here(device: str, runs: Path | None = None) -> tuple[Path, Certification] | None:
     """Return the newest certification of this machine for a device (cpu or cuda), and its run; None without one."""
+    from djinn import hardware
+    from djinn.bench.run import Run
+
     here = _kind(hardware.describe())
-    found = sorted((runs or RUNS_DIR).glob(f"*/{RESULT}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = sorted((runs or RUNS_DIR).glob(f"*/{CERTIFICATION}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         run = Run(path.parent.parent)
         certification = None if run.replayed else run.certification

@@ -20,14 +20,16 @@ def figures(run_dir: RunDir) -> None:
 
 def report(run_dir: RunDir) -> None:
     """Write the report of a run: systems side by side, claims, machine."""
-    from djinn.artifact.claims import claims_frame, write_claims
+    from djinn.artifact.claims import claims_frame, read_claims
     from djinn.artifact.report import write_report
+    from djinn.artifact.verdict import verdict_of
 
     page = write_report(run_dir)
-    outcomes = write_claims(run_dir)
-    frame = claims_frame(outcomes).drop(columns="why")
+    outcomes = read_claims(run_dir)
+    frame = claims_frame(outcomes)[["claim", "verdict", "text", "target", "measured"]]
     print_table(list(frame.columns), frame.to_numpy().tolist())
     print_paths([page])
+    typer.echo(verdict_of(run_dir))
     exit_unless(all(outcome.verdict != "FAIL" for outcome in outcomes))
 
 
@@ -59,8 +61,14 @@ def replay(
 def reproduce(
     profile: Annotated[str, typer.Option(help="A profile, or auto: the largest this machine can hold.")] = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory to make or continue.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show all that the notebooks print.")] = False,
 ) -> None:
-    """Run the four notebooks in order and write figures and report, which says whether the claims hold."""
+    """Run the four notebooks in order, write figures and report, and say whether the claims hold."""
+    from djinn.config import load_profile
+
+    if profile != "auto":
+        load_profile(profile)  # a misspelt name is refused before anything is imported
+
     from djinn.artifact.runner import reproduce as run
 
-    run(profile, run_dir)
+    run(profile, run_dir, verbose=verbose)

@@ -1,7 +1,8 @@
-"""The commands of ``djinn``, in the order in which help lists them; how each ends when it is refused."""
+"""The commands of ``djinn``, in the groups and the order that help shows; how each ends when it is refused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -75,21 +76,19 @@ def _options(
     pass
 
 
-for command in (
-    measure.profiles,
-    measure.certify,
-    models.plan,
-    models.synth,
-    models.pack,
-    models.unpack,
-    models.generate,
-    measure.baseline,
-    measure.sweep,
-    artifact.figures,
-    artifact.report,
-    artifact.verify,
-    artifact.bundle,
-    artifact.replay,
-    artifact.reproduce,
-):
-    main.command()(command)
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Use": (models.plan, models.generate, models.pack, models.unpack, models.synth),
+    "Measure": (measure.profiles, measure.certify, measure.baseline, measure.sweep),
+    "Artifact": (
+        artifact.reproduce,
+        artifact.replay,
+        artifact.figures,
+        artifact.report,
+        artifact.verify,
+        artifact.bundle,
+    ),
+}
+
+for group, commands in GROUPS.items():
+    for command in commands:
+        main.command(rich_help_panel=group)(command)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from djinn.cli.options import Json, OtherModel, OutputDir, ProfileCoding, ProfileName, Runs
+from djinn.cli.options import Json, OtherBudget, OtherModel, OutputDir, ProfileCoding, ProfileName, Runs
 from djinn.cli.show import exit_unless, print_json, print_records, print_table
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ def profiles(as_json: Json = False) -> None:
         print_json([profile.model_dump(mode="json") for profile in found])
         return
     print_table(
-        ["profile", "what", "device", "budget", "RAM", "disk", "minutes"],
+        ["profile", "device", "budget", "RAM", "disk", "min", "what"],
         [
-            [p.name, p.title, p.device, *map(format_bytes, (p.budget, p.min_ram, p.min_disk)), f"{p.minutes:g}"]
+            [p.name, p.device, *map(format_bytes, (p.budget, p.min_ram, p.min_disk)), f"{p.minutes:g}", p.title]
             for p in found
         ],
     )
@@ -54,7 +54,7 @@ def baseline(
     system: Annotated[str, typer.Argument(help="djinn, accelerate, deepspeed, resident or all.")],
     model: OtherModel = None,
     profile: ProfileName = "smoke_tiny",
-    budget: Annotated[str | None, typer.Option(help="Another budget than the profile's.")] = None,
+    budget: OtherBudget = None,
     coding: ProfileCoding = None,
     runs: Runs = None,
     ttft: Annotated[

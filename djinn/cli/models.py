@@ -19,11 +19,14 @@ from djinn.cli.options import (
     Json,
     Model,
     NewTokens,
+    OtherMachine,
     PromptTokens,
     Ring,
 )
-from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes
+from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes, working
 from djinn.errors import ConfigError
+
+_IMPORTING = "importing torch and transformers"
 
 
 def plan(
@@ -36,30 +39,30 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     coding: CodingOption = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
-    machine: Annotated[
-        str | None, typer.Option(help="A machine of data/reference, or a certified run's folder.  [default: this one]")
-    ] = None,
+    machine: OtherMachine = None,
     figure: Annotated[Path | None, typer.Option(help="Draw it too, as .png, .pdf and .csv of this name.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say where the weights would be, and how fast that is, without loading anything."""
-    from djinn.cli import outlook
-    from djinn.engine.forecast import forecast
+    with working(_IMPORTING) as line:
+        from djinn.cli import outlook
+        from djinn.engine.forecast import forecast
 
-    there = outlook.machine(machine, device)
-    found = forecast(
-        model,
-        budget=budget,
-        device=there.device,
-        rates=there.rates,
-        free=there.free,
-        ring=ring,
-        host_memory=host_memory,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        coding=coding,  # type: ignore[arg-type]
-    )
+        there = outlook.machine(machine, device)
+        line.update("reading the weights' headers and planning")
+        found = forecast(
+            model,
+            budget=budget,
+            device=there.device,
+            rates=there.rates,
+            free=there.free,
+            ring=ring,
+            host_memory=host_memory,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch=batch,
+            coding=coding,  # type: ignore[arg-type]
+        )
     outlook.print_forecast(found, there, as_json)
     if figure is not None:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
@@ -82,20 +85,40 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the weights, and say how fast that was, and what limited it."""
-    from djinn.bench.generation import generate as run
-    from djinn.engine.workspace import Workload
-    from djinn.planning.request import Request
+    with working(_IMPORTING):
+        from djinn.bench.generation import generate as run
+        from djinn.devices import require_here
+        from djinn.engine.workspace import Workload
+        from djinn.planning.request import Request
+        from djinn.weights.checkpoint import resolve
 
-    request = Request.of(
-        budget=budget,
-        keep=Workload(prompt_tokens=1, new_tokens=new_tokens, batch=1),
-        device=device,
-        ring=ring,
-        host_memory=host_memory,
-        chunk=chunk,
-        coding=coding,  # type: ignore[arg-type]
-    )
-    made = run(model, prompt, request, temperature=temperature, seed=seed, chat=chat, show=not as_json)
+        request = Request.of(
+            budget=budget,
+            keep=Workload(prompt_tokens=1, new_tokens=new_tokens, batch=1),
+            device=device,
+            ring=ring,
+            host_memory=host_memory,
+            chunk=chunk,
+            coding=coding,  # type: ignore[arg-type]
+        )
+        require_here(request.device)
+    folder = resolve(model)  # one that is fetched or written shows its own progress
+    with working("starting") as line:
+
+        def show(text: str) -> None:
+            line.stop()
+            typer.echo(text, nl=False)
+
+        made = run(
+            str(folder),
+            prompt,
+            request,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+            show=None if as_json else show,
+            say=line.update,
+        )
     if as_json:
         print_json(asdict(made))
     else:

@@ -7,15 +7,43 @@ from typing import Annotated
 
 import typer
 
+from djinn.sizes import parse_bytes
+
+
+def _size(value: str | None) -> str | None:
+    """Refuse a size that is none before anything is imported, which takes seconds."""
+    if value is not None:
+        parse_bytes(value)
+    return value
+
+
+def _machine(value: str | None) -> str | None:
+    """Refuse a machine that nobody certified, as early."""
+    from djinn.bench.machines import certified_folder
+
+    if value is not None:
+        certified_folder(value)
+    return value
+
+
 ProfileName = Annotated[str, typer.Option("--profile", help="A name that `djinn profiles` lists, or a .yaml file.")]
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id (org/name@revision) or synthetic:<name>.")]
 OtherModel = Annotated[str | None, typer.Option("--model", help="Another model than the profile's.")]
-Budget = Annotated[str, typer.Option(help="The most device memory to use: '4 GB', '24 GiB'.")]
-Ring = Annotated[str | None, typer.Option(help="Device ring; the plan chooses by default.")]
-HostMemory = Annotated[str | None, typer.Option(help="The most page-locked host memory for weights.")]
-Chunk = Annotated[str, typer.Option(help="Size of one copy command.")]
+Budget = Annotated[str, typer.Option(callback=_size, help="The most device memory to use: '4 GB', '24 GiB'.")]
+OtherBudget = Annotated[str | None, typer.Option("--budget", callback=_size, help="Another budget than the profile's.")]
+Ring = Annotated[str | None, typer.Option(callback=_size, help="Device ring; the plan chooses by default.")]
+HostMemory = Annotated[str | None, typer.Option(callback=_size, help="The most page-locked host memory for weights.")]
+Chunk = Annotated[str, typer.Option(callback=_size, help="Size of one copy command.")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Length of the prompt to keep device memory for.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
+OtherMachine = Annotated[
+    str | None,
+    typer.Option(
+        "--machine",
+        callback=_machine,
+        help="A machine of data/reference, or a certified run's folder.  [default: this one]",
+    ),
+]
 OutputDir = Annotated[Path | None, typer.Option(help="Run directory.  [default: in artifact/runs]")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]
 Runs = Annotated[int | None, typer.Option(min=1, help="Runs of each point.  [default: the profile's]")]

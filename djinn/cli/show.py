@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from djinn.sizes import format_bytes
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from djinn.bench.generation import Generated
     from djinn.bench.records import Record
     from djinn.weights.pack import TensorSize
+
+
+def working(on: str) -> Status:
+    """Return a line that says on standard error, on a terminal alone, what goes on inside its ``with``.
+
+    Until it is stopped, what is printed to standard output would go there too.
+    """
+    return Console(stderr=True).status(on, refresh_per_second=4)
 
 
 def exit_unless(fine: bool) -> None:
@@ -46,6 +55,7 @@ def print_records(records: Sequence[Record], as_json: bool, hide: Sequence[str] 
         }
         shown = [name for name in columns if name not in hide]
         frame = summary_frame(records)
+        frame["link_utilisation_median"] = frame["link_utilisation_median"].map(percent)
         print_table(shown, frame[[columns[name] for name in shown]].to_numpy().tolist())
         for row in frame[frame["reason"] != ""].itertuples():
             typer.echo(f"{row.label}: {row.status}: {row.reason}")
@@ -85,10 +95,15 @@ def _size_row(tensors: str, dtype: str, sizes: Sequence[TensorSize]) -> list[str
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table for people; a missing number is an empty cell."""
-    table = Table(*columns)
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     Console().print(table)
+
+
+def percent(share: float) -> str:
+    """Return a share as people read it; nothing for one that is missing."""
+    return "" if math.isnan(share) else f"{100 * share:.3g}%"
 
 
 def _cell(value: Any) -> str:

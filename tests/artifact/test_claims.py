@@ -9,7 +9,7 @@ import pytest
 import yaml
 from fabricated import fabricated, failed
 
-from djinn.artifact.claims import Claim, evaluate, load_claims, write_claims
+from djinn.artifact.claims import Claim, evaluate, load_claims, read_claims, write_claims
 from djinn.artifact.metrics import Evidence
 from djinn.bench.records import Record
 from djinn.config import load_profile
@@ -167,7 +167,8 @@ def test_a_claim_that_cannot_be_read_is_refused(tmp_path: Path, change: dict[str
         load_claims(path)
 
 
-def test_outcomes_are_written(fabricated_run: Path):
+def test_outcomes_are_written_and_read_back(fabricated_run: Path):
     outcomes = write_claims(fabricated_run)
     assert [outcome.claim.id for outcome in outcomes] == list(CLAIMS)
     assert (fabricated_run / "results" / "claims.json").read_text().count('"verdict"') == len(CLAIMS)
+    assert read_claims(fabricated_run) == outcomes

@@ -34,6 +34,7 @@ def test_report(fabricated_run: Path):
         "not run",
         "out of memory: 26 GB of weights, 12 GB of RAM",
         "synthetic",
+        "90.8% ± 4.4% (90.8%)",
     ):
         assert words in html
         assert words in text

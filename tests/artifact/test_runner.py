@@ -6,8 +6,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from fabricated import fabricated
 
 from djinn.artifact import runner
+from djinn.bench.records import append_record
+from djinn.config import load_profile
 from djinn.errors import ConfigError, DjinnError
 
 PARAMETERS = "run_dir = None"
@@ -81,3 +84,27 @@ def test_a_run_directory_that_cannot_be_written_stops_before_a_kernel_starts(tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file/run cannot be written"):
         runner.reproduce("smoke_tiny", tmp_path / "file" / "run")
+
+
+def test_a_run_ends_with_its_verdict(
+    fabricated_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    over = fabricated(load_profile("smoke_13b"), "djinn", 0, peak_device_bytes=5_000_000_000)
+    append_record(fabricated_run / "results" / "baselines.jsonl", over)
+    monkeypatch.setattr(runner, "execute", lambda *_: None)
+    runner.reproduce("smoke_13b", fabricated_run)
+    said = capsys.readouterr()
+    counts, failed = said.out.splitlines()[-2:]
+    assert counts == (
+        "5 of 6 claims that apply here pass; 9 need a GPU; 1 was not measured; djinn 1.8x faster than DeepSpeed (NVMe)"
+    )
+    assert failed.startswith("FAIL C2: Peak device memory stays within the budget: 1.163 is not <= 1 of the budget")
+    assert f"{fabricated_run}/logs" in said.out
+    assert [line.split()[0] for line in said.err.splitlines()] == [name for name in runner.NOTEBOOKS for _ in range(2)]
+
+
+def test_a_notebook_is_expected_to_take_what_it_took_in_the_reference_run():
+    assert runner.expected_s(load_profile("smoke_13b"), "02_baselines") == pytest.approx(688 + 5, abs=0.1)
+    alone = [runner.expected_s(load_profile("smoke_tiny"), name) for name in runner.NOTEBOOKS]
+    assert sum(alone) == pytest.approx(2 * 60 + 4 * 5)
+    assert min(alone) > 5

@@ -7,12 +7,13 @@ import torch
 
 from djinn import hardware
 from djinn.bench import certify as module
-from djinn.bench.certification import RESULT, Certification, read_certification
+from djinn.bench.certification import Certification, read_certification
 from djinn.bench.certify import certify
 from djinn.bench.proof import prove
 from djinn.config import load_profile
 from djinn.errors import ConfigError, PlanError
 from djinn.gpus import Gpu
+from djinn.places import CERTIFICATION
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_this_machine_passes_the_smallest_profile(certification: Certification) 
 
 def test_the_result_is_written_whole_and_read_back(certification: Certification, run_dir: Path) -> None:
     assert read_certification(run_dir) == certification
-    assert [path.name for path in (run_dir / RESULT).parent.iterdir()] == ["certify.json"]
+    assert [path.name for path in (run_dir / CERTIFICATION).parent.iterdir()] == ["certify.json"]
     assert list((run_dir / "checkpoints").iterdir()) == []
 
 
@@ -57,8 +58,8 @@ def test_plans_are_predicted_from_what_was_measured(certification: Certification
 
 def test_no_certification_yet_and_a_damaged_one(tmp_path: Path) -> None:
     assert read_certification(tmp_path) is None
-    (tmp_path / RESULT).parent.mkdir()
-    (tmp_path / RESULT).write_text('{"profile": "smoke_tiny"')
+    (tmp_path / CERTIFICATION).parent.mkdir()
+    (tmp_path / CERTIFICATION).write_text('{"profile": "smoke_tiny"')
     with pytest.raises(ConfigError, match="delete it"):
         read_certification(tmp_path)
 

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from djinn import hardware
-from djinn.bench.certification import RESULT, Certification
+from djinn.bench.certification import Certification
 from djinn.bench.machines import certified_here, machine_names, machine_of
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
-from djinn.places import REFERENCE_DIR
+from djinn.places import CERTIFICATION, REFERENCE_DIR
 
 CPU = "2-cores_2026-11-25"
 
 
 def write(run: Path, certification: Certification, age: int = 0) -> None:
-    (run / RESULT).parent.mkdir(parents=True)
-    (run / RESULT).write_text(certification.model_dump_json())
-    os.utime(run / RESULT, (1e9 - age, 1e9 - age))
+    (run / CERTIFICATION).parent.mkdir(parents=True)
+    (run / CERTIFICATION).write_text(certification.model_dump_json())
+    os.utime(run / CERTIFICATION, (1e9 - age, 1e9 - age))
 
 
 def elsewhere() -> Certification:
@@ -74,4 +74,4 @@ def test_the_newest_certification_of_this_very_machine_counts(tmp_path: Path, mo
 
 
 def test_reference_folders_are_where_they_are_looked_for() -> None:
-    assert (REFERENCE_DIR / CPU / RESULT).is_file()
+    assert (REFERENCE_DIR / CPU / CERTIFICATION).is_file()

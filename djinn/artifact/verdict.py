@@ -1,0 +1,58 @@
+"""What a run comes to, in a few words: which claims hold, what the others need, how fast djinn is beside its peers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from djinn.artifact.claims import Outcome, load_claims, read_claims
+from djinn.artifact.metrics import Evidence, NotMeasuredError, read_evidence, time_over_best_peer
+from djinn.bench.run import Run
+from djinn.figures import frames
+from djinn.figures.style import LOOKS
+
+
+def verdict_of(run_dir: Path) -> str:
+    """Return the verdict on a run that has its report."""
+    return verdict(read_claims(run_dir), speed(read_evidence(Run(run_dir))))
+
+
+def verdict(outcomes: Sequence[Outcome], speed: str = "") -> str:
+    """Return one line over all claims, ``speed`` at its end, and one line for each claim that failed."""
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    applied = counts["PASS"] + counts["FAIL"]
+    parts = [f"{counts['PASS']} of {applied} claims that apply here pass" if applied else "no claim applies here"]
+    lacking = Counter(outcome.lacking for outcome in outcomes if outcome.verdict == "NOT RUN")
+    parts += [_not_run(count, what) for what, count in lacking.most_common()]
+    failed = [outcome for outcome in outcomes if outcome.verdict == "FAIL"]
+    lines = [f"FAIL {outcome.claim.id}: {outcome.claim.text}: {outcome.why}" for outcome in failed]
+    return "\n".join(["; ".join([*parts, speed] if speed else parts), *lines])
+
+
+def speed(evidence: Evidence) -> str:
+    """Return how djinn's time compares with that of the best other system that streams; nothing where there is none.
+
+    The others are those of the claim about speed on the run's device, and the number is the inverse of its measure.
+    """
+    peers = next(
+        claim.arguments["peers"]
+        for claim in load_claims()
+        if claim.metric == time_over_best_peer.__name__ and claim.needs.device == evidence.profile.device
+    )
+    try:
+        ratio = time_over_best_peer(evidence, peers)
+    except NotMeasuredError:
+        return ""
+    medians = frames.runs(evidence.records).groupby("name")["generate_s"].median()
+    best = LOOKS[str(medians[medians.index.isin(peers)].idxmin())].label
+    factor = f"{max(ratio, 1 / ratio):.1f}"
+    if factor == "1.0":
+        return f"djinn as fast as {best}"
+    return f"djinn {factor}x {'faster' if ratio < 1 else 'slower'} than {best}"
+
+
+def _not_run(count: int, lacking: str) -> str:
+    if not lacking:
+        return f"{count} {'was' if count == 1 else 'were'} not measured"
+    return f"{count} {'needs' if count == 1 else 'need'} {lacking}"
