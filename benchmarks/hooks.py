@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from djinn.engine.coding import Scratch
-from djinn.engine.hooks import Streamer
-from djinn.engine.ring import schedule
-from djinn.engine.stats import Stats
+from djinn.engine.streamer import Streamer
+from djinn.planning.ring import schedule
+from djinn.transport.stats import Stats
 from djinn.weights.tensors import Seeded, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from djinn.bench import compute
 from djinn.bench.harness import Bench, Lane
-from djinn.bench.link import memcpy_rate
+from djinn.bench.rates import compute
+from djinn.bench.rates.link import memcpy_rate
 from djinn.bench.records import Record
 from djinn.cli.show import print_table
-from djinn.config import Profile, load_profile
 from djinn.engine.forecast import forecast
-from djinn.engine.predict import Rates
+from djinn.planning.prediction import Rates
+from djinn.profiles import Profile, load_profile
 
 CPU: dict[str, dict[str, Any]] = {
     "disk": {"budget": "3 GB", "host_memory": "1 GB"},

@@ -25,14 +25,14 @@ from pathlib import Path
 import torch
 
 import djinn
-from djinn.bench.disk import read_rate
 from djinn.bench.harness import Bench, Lane
 from djinn.bench.measure import drop_pages
+from djinn.bench.rates.disk import read_rate
 from djinn.bench.records import Record
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job
-from djinn.config import Profile, load_profile
-from djinn.weights.checkpoint import resolve
+from djinn.profiles import Profile, load_profile
+from djinn.weights.resolve import resolve
 
 HOST_MEMORY = {"12 GiB in all": "7 GB", "18 GiB in all": "13.5 GB"}
 """djinn's lanes: host memory that makes so much with the budget of 4.3 GB and the interpreter."""

@@ -32,13 +32,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import djinn
 from djinn.bench.harness import Bench, Lane
-from djinn.bench.link import pinned_h2d_rate
+from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.records import Record
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job
-from djinn.config import Profile, load_profile
-from djinn.engine.cuda import CudaCopier
-from djinn.engine.model import _engines
+from djinn.engine.load import _engines
+from djinn.profiles import Profile, load_profile
+from djinn.transport.cuda import CudaCopier
 
 MODEL = "synthetic:llama-2-70b-16-layers"
 BASE_BYTES = 2_200_000_000

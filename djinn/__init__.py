@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from djinn.engine.forecast import forecast
-    from djinn.engine.model import cool, detach, load, stats
+    from djinn.engine.load import cool, detach, load, stats
     from djinn.engine.offload import offload
     from djinn.engine.opened import plan
-    from djinn.weights.checkpoint import resolve
     from djinn.weights.pack import pack, unpack
+    from djinn.weights.resolve import resolve
 
     __version__: str
 
@@ -25,7 +25,7 @@ _HOMES = {
     "forecast": "djinn.engine.forecast",
     "offload": "djinn.engine.offload",
     "plan": "djinn.engine.opened",
-    "resolve": "djinn.weights.checkpoint",
+    "resolve": "djinn.weights.resolve",
     "pack": "djinn.weights.pack",
     "unpack": "djinn.weights.pack",
 }
@@ -34,7 +34,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import, and the command line's help needs neither.
     if name in __all__:
-        return getattr(import_module(_HOMES.get(name, "djinn.engine.model")), name)
+        return getattr(import_module(_HOMES.get(name, "djinn.engine.load")), name)
     if name == "__version__":
         from importlib.metadata import version
 

@@ -12,8 +12,8 @@ from tiny_models import TINY, save_model
 from transformers import PretrainedConfig, PreTrainedModel
 
 import djinn
-from djinn.engine.plan import Plan
 from djinn.errors import PlanError
+from djinn.planning.placement import Plan
 
 Inputs = dict[str, torch.Tensor]
 VOCABULARY = 256

@@ -17,7 +17,7 @@ from tiny_models import save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from djinn.bench.records import append_record
-from djinn.config import load_profile
+from djinn.profiles import load_profile
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("djinn", deadline=None, suppress_health_check=[HealthCheck.too_slow])

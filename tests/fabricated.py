@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from djinn.bench.records import Record
-from djinn.config import Profile
+from djinn.profiles import Profile
 
 
 def fabricated(profile: Profile, system: str, run: int, **changes: object) -> Record:

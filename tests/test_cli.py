@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from djinn.bench import machines
 from djinn.bench.records import Record, read_records
 from djinn.cli import main
-from djinn.config import Profile, load_profile, profile_names
 from djinn.places import RUNS_DIR
+from djinn.profiles import Profile, load_profile, profile_names
 
 PLAN = ("plan", "synthetic:llama-2-70b-16-layers", "--budget", "10 GB", "--machine", "h200_2026-11-24")
 

@@ -15,7 +15,7 @@ from notebook_contract import code_of, faults
 from djinn.artifact import notebook, runner
 from djinn.artifact.bundle import verify
 from djinn.bench.run import Run
-from djinn.config import load_profile
+from djinn.profiles import load_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))

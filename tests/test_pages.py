@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from djinn.artifact.claims import load_claims
 from djinn.artifact.pages import picture_frame
 from djinn.cli import main
-from djinn.config import load_profile, profile_names
 from djinn.figures.headline import OURS, faster
 from djinn.figures.style import LOOKS
+from djinn.profiles import load_profile, profile_names
 from djinn.sizes import format_bytes
-from djinn.weights import checkpoint
+from djinn.weights import resolve as checkpoint
 
 SHELL = [line for page in PAGES.values() for line in page.shell]
 SPANS = [span for page in PAGES.values() for span in page.spans]

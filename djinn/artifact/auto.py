@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from djinn import hardware
-from djinn.config import Profile, load_profile, profile_names
 from djinn.errors import CheckpointError, UnavailableError
 from djinn.places import CHECKPOINT_DIR
+from djinn.profiles import Profile, load_profile, profile_names
 from djinn.sizes import format_bytes
-from djinn.weights.checkpoint import SYNTHETIC, synthetic_folder
-from djinn.weights.synth import verify
+from djinn.weights.resolve import SYNTHETIC, synthetic_folder
+from djinn.weights.synthetic_checkpoint import verify
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from djinn.artifact.metrics import METRICS, Evidence, NotMeasuredError, read_evidence
 from djinn.bench.run import Run
-from djinn.config import profile_names
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.places import CLAIMS_FILE
+from djinn.profiles import profile_names
 from djinn.sizes import Bytes, format_bytes
 
 Verdict = Literal["PASS", "FAIL", "NOT RUN"]

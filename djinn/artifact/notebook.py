@@ -26,12 +26,12 @@ from djinn.artifact.bundle import write_sums
 from djinn.artifact.provenance import git_state
 from djinn.artifact.reference import run_of
 from djinn.bench.run import Run
-from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError, DjinnError
 from djinn.figures.draw import PNG_DPI
 from djinn.figures.style import house_style
 from djinn.files import write_text
 from djinn.places import ROOT, RUNS_DIR, from_root
+from djinn.profiles import Profile, load_profile
 from djinn.sizes import format_bytes
 
 SCREEN_DPI = 144

@@ -22,12 +22,12 @@ from djinn.artifact.reference import Manifest, Source, folders, read_manifest, r
 from djinn.bench.records import Record, read_records
 from djinn.bench.run import Run
 from djinn.bench.statistics import summary_frame
-from djinn.config import load_profile
 from djinn.figures import headline
 from djinn.figures.draw import save
 from djinn.figures.style import display_name
 from djinn.files import write_text
 from djinn.places import REFERENCE_DIR, ROOT
+from djinn.profiles import load_profile
 from djinn.sizes import format_bytes
 
 DOCS = ROOT / "docs"

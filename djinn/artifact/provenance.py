@@ -14,10 +14,10 @@ from typing import Any
 
 from djinn import hardware
 from djinn.bench.run import Run
-from djinn.config import Profile
 from djinn.figures.frames import read_runs
 from djinn.files import write_text
 from djinn.places import CHECKOUT, ROOT
+from djinn.profiles import Profile
 
 
 def write_provenance(run_dir: Path, profile: Profile) -> Path:

@@ -25,10 +25,10 @@ from djinn.artifact.reference import run_of
 from djinn.artifact.report import write_report
 from djinn.artifact.verdict import verdict_of
 from djinn.bench.run import Run
-from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError, DjinnError
 from djinn.files import write_text
 from djinn.places import NOTEBOOK_DIR, ROOT, RUNS_DIR, from_root
+from djinn.profiles import Profile, load_profile
 
 NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
 

@@ -11,16 +11,16 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
 import djinn
-from djinn.bench.link import pinned_h2d_rate
+from djinn.bench.limits import cpu_shares, gpu_shares, limit_of
 from djinn.bench.measure import MemoryPeak, peak_device
+from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.devices import require_here
-from djinn.engine.limits import cpu_shares, gpu_shares, limit_of
-from djinn.engine.model import load_requested
-from djinn.engine.predict import Limit
-from djinn.engine.workspace import Workload
+from djinn.engine.load import load_requested
 from djinn.errors import ConfigError
+from djinn.planning.prediction import Limit
 from djinn.planning.request import Request
-from djinn.weights.checkpoint import resolve
+from djinn.planning.workspace import Workload
+from djinn.weights.resolve import resolve
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from djinn import hardware
-from djinn.bench.process import WorkerError, WorkerProcess
 from djinn.bench.records import Record, append_record, latest, read_records
-from djinn.config import Profile
-from djinn.weights.checkpoint import is_synthetic, resolve
+from djinn.bench.worker_client import WorkerError, WorkerProcess
+from djinn.profiles import Profile
+from djinn.weights.resolve import is_synthetic, resolve
 
 Experiment = Literal["baselines", "sweep", "benchmark"]
 Order = Literal["by run", "by lane"]

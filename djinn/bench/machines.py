@@ -12,7 +12,7 @@ from djinn.errors import ConfigError
 from djinn.places import CERTIFICATION, REFERENCE_DIR, RUNS_DIR, certification_path
 
 if TYPE_CHECKING:
-    from djinn.bench.certification import Certification
+    from djinn.bench.certify.certification import Certification
     from djinn.hardware import Machine
 
 
@@ -42,7 +42,7 @@ def machine_of(name: str, root: Path = REFERENCE_DIR) -> Certification:
     Raises:
         ConfigError: neither of these, or a damaged file.
     """
-    from djinn.bench.certification import read_certification
+    from djinn.bench.certify.certification import read_certification
 
     found = read_certification(certified_folder(name, root))
     assert found is not None

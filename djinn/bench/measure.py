@@ -20,10 +20,10 @@ import torch
 from transformers import PretrainedConfig, StoppingCriteria
 
 from djinn import gpus
-from djinn.bench.disk import read_rate
-from djinn.bench.link import pinned_h2d_rate
+from djinn.bench.rates.disk import read_rate
+from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
-from djinn.engine.reader import THREADS
+from djinn.transport.reader import THREADS
 
 # At these sizes neither link is slowed by its commands. The sample is small, because a full arena is pinned beside it.
 _LINK_CHUNK, _LINK_SAMPLE = 64 * 2**20, 512 * 2**20

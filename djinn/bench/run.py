@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from djinn.bench.certification import Certification, read_certification
+from djinn.bench.certify.certification import Certification, read_certification
 from djinn.bench.records import Record, latest, read_records
-from djinn.config import Profile, load_profile
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.places import from_root
+from djinn.profiles import Profile, load_profile
 
 
 @dataclass(frozen=True)

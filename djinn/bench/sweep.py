@@ -12,7 +12,7 @@ from djinn import hardware
 from djinn.bench.harness import Bench, Lane, Order
 from djinn.bench.pcie import trace
 from djinn.bench.records import Record
-from djinn.config import Profile
+from djinn.profiles import Profile
 from djinn.sizes import exact_bytes
 
 _PROCESS_BYTES = 10**9
@@ -23,7 +23,7 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
     """Measure every point of ``profile.sweep``; append to ``run_dir/results/sweep.jsonl`` and return its records.
 
     The first run of the point with the profile's own chunk (else of the first point) also writes
-    ``results/timeline.jsonl``, an :class:`djinn.engine.stats.Interval` per line, and that of the coded point
+    ``results/timeline.jsonl``, an :class:`djinn.transport.stats.Interval` per line, and that of the coded point
     ``results/timeline_coded.jsonl``. Where there is an NVIDIA GPU, the whole sweep is traced to ``results/pcie.csv``.
     Runs that are already ``ok`` are not repeated.
 

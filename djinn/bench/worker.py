@@ -35,9 +35,9 @@ from djinn.bench.records import Status
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job, Loader, System
 from djinn.bench.systems.common import deterministic_attention, skeleton, weight_bytes
-from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import DjinnError, PlanError, UnavailableError
 from djinn.files import write_text
+from djinn.planning.workspace import CUDA_CONTEXT_BYTES
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _JOB = TypeAdapter(Job)

@@ -64,7 +64,7 @@ def reproduce(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show all that the notebooks print.")] = False,
 ) -> None:
     """Run the four notebooks in order, write figures and report, and say whether the claims hold."""
-    from djinn.config import load_profile
+    from djinn.profiles import load_profile
 
     if profile != "auto":
         load_profile(profile)  # a misspelt name is refused before anything is imported

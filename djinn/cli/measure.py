@@ -13,12 +13,12 @@ from djinn.cli.options import Json, OtherBudget, OtherModel, OutputDir, ProfileC
 from djinn.cli.show import exit_unless, print_json, print_records, print_table
 
 if TYPE_CHECKING:
-    from djinn.config import Profile
+    from djinn.profiles import Profile
 
 
 def profiles(as_json: Json = False) -> None:
     """List the profiles and what each needs."""
-    from djinn.config import load_profile, profile_names
+    from djinn.profiles import load_profile, profile_names
     from djinn.sizes import format_bytes
 
     found = [load_profile(name) for name in profile_names()]
@@ -95,7 +95,7 @@ def sweep(
 
 
 def _profile(name: str, **changes: Any) -> Profile:
-    from djinn.config import load_profile
+    from djinn.profiles import load_profile
 
     return load_profile(name).override(**{key: value for key, value in changes.items() if value is not None})
 
@@ -111,7 +111,7 @@ def _run_dir(given: Path | None, profile: Profile, system: str = "all") -> Path:
 
 def _variants(system: str, profile: Profile) -> list[str]:
     """The profile's own variants of a system; every variant where it lists none; the name itself where unknown."""
-    from djinn.config import system_names
+    from djinn.profiles import system_names
 
     for names in (profile.systems, system_names()):
         if found := [name for name in names if system in (name, name.split(":")[0])]:

@@ -88,9 +88,9 @@ def generate(
     with working(_IMPORTING):
         from djinn.bench.generation import generate as run
         from djinn.devices import require_here
-        from djinn.engine.workspace import Workload
         from djinn.planning.request import Request
-        from djinn.weights.checkpoint import resolve
+        from djinn.planning.workspace import Workload
+        from djinn.weights.resolve import resolve
 
         request = Request.of(
             budget=budget,
@@ -133,7 +133,7 @@ def synth(
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back against the digests.")] = False,
 ) -> None:
     """Write a real sharded checkpoint of seeded random weights; an interrupted one is continued."""
-    from djinn.weights import synth as synthesis
+    from djinn.weights import synthetic_checkpoint as synthesis
 
     folder = synthesis.synthesise(architecture, output_dir, seed=seed, dtype=dtype)
     synthesis.verify(folder, full=verify)

@@ -12,8 +12,8 @@ from djinn.cli.show import print_json, print_table
 from djinn.errors import ConfigError
 
 if TYPE_CHECKING:
-    from djinn.engine.predict import Prediction, Rates
     from djinn.planning.outlook import Choice, Forecast
+    from djinn.planning.prediction import Prediction, Rates
 
 _CERTIFY = "`djinn certify` measures this machine; --machine plans for one that was measured before"
 
@@ -37,7 +37,7 @@ def machine(name: str | None, device: str | None) -> Machine:
     """
     from djinn.bench.machines import certified_here, machine_of
     from djinn.devices import device_of
-    from djinn.engine.predict import Rates
+    from djinn.planning.prediction import Rates
 
     if name is not None:
         found = machine_of(name)
@@ -54,7 +54,7 @@ def machine(name: str | None, device: str | None) -> Machine:
     import torch
 
     if where.type == "cuda" and torch.cuda.is_available():
-        from djinn.bench.link import pinned_h2d_rate
+        from djinn.bench.rates.link import pinned_h2d_rate
 
         rates = Rates(device="cuda", link=pinned_h2d_rate(64 * 2**20))
     return Machine(name="this machine, not certified", device=str(where), rates=rates, free=None)

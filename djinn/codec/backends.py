@@ -19,7 +19,7 @@ def backend(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         return cpu
     try:
-        from djinn.codec import kernels
+        from djinn.codec import gpu as kernels
     except ImportError as error:
         raise UnavailableError(
             f"coded weights on {device} need Triton ({error}); install it, or leave them raw"

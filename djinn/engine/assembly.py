@@ -11,21 +11,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from djinn.engine.arena import Arena
 from djinn.engine.binding import Weights, buffer_homes, move_buffers
 from djinn.engine.coding import Scratch, decoding
-from djinn.engine.copier import Copier, Source
-from djinn.engine.cpu import CpuCopier
-from djinn.engine.cuda import CudaCopier
 from djinn.engine.device_memory import hold_workspace
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
-from djinn.engine.hooks import Streamer
-from djinn.engine.plan import Plan, Tier
-from djinn.engine.reader import allocate
-from djinn.engine.residents import load_residents
 from djinn.engine.saving import save_from_store
-from djinn.engine.stats import Stats
+from djinn.engine.streamer import Streamer
+from djinn.planning.placement import Plan, Tier
+from djinn.transport.arena import Arena
+from djinn.transport.copier import Copier, Source
+from djinn.transport.cpu import CpuCopier
+from djinn.transport.cuda import CudaCopier
+from djinn.transport.reader import allocate
+from djinn.transport.residents import load_residents
+from djinn.transport.stats import Stats
 from djinn.weights.quantised import gather_states
 
 

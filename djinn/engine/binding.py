@@ -15,8 +15,8 @@ from torch import nn
 from djinn.codec.decode import decode
 from djinn.engine.coding import Coder
 from djinn.engine.heap import trim_heap
-from djinn.engine.reader import Buffer, allocate, settle
 from djinn.errors import CheckpointError
+from djinn.transport.reader import Buffer, allocate, settle
 from djinn.weights.index import WeightIndex
 from djinn.weights.models import owners
 from djinn.weights.tensors import FileSpan, InMemory

@@ -20,10 +20,10 @@ from djinn.codec.checksums import verify
 from djinn.codec.decode import Decoder, decode
 from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import Layout
-from djinn.engine.arena import PinnedMemory
-from djinn.engine.reader import Buffer, Piece, Reader, allocate, settle
 from djinn.errors import PlanError
 from djinn.hardware import local_cpus
+from djinn.transport.arena import PinnedMemory
+from djinn.transport.reader import Buffer, Piece, Reader, allocate, settle
 from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 

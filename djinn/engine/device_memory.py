@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import torch
 
-from djinn.engine.workspace import CUDA_CONTEXT_BYTES, SMALL_TENSORS_BYTES
+from djinn.planning.workspace import CUDA_CONTEXT_BYTES, SMALL_TENSORS_BYTES
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from djinn.engine.opened import outlined
-from djinn.engine.plan import Plan
-from djinn.engine.predict import Prediction, Rates, predict, work_of
-from djinn.engine.workspace import Workload
 from djinn.errors import UnavailableError
 from djinn.hardware import usable_ram
 from djinn.planning.outlook import MOST_TOKENS, Forecast, outlook
+from djinn.planning.placement import Plan
+from djinn.planning.prediction import Prediction, Rates, predict, work_of
 from djinn.planning.request import Coding, Request
+from djinn.planning.workspace import Workload
 
 
 def forecast(
@@ -36,7 +36,7 @@ def forecast(
 ) -> Forecast:
     """Return the forecast of :func:`djinn.load` with the same arguments; reads headers at the most, no weights.
 
-    A synthetic architecture is planned as the checkpoint that :func:`djinn.weights.checkpoint.resolve` makes of it.
+    A synthetic architecture is planned as the checkpoint that :func:`djinn.weights.resolve.resolve` makes of it.
 
     Args:
         rates: of the machine to plan for; None where they are not known.

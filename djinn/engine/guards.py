@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
 from djinn.engine.binding import Weights
-from djinn.engine.plan import Plan
 from djinn.errors import ConfigError
+from djinn.planning.placement import Plan
 
 _REFUSED = {
     "_apply": "moved or converted (to, cuda, cpu, half, float, ...)",

@@ -15,7 +15,7 @@ from djinn.engine.binding import Weights, parameters_by_name
 from djinn.engine.coding import Coder
 from djinn.engine.device_memory import shortage_hook
 from djinn.engine.guards import is_guarded
-from djinn.engine.model import register
+from djinn.engine.load import register
 from djinn.engine.opened import opened
 from djinn.errors import ConfigError, PlanError
 from djinn.planning.memory import require_device_memory

@@ -14,13 +14,13 @@ import torch
 
 from djinn.codec.layout import Layout
 from djinn.engine.coding import Coder
-from djinn.engine.plan import Plan, place_on
-from djinn.engine.reader import Reader
-from djinn.engine.workspace import CUDA_OVERHEAD_BYTES, Workload, what_fits, workspace_bytes
 from djinn.errors import PlanError
 from djinn.hardware import usable_ram
 from djinn.planning.memory import require_host_memory
+from djinn.planning.placement import Plan, place_on
 from djinn.planning.request import Coding, Request
+from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, what_fits, workspace_bytes
+from djinn.transport.reader import Reader
 from djinn.weights.coding import coded
 from djinn.weights.index import WeightIndex
 from djinn.weights.opening import outline_of

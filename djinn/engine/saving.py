@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from djinn.engine.binding import Weights, stored_bytes
-from djinn.engine.plan import Plan, Tier
 from djinn.errors import ConfigError
+from djinn.planning.placement import Plan, Tier
 from djinn.weights.tensors import FileSpan
 from djinn.weights.units import PlacedTensor
 

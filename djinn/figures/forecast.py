@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from djinn.engine.plan import Plan, Tier
 from djinn.errors import UnavailableError
 from djinn.figures.style import GREY, LOOKS, PAGE_IN, explain, house_style, words_at
 from djinn.planning.outlook import Forecast
+from djinn.planning.placement import Plan, Tier
 from djinn.sizes import format_bytes
 
 COLOURS = {Tier.RESIDENT: "#0072B2", Tier.PINNED: "#E69F00", Tier.DISK: "#D55E00"}

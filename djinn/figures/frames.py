@@ -41,9 +41,9 @@ import pandas as pd
 from djinn.bench.records import Record
 from djinn.bench.run import Run
 from djinn.bench.statistics import system_label
-from djinn.engine.stats import Interval
 from djinn.errors import ConfigError
 from djinn.sizes import parse_bytes
+from djinn.transport.stats import Interval
 
 NOT_RUN = "not run"
 NOT_MEASURED = "not measured"

@@ -6,10 +6,10 @@ from typing import Literal
 
 import pandas as pd
 
-from djinn.engine.stats import Stats
 from djinn.errors import ConfigError
 from djinn.figures import frames
 from djinn.sizes import format_bytes
+from djinn.transport.stats import Stats
 
 _WAITS = {"disk": "the disk", "link": "copies from host memory"}
 _REMEDIES = {

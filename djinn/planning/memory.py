@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from djinn.engine.plan import Plan
-from djinn.engine.workspace import CUDA_CONTEXT_BYTES
 from djinn.errors import PlanError
+from djinn.planning.placement import Plan
+from djinn.planning.workspace import CUDA_CONTEXT_BYTES
 from djinn.sizes import format_bytes
 
 

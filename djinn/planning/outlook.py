@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from djinn.engine.plan import Plan
-from djinn.engine.predict import Prediction
-from djinn.engine.workspace import Workload, largest
 from djinn.errors import PlanError, UnavailableError
+from djinn.planning.placement import Plan
+from djinn.planning.prediction import Prediction
+from djinn.planning.workspace import Workload, largest
 
 MORE_BYTES = 10**9
 """How much more budget :attr:`Forecast.more` has."""

@@ -8,8 +8,8 @@ from typing import Literal, Self, get_args
 import torch
 
 from djinn.devices import device_of
-from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
+from djinn.planning.workspace import Workload
 from djinn.sizes import parse_bytes
 
 Coding = Literal["none", "lossless"]

@@ -22,9 +22,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from djinn.errors import CheckpointError
-from djinn.weights.files import read_checkpoint, read_shard
 from djinn.weights.models import empty_model, model_class, owners, quiet
-from djinn.weights.pack_shard import hollow_shard, unpack_shard
+from djinn.weights.packed_shard import hollow_shard, unpack_shard
+from djinn.weights.shards import read_checkpoint, read_shard
 from djinn.weights.tensors import FileSpan, InMemory, Seeded, TensorEntry
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from djinn.errors import CheckpointError
-from djinn.weights import checkpoint
+from djinn.weights import resolve as checkpoint
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex, checkpoint_index, header_index, synthetic_index
 from djinn.weights.models import empty_model

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from djinn.codec.encode import layout_of
 from djinn.devices import device_here
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
-from djinn.weights import packed
-from djinn.weights.checkpoint import resolve
-from djinn.weights.files import read_checkpoint, read_shard
+from djinn.weights import packed_format as packed
 from djinn.weights.header import read_header
-from djinn.weights.pack_shard import pack_shard, read_tensor, unpack_shard
-from djinn.weights.synth import DISK_FULL, PARTIAL, locked
+from djinn.weights.packed_shard import pack_shard, read_tensor, unpack_shard
+from djinn.weights.resolve import resolve
+from djinn.weights.shards import read_checkpoint, read_shard
+from djinn.weights.synthetic_checkpoint import DISK_FULL, PARTIAL, locked
 from djinn.weights.tensors import FileSpan, TensorEntry, kind_of
 
 _STATE = "packing.json"

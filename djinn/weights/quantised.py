@@ -19,10 +19,10 @@ from transformers import AutoConfig, PreTrainedModel
 from djinn.errors import CheckpointError, PlanError, UnavailableError
 from djinn.hardware import usable_ram
 from djinn.sizes import format_bytes
-from djinn.weights.files import read_checkpoint
 from djinn.weights.index import Reads, WeightIndex
 from djinn.weights.inputs import example_inputs
 from djinn.weights.models import empty_model, model_class, quiet
+from djinn.weights.shards import read_checkpoint
 from djinn.weights.tensors import InMemory, TensorEntry
 from djinn.weights.tracing import read_by_block, traced_readers
 

@@ -49,7 +49,7 @@ class FileSpan:
 
 @dataclass(frozen=True)
 class Seeded:
-    """Bytes made on demand by :func:`djinn.weights.synthetic.fill` under this tensor name and seed."""
+    """Bytes made on demand by :func:`djinn.weights.synthetic_values.fill` under this tensor name and seed."""
 
     name: str
     seed: int

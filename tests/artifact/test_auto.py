@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn.artifact.auto import Resources, choose, choose_from
-from djinn.config import load_profile, profile_names
 from djinn.errors import UnavailableError
+from djinn.profiles import load_profile, profile_names
 
 PROFILES = [load_profile(name) for name in profile_names()]
 H100, L4 = ("NVIDIA H100 80GB HBM3", 85 * 10**9), ("NVIDIA L4", 23_600_000_000)

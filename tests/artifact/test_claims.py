@@ -12,8 +12,8 @@ from fabricated import fabricated, failed
 from djinn.artifact.claims import Claim, evaluate, load_claims, read_claims, write_claims
 from djinn.artifact.metrics import Evidence
 from djinn.bench.records import Record
-from djinn.config import load_profile
 from djinn.errors import ConfigError
+from djinn.profiles import load_profile
 
 SMOKE, PAPER = load_profile("smoke_13b"), load_profile("virt_mem_l4")
 CLAIMS = {claim.id: claim for claim in load_claims()}

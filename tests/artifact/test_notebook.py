@@ -10,9 +10,9 @@ import pytest
 
 from djinn.artifact import notebook
 from djinn.bench.run import Run
-from djinn.config import load_profile
 from djinn.errors import ConfigError, DjinnError
 from djinn.places import ROOT
+from djinn.profiles import load_profile
 
 
 def given(run_dir: Path | str | None, **changes: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from PIL import Image
 from djinn.artifact.claims import load_claims
 from djinn.artifact.report import write_report
 from djinn.bench.records import append_record
-from djinn.config import load_profile
 from djinn.figures import draw_all
+from djinn.profiles import load_profile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

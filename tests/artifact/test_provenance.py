@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from djinn.artifact.provenance import write_provenance
-from djinn.config import load_profile
 from djinn.places import REFERENCE_DIR, ROOT
+from djinn.profiles import load_profile
 
 
 def test_provenance(tmp_path: Path):

@@ -14,8 +14,8 @@ from djinn.artifact.reference import folders
 from djinn.artifact.replay import replay
 from djinn.bench.records import append_record
 from djinn.bench.run import Run
-from djinn.config import load_profile
 from djinn.errors import ConfigError
+from djinn.profiles import load_profile
 
 
 @pytest.mark.timeout(600)

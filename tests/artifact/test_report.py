@@ -10,10 +10,10 @@ import pytest
 from djinn.artifact.claims import load_claims
 from djinn.artifact.provenance import write_provenance
 from djinn.artifact.report import FIGURES, write_report
-from djinn.config import load_profile
 from djinn.errors import ConfigError
 from djinn.figures import draw_all
 from djinn.figures.style import LOOKS
+from djinn.profiles import load_profile
 
 
 def test_report(fabricated_run: Path):

@@ -10,8 +10,8 @@ from fabricated import fabricated
 
 from djinn.artifact import runner
 from djinn.bench.records import append_record
-from djinn.config import load_profile
 from djinn.errors import ConfigError, DjinnError
+from djinn.profiles import load_profile
 
 PARAMETERS = "run_dir = None"
 SENTINEL = """

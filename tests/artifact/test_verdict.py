@@ -10,7 +10,7 @@ from djinn.artifact.claims import Outcome, evaluate, load_claims
 from djinn.artifact.metrics import Evidence
 from djinn.artifact.verdict import speed, verdict
 from djinn.bench.records import Record
-from djinn.config import load_profile
+from djinn.profiles import load_profile
 
 CLAIMS = {claim.id: claim for claim in load_claims()}
 SMOKE, TINY = load_profile("smoke_13b"), load_profile("smoke_tiny")

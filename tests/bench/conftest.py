@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from djinn.bench.systems.base import Job
-from djinn.config import Profile, load_profile
-from djinn.weights.synth import synthesise
+from djinn.profiles import Profile, load_profile
+from djinn.weights.synthetic_checkpoint import synthesise
 
 
 @pytest.fixture(scope="session")

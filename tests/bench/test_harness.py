@@ -7,13 +7,14 @@ import psutil
 import pytest
 
 from djinn import hardware
-from djinn.bench import harness, process
+from djinn.bench import harness
+from djinn.bench import worker_client as process
 from djinn.bench.harness import Bench, Lane, run_baselines
 from djinn.bench.measure import MemoryPeak, measure
-from djinn.bench.process import WorkerError, WorkerProcess
 from djinn.bench.records import read_records
 from djinn.bench.statistics import tokens_agree
 from djinn.bench.systems import resident
+from djinn.bench.worker_client import WorkerError, WorkerProcess
 from djinn.errors import CheckpointError
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))

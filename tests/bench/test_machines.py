@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from djinn import hardware
-from djinn.bench.certification import Certification
+from djinn.bench.certify.certification import Certification
 from djinn.bench.machines import certified_here, machine_names, machine_of
 from djinn.bench.run import Run
 from djinn.errors import ConfigError

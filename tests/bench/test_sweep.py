@@ -3,8 +3,8 @@ from pathlib import Path
 
 from djinn.bench import harness
 from djinn.bench.sweep import run_sweep, sweep_lanes
-from djinn.config import load_profile
-from djinn.engine.stats import Interval
+from djinn.profiles import load_profile
+from djinn.transport.stats import Interval
 
 
 def test_points_change_one_thing_each():

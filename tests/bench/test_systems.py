@@ -17,9 +17,9 @@ from djinn.bench.measure import MemoryPeak, measure
 from djinn.bench.sweep import run_sweep
 from djinn.bench.systems import accelerate, common, deepspeed, loader, resident
 from djinn.bench.systems.base import Job
-from djinn.config import SYSTEM_VARIANTS, load_profile
 from djinn.errors import ConfigError, UnavailableError
 from djinn.figures import frames
+from djinn.profiles import SYSTEM_VARIANTS, load_profile
 
 TINY_BYTES = 21_708_288
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.engine.model import placement
+from djinn.engine.load import placement
 from djinn.errors import ConfigError
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.codec.layout import LEAST_BYTES
-from djinn.engine import model as engine_model
+from djinn.engine import load as engine_model
 from djinn.engine.coding import Coder, Scratch
-from djinn.engine.plan import Plan, Tier
-from djinn.engine.reader import Reader
 from djinn.errors import ConfigError, PlanError
+from djinn.planning.placement import Plan, Tier
+from djinn.transport.reader import Reader
 from djinn.weights import coding
 from djinn.weights.index import checkpoint_index
 from djinn.weights.tensors import Encoded

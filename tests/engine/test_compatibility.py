@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import djinn
-from djinn.engine.plan import Plan
+from djinn.planning.placement import Plan
 from djinn.weights.index import checkpoint_index
 from djinn.weights.tensors import FileSpan
 from djinn.weights.tracing import traced_readers

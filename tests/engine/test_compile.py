@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import djinn
-from djinn.engine import model as engine_model
+from djinn.engine import load as engine_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.engine.model import placement
+from djinn.engine.load import placement
 from djinn.errors import ConfigError, PlanError
 from djinn.weights.index import header_index
 

@@ -10,13 +10,13 @@ import torch
 
 from djinn.engine.forecast import forecast
 from djinn.engine.opened import outlined
-from djinn.engine.plan import Plan
-from djinn.engine.predict import ComputeRate, Rates, predict, work_of
-from djinn.engine.workspace import Workload
 from djinn.errors import PlanError
 from djinn.planning.outlook import Forecast
+from djinn.planning.placement import Plan
+from djinn.planning.prediction import ComputeRate, Rates, predict, work_of
 from djinn.planning.request import Request
-from djinn.weights import checkpoint
+from djinn.planning.workspace import Workload
+from djinn.weights import resolve as checkpoint
 from djinn.weights.opening import index_of
 
 MODEL = "synthetic:llama-2-7b"

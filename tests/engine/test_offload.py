@@ -17,11 +17,11 @@ from torch.nn.utils import parametrizations, skip_init
 
 import djinn
 from djinn.engine import assembly, binding, opened
-from djinn.engine import model as engine_model
+from djinn.engine import load as engine_model
 from djinn.engine import offload as offloading
-from djinn.engine.plan import Plan, Tier
-from djinn.engine.workspace import CUDA_CONTEXT_BYTES, CUDA_OVERHEAD_BYTES
 from djinn.errors import ConfigError, DjinnError, PlanError, UnavailableError
+from djinn.planning.placement import Plan, Tier
+from djinn.planning.workspace import CUDA_CONTEXT_BYTES, CUDA_OVERHEAD_BYTES
 
 WIDTH = 128
 BLOCK_BYTES = 8 * WIDTH**2 * 4

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import djinn
-from djinn.engine.plan import Tier
+from djinn.planning.placement import Tier
 from djinn.weights import tracing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,9 +15,9 @@ from tiny_models import save_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, TorchAoConfig
 
 import djinn
-from djinn.engine.model import placement
-from djinn.engine.workspace import CUDA_OVERHEAD_BYTES
+from djinn.engine.load import placement
 from djinn.errors import CheckpointError, ConfigError, PlanError, UnavailableError
+from djinn.planning.workspace import CUDA_OVERHEAD_BYTES
 from djinn.weights import quantised
 from djinn.weights.opening import index_of
 

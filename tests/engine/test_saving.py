@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.engine import model as engine_model
-from djinn.engine.plan import Tier
+from djinn.engine import load as engine_model
 from djinn.errors import CheckpointError, ConfigError, PlanError
+from djinn.planning.placement import Tier
 
 Tiny = Callable[[str], Path]
 WORK: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 16, "device": "cpu"}

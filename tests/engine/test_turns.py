@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import djinn
-from djinn.engine import model as engine_model
+from djinn.engine import load as engine_model
 from djinn.errors import ConfigError
 
 Tiny = Callable[[str], Path]

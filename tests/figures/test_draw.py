@@ -13,10 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from djinn.bench.records import latest, read_records
-from djinn.config import load_profile, system_names
 from djinn.errors import DjinnError
 from djinn.figures import draw_all, frames, plots
 from djinn.figures.style import COLUMN_IN, LOOKS, SMALLEST_PT, canvas, house_style
+from djinn.profiles import load_profile, system_names
 
 SYSTEMS = load_profile("smoke_13b").systems
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from fabricated import fabricated, failed
 
-from djinn.config import load_profile
-from djinn.engine.stats import Interval
 from djinn.errors import ConfigError
 from djinn.figures import frames
+from djinn.profiles import load_profile
+from djinn.transport.stats import Interval
 
 PROFILE = load_profile("smoke_tiny")
 

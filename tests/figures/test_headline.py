@@ -9,10 +9,10 @@ from fabricated import fabricated, failed
 from matplotlib.figure import Figure
 
 from djinn.bench.records import Record
-from djinn.config import load_profile
 from djinn.errors import UnavailableError
 from djinn.figures import headline
 from djinn.figures.style import canvas, display_name
+from djinn.profiles import load_profile
 
 PROFILE = load_profile("compare_h100")
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from djinn.engine.stats import Interval, Stats
 from djinn.errors import ConfigError
 from djinn.figures.stalls import stall_report
+from djinn.transport.stats import Interval, Stats
 
 TRACED = Stats(
     model_bytes=10**10, resident_bytes=2 * 10**9, ring_bytes=10**9, host_bytes=6 * 10**9, disk_bytes=2 * 10**9,

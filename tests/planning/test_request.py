@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import djinn
-from djinn.engine.workspace import Workload
 from djinn.errors import ConfigError
 from djinn.planning.request import HOST_SHARE, Request
+from djinn.planning.workspace import Workload
 
 WORK = Workload(prompt_tokens=512, new_tokens=128, batch=1)
 

@@ -22,9 +22,9 @@ from transformers.utils import logging as hf_logging
 import djinn
 from djinn.errors import CheckpointError
 from djinn.weights.architectures import load_architecture
-from djinn.weights.files import read_checkpoint, read_shard
 from djinn.weights.index import WeightIndex, checkpoint_index, header_index, synthetic_index
 from djinn.weights.models import empty_model, owners
+from djinn.weights.shards import read_checkpoint, read_shard
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
 from djinn.weights.units import find_units
 

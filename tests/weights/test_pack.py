@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import djinn
 from djinn.codec.layout import LEAST_BYTES
-from djinn.engine import model as engine_model
-from djinn.engine.plan import Plan, Tier
+from djinn.engine import load as engine_model
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
+from djinn.planning.placement import Plan, Tier
 from djinn.weights import pack as packing
-from djinn.weights import packed as packed_form
-from djinn.weights.files import read_checkpoint, read_shard
+from djinn.weights import packed_format as packed_form
 from djinn.weights.header import read_header
 from djinn.weights.pack import TensorSize, pack, survey, unpack
+from djinn.weights.shards import read_checkpoint, read_shard
 from djinn.weights.tensors import FileSpan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -311,8 +311,8 @@ def test_other_files_come_along_and_folders_do_not(codable_checkpoint: Path, tmp
 
 
 def test_a_synthetic_checkpoint_stays_synthetic(tmp_path: Path) -> None:
-    from djinn.weights.checkpoint import is_synthetic, resolve
-    from djinn.weights.synth import synthesise
+    from djinn.weights.resolve import is_synthetic, resolve
+    from djinn.weights.synthetic_checkpoint import synthesise
 
     packed = pack(synthesise("llama-tiny", tmp_path / "tiny", progress=False), tmp_path / "packed", device="cpu")
     assert is_synthetic(resolve(str(packed)))

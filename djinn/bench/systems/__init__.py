@@ -6,8 +6,8 @@ import importlib
 from typing import cast
 
 from djinn.bench.systems.base import Loader
-from djinn.config import SYSTEM_VARIANTS
 from djinn.errors import ConfigError
+from djinn.profiles import SYSTEM_VARIANTS
 
 
 def loader(name: str) -> Loader:

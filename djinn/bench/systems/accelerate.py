@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from djinn.bench.systems.base import Job, PassCounter, System
 from djinn.bench.systems.common import host_model, require_ram, skeleton, weight_bytes
-from djinn.engine.workspace import workspace_bytes
 from djinn.errors import UnavailableError
+from djinn.planning.workspace import workspace_bytes
 
 _FRAGMENTS_BYTES = 10**9
 """Room left on a GPU for what its allocator cannot use: Accelerate allocates every offloaded weight anew."""

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from djinn.config import Profile
-from djinn.engine.stats import Interval
+from djinn.profiles import Profile
+from djinn.transport.stats import Interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from djinn.errors import UnavailableError
 from djinn.sizes import format_bytes
 from djinn.weights.architectures import load_architecture
 from djinn.weights.models import empty_model
-from djinn.weights.synthetic import fill
+from djinn.weights.synthetic_values import fill
 
 FILLERS = 8
 """Threads that make synthetic weights."""

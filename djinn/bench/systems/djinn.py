@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import djinn
-from djinn.bench.link import pinned_h2d_rate
+from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
-from djinn.engine.model import load_requested, placement
-from djinn.engine.plan import Plan
-from djinn.engine.stats import Interval
+from djinn.engine.load import load_requested, placement
+from djinn.planning.placement import Plan
+from djinn.transport.stats import Interval
 from djinn.weights.tensors import kind_of
 
 

@@ -1,0 +1,96 @@
+"""What certifying a machine found: the record of it, and the rates that plans are predicted from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from djinn.bench.certify.findings import Check
+from djinn.bench.certify.proof import Proof
+from djinn.bench.rates.compute import Compute
+from djinn.bench.rates.disk import BLOCK, DiskRate
+from djinn.bench.rates.link import LinkRate
+from djinn.errors import ConfigError
+from djinn.hardware import Machine
+from djinn.places import certification_path
+from djinn.planning.prediction import Rates
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Certification(BaseModel):
+    """What was found; written to ``results/certify.json`` of a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    profile: str
+    config_digest: str
+    machine: Machine
+    link: tuple[LinkRate, ...]
+    disk: tuple[DiskRate, ...]
+    compute: Compute | None = None
+    """None in records from before it was measured, and where measuring it failed."""
+    proof: Proof | None
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return all(check.verdict != "fail" for check in self.checks)
+
+    @property
+    def rates(self) -> Rates:
+        """What plans are predicted from: the best of each kind of rate, of the device that was certified."""
+        on_gpu = any(rate.kind == "pinned to device" for rate in self.link)
+        kind = "pinned to device" if on_gpu else "memcpy"
+        copies = [rate.gbps * 1e9 for rate in self.link if rate.kind == kind]
+        reads = [rate.gbps * 1e9 for rate in self.disk if rate.kind == "read" and rate.gbps is not None]
+        direct = [rate.gbps * 1e9 for rate in self.disk if (rate.kind, rate.mode) == ("read", "direct") and rate.gbps]
+        # Small chunks stay in a processor's cache, which a model does not.
+        best = max if on_gpu else min
+        computed = self.compute or Compute(device="cuda" if on_gpu else "cpu", rates=(), module_s=0.0)
+        return computed.rates_with(link=best(copies, default=None), disk=max(direct or reads, default=None))
+
+    def frame(self) -> pd.DataFrame:
+        """Return a row per check: check, measured, needed, verdict, remedy."""
+        import pandas as pd  # of the artifact extra; certifying does without
+
+        rows = [check.model_dump() for check in self.checks]
+        return pd.DataFrame(rows).rename(columns={"name": "check"})
+
+    def rates_frame(self) -> pd.DataFrame:
+        """Return a row per rate: what, chunk_bytes, threads, gbps (10^9 bytes/s), reason. Missing stays missing."""
+        import pandas as pd
+
+        rows: list[dict[str, object]] = [
+            {"what": rate.kind, "chunk_bytes": rate.chunk_bytes, "gbps": rate.gbps} for rate in self.link
+        ]
+        rows += [
+            {
+                "what": f"disk {rate.kind}, {rate.mode}",
+                "chunk_bytes": BLOCK,
+                "threads": rate.threads,
+                "gbps": rate.gbps,
+                "reason": rate.reason,
+            }
+            for rate in self.disk
+        ]
+        return pd.DataFrame(rows, columns=["what", "chunk_bytes", "threads", "gbps", "reason"])
+
+
+def read_certification(run_dir: Path) -> Certification | None:
+    """Read the certification of a run, or of a folder that holds it alone; None if there is none yet.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = certification_path(run_dir)
+    if path is None:
+        return None
+    try:
+        return Certification.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ConfigError(f"{path}: not a certification: {error}; delete it and certify again") from None

@@ -1,0 +1,202 @@
+"""``load``: an ordinary Hugging Face model whose weights stream; ``detach`` undoes that, and ``offload`` too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from djinn.devices import free_device_memory, require_here
+from djinn.engine.assembly import Engine, restore, start
+from djinn.engine.binding import Weights, parameters_of
+from djinn.engine.coding import Coder
+from djinn.engine.device_memory import shortage_hook
+from djinn.engine.opened import opened
+from djinn.errors import ConfigError, PlanError
+from djinn.hardware import usable_ram
+from djinn.planning.memory import require_device_memory
+from djinn.planning.placement import Plan
+from djinn.planning.request import Coding, Request
+from djinn.planning.workspace import Workload
+from djinn.sizes import format_bytes
+from djinn.transport.stats import Stats
+from djinn.weights.opening import index_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+
+
+def load(
+    model: str | Path,
+    *,
+    budget: int | str,
+    device: str | None = None,
+    ring: int | str | None = None,
+    host_memory: int | str | None = None,
+    chunk: int | str = "64 MiB",
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    coding: Coding | None = None,
+    trace: bool = False,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """Return a Hugging Face model that runs within ``budget`` bytes of device memory, streaming what does not fit.
+
+    Its class is the one that the checkpoint's config names, of whatever kind; a causal language model if it names none.
+
+    Args:
+        model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``, whose seeded
+            random weights are made straight in host memory. Tensors that its class has no place for are ignored, with
+            a warning. Quantised ones: see :mod:`djinn.weights.quantised`.
+        budget: device memory for residents, ring, KV cache and activations; a size such as ``"24 GB"``.
+        device: ``"cuda"`` or ``"cpu"``; by default a GPU where there is one. On a CPU the device is a budget of host
+            memory, and weights are streamed from disk; so that what is freed is free, glibc then maps large blocks of
+            the whole process by themselves.
+        ring: size of the device ring; by default the smallest that still overlaps copies and compute.
+        host_memory: most page-locked host memory for streamed weights; what does not fit is read from disk each pass.
+        chunk: size of one copy command, and of one disk read.
+        prompt_tokens, new_tokens, batch: the longest generation to keep device memory for.
+        dtype: bfloat16, float16 or float32; by default a checkpoint's own, and bfloat16 for synthetic weights. Weights
+            in another one are converted while they are loaded, and have to fit the device and host memory. As in
+            transformers, some models keep some weights in float32.
+        seed: of synthetic weights.
+        coding: ``"lossless"`` codes bfloat16 weights while they are loaded, to about 0.7 of their size, and rebuilds
+            their exact bits on the device. Weights coded here have to fit the device and host memory; those of a
+            packed checkpoint are coded already, and stay on disk as they are. ``"none"`` decodes a packed checkpoint
+            while it is loaded. By default weights stay as they are stored. A model that fits the budget is raw.
+        trace: keep a timeline of copies, compute and stalls in :func:`stats`.
+        progress: show a bar while host memory is filled.
+
+    Raises:
+        ConfigError: an argument that means nothing.
+        CheckpointError: a checkpoint that is missing or damaged, or quantised by a method that djinn does not stream.
+        PlanError: a ring, budget or host memory that cannot work; says what would.
+        UnavailableError: no such device, or a package that a quantised checkpoint needs.
+    """
+    request = Request.of(
+        budget=budget, device=device, ring=ring, host_memory=host_memory, chunk=chunk, dtype=dtype, coding=coding,
+        keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
+    )  # fmt: skip
+    return load_requested(model, request, seed=seed, trace=trace, progress=progress)
+
+
+def load_requested(
+    model: str | Path, request: Request, *, seed: int = 0, trace: bool = False, progress: bool = False
+) -> PreTrainedModel:
+    """Return the model that :func:`load` does, for a request that has been made already.
+
+    Raises:
+        CheckpointError, PlanError, UnavailableError: as for :func:`load`.
+    """
+    require_here(request.device)
+    with ExitStack() as undo:
+        spill = Path(tempfile.mkdtemp(prefix="djinn-"))
+        undo.callback(shutil.rmtree, spill, ignore_errors=True)
+        index = index_of(model, spill, request.device, request.dtype, seed)
+        coder = Coder.on(request.device, request.chunk, undo)
+        planned = opened(index, request, coder.layout).plan()
+        if request.device.type == "cuda":
+            require_device_memory(planned, *free_device_memory(request.device))
+        vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
+        weights = Weights(parameters_of(index), coder)
+        explain = shortage_hook(str(request.keep))
+        engine = start(index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo)
+    register(index.model, engine)
+    return index.model
+
+
+def placement(model: nn.Module) -> Plan:
+    """Return the plan that a streaming model follows, with the sizes that its weights really have.
+
+    Raises:
+        ConfigError: not a model that streams.
+    """
+    return _engine(model).plan
+
+
+def stats(model: nn.Module) -> Stats:
+    """Return the running totals of a streaming model.
+
+    Raises:
+        ConfigError: not a model that streams.
+    """
+    engine = _engine(model)
+    engine.copier.resolve_timeline()
+    return engine.stats
+
+
+def cool(model: nn.Module) -> None:
+    """Drop everything prefetched, so that the next pass begins with a cold ring.
+
+    Raises:
+        ConfigError: not a model that streams, or called in the middle of a pass.
+    """
+    streamer = _engine(model).streamer
+    with streamer.turns.lock:
+        streamer.turns.refuse_while_running("cool")
+        streamer.cool()
+
+
+def detach(model: Model) -> Model:
+    """Undo :func:`load` or :func:`djinn.offload`: return the same model as an ordinary one, hooks and ring gone.
+
+    A model from :func:`load` is then in host memory; an offloaded module is where it was, bit for bit as it was but for
+    what passes have changed in its buffers. What waited in host memory stays there and is not copied.
+
+    Raises:
+        ConfigError: not a model that streams, or called in the middle of a pass.
+        PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
+    """
+    engine = _engine(model)
+    with engine.streamer.turns.lock:
+        engine.streamer.turns.refuse_while_running("detach")
+        _detach(model, engine)
+    return model
+
+
+def _detach(model: nn.Module, engine: Engine) -> None:
+    units = engine.plan.units
+    needed = engine.weights.copied_bytes(units)
+    if needed > usable_ram():
+        raise PlanError(
+            f"host memory: the whole model needs another {format_bytes(needed)}, {format_bytes(usable_ram())} are "
+            "free; it goes on streaming"
+        )
+    engine.weights.give_back(units)
+    del _engines[model]
+    engine.resources.close()
+    restore(model, engine.weights, engine.before)
+
+
+def register(model: nn.Module, engine: Engine) -> None:
+    """Keep ``engine`` for as long as ``model`` lives."""
+    _engines[model] = engine
+    weakref.finalize(model, _release, engine.resources, os.getpid())
+
+
+def _release(resources: ExitStack, owner: int) -> None:
+    """Give everything back; but a forked child has neither the threads nor the right to its parent's files."""
+    if os.getpid() == owner:
+        resources.close()
+
+
+def _engine(model: nn.Module) -> Engine:
+    try:
+        return _engines[model]
+    except KeyError:
+        raise ConfigError(
+            f"this {type(model).__name__} does not stream; djinn.load returns models that do, and djinn.offload makes "
+            "any module do so"
+        ) from None

@@ -1,0 +1,278 @@
+"""The plan: which units stay on the device, which wait in pinned host memory, which on disk, and how large the ring is.
+
+Pure: sizes in, placement out (how fast that is, :mod:`djinn.planning.prediction` says); refused here is whatever could
+not work, before a byte is allocated. Within the budget the ring comes first, as small as still overlaps, because a byte
+of ring above that buys nothing while a resident byte never crosses the link again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+
+import torch
+
+from djinn.errors import PlanError
+from djinn.planning.ring import Slot, schedule
+from djinn.sizes import format_bytes
+from djinn.weights.tensors import PAGE
+from djinn.weights.units import Unit
+
+OVERLAP_UNITS = 3
+"""Largest units that a ring of default size holds: one computing, one arriving, one queued behind it."""
+
+RING_FLOOR_BYTES = 1_250_000_000
+"""A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens; one of a few units more than
+overlap needs keeps more disk reads under way."""
+RING_FLOOR_SHARE = 0.125
+"""The most of the budget that such a ring may take: a resident byte is worth more than a byte of ring."""
+
+TINY_SHARE = 0.01
+"""Units below this share of the largest one (norms, lone biases) stay: a copy of their own costs more than it moves."""
+
+
+class Tier(StrEnum):
+    """Where a unit lives."""
+
+    RESIDENT = "resident"
+    PINNED = "pinned"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Placement of every unit, in execution order. Sizes are bytes."""
+
+    units: tuple[Unit, ...]
+    tiers: tuple[Tier, ...]
+    slots: tuple[Slot, ...]
+    """Ring slots of the streamed units, in their order."""
+    budget: int
+    ring_bytes: int
+    workspace_bytes: int
+    """Device memory kept for KV cache and activations."""
+    scratch_bytes: int
+    """Device memory that coded units are decoded into, one at a time."""
+    model_bytes: int
+
+    @property
+    def streamed(self) -> tuple[Unit, ...]:
+        """The units that cross the link in every pass, in order."""
+        return tuple(unit for unit, tier in zip(self.units, self.tiers, strict=True) if tier is not Tier.RESIDENT)
+
+    def at(self, tier: Tier) -> tuple[Unit, ...]:
+        """The units of one tier, in order."""
+        return tuple(unit for unit, place in zip(self.units, self.tiers, strict=True) if place is tier)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory of the residents."""
+        return self._bytes(Tier.RESIDENT)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Size of the arena."""
+        return self._bytes(Tier.PINNED)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes read from disk in every pass."""
+        return self._bytes(Tier.DISK)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory in all."""
+        return self.resident_bytes + self.ring_bytes + self.scratch_bytes + self.workspace_bytes
+
+    @property
+    def oversubscription(self) -> float:
+        """Model bytes ÷ budget."""
+        return self.model_bytes / self.budget
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether any unit is coded."""
+        return self.scratch_bytes > 0
+
+    def table(self) -> str:
+        """Return the plan for people: a line per place."""
+        rows = [
+            ("model", self.model_bytes, f"{len(self.units)} units, {self.oversubscription:.2f}x the budget"),
+            ("budget", self.budget, "device memory, of which:"),
+            (
+                "  residents",
+                self.resident_bytes,
+                f"{len(self.at(Tier.RESIDENT))} units that never cross the link again",
+            ),
+            ("  ring", self.ring_bytes, "streamed units on their way"),
+            *([("  scratch", self.scratch_bytes, "where coded units are decoded, one at a time")] * self.is_coded),
+            ("  workspace", self.workspace_bytes, "KV cache, activations, libraries"),
+            ("pinned", self.pinned_bytes, f"{len(self.at(Tier.PINNED))} units in host memory, streamed each pass"),
+            ("disk", self.disk_bytes, f"{len(self.at(Tier.DISK))} units read each pass"),
+        ]
+        return "\n".join(f"{name:<12}{format_bytes(size):>9}  {what}" for name, size, what in rows)
+
+    def _bytes(self, tier: Tier) -> int:
+        return sum(unit.image_bytes for unit in self.at(tier))
+
+
+def place_on(
+    device: torch.device,
+    units: Sequence[Unit],
+    *,
+    budget: int,
+    workspace_bytes: int,
+    host_bytes: int,
+    ring_bytes: int | None,
+) -> Plan:
+    """Place ``units`` with the default ring that suits a kind of device; otherwise as :func:`make_plan`."""
+    make = partial(
+        make_plan, units, budget=budget, workspace_bytes=workspace_bytes, host_bytes=host_bytes, ring_bytes=ring_bytes
+    )
+    if device.type == "cpu":
+        made = make()
+        if not made.disk_bytes:  # copies out of host memory cost the cores as much, however far ahead they are made
+            return made
+    return make(ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget)))
+
+
+def make_plan(
+    units: Sequence[Unit],
+    *,
+    budget: int,
+    workspace_bytes: int,
+    host_bytes: int,
+    ring_bytes: int | None = None,
+    ring_floor: int = 0,
+) -> Plan:
+    """Place ``units``; see the module's text.
+
+    Args:
+        units: in execution order.
+        budget: device memory in all, bytes.
+        workspace_bytes: what KV cache, activations and scratch need of it.
+        host_bytes: the largest arena.
+        ring_bytes: ring size; by default three of the largest streamed unit.
+        ring_floor: what the default ring is made at least, if the streamed units are more than that.
+
+    Raises:
+        PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
+    """
+    tiny = TINY_SHARE * max((unit.weight_bytes for unit in units), default=0)
+    scratch = max((unit.decoded_bytes for unit in units), default=0)
+    all_fit = _total(units) + scratch + workspace_bytes <= budget  # then there is no need of a ring either
+    must_stay = [unit for unit in units if all_fit or unit.held or unit.weight_bytes < tiny]
+    chosen = _names(must_stay)
+    streamable = [unit for unit in units if unit.name not in chosen]
+    fixed = _total(must_stay) + workspace_bytes + scratch
+
+    def ring_without(unit: Unit) -> int:
+        others = (other for other in streamable if other.name not in chosen and other is not unit)
+        return ring_bytes or _default_ring(others, ring_floor)
+
+    waiting = _singular(streamable)
+    while waiting:
+        fits = [unit for unit in waiting if fixed + unit.image_bytes + ring_without(unit) <= budget]
+        if not fits:
+            break
+        chosen.add(fits[0].name)
+        fixed += fits[0].image_bytes
+        waiting.remove(fits[0])
+    rest = [unit for unit in units if unit.name not in chosen]
+    ring = ring_bytes or min(_default_ring(rest, ring_floor), max(budget - fixed, 0))
+    _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch)
+    chosen |= _spread(rest, budget - fixed - ring)
+    streamed = [unit for unit in units if unit.name not in chosen]
+    made = [unit for unit in streamed if not unit.on_disk]
+    if _total(made) > host_bytes:
+        raise PlanError(
+            f"host memory: streamed weights that are made, converted or coded in memory have no disk tier and need "
+            f"{format_bytes(_total(made))}, but {format_bytes(host_bytes)} are allowed; raise host_memory or budget"
+        )
+    filed = [unit for unit in streamed if unit.on_disk]
+    pinned = _names(made) | _spread(filed, host_bytes - _total(made))
+
+    def tier(unit: Unit) -> Tier:
+        if unit.name in chosen:
+            return Tier.RESIDENT
+        return Tier.PINNED if unit.name in pinned else Tier.DISK
+
+    ring = ring // PAGE * PAGE if streamed else 0
+    return Plan(
+        units=tuple(units),
+        tiers=tuple(map(tier, units)),
+        slots=tuple(schedule([unit.image_bytes for unit in streamed], ring)),
+        budget=budget,
+        ring_bytes=ring,
+        workspace_bytes=workspace_bytes,
+        scratch_bytes=scratch,
+        model_bytes=sum(unit.raw_bytes for unit in units),
+    )
+
+
+def _check(
+    streamed: Sequence[Unit], ring: int, asked_ring: int | None, fixed: int, budget: int, workspace: int
+) -> None:
+    """Refuse a ring that its largest unit does not fit, and a budget that ring and fixed needs do not fit."""
+    largest = max(streamed, key=lambda unit: unit.image_bytes, default=None)
+    needed = largest.image_bytes if largest is not None else 0
+    if asked_ring is not None and largest is not None and needed > asked_ring // PAGE * PAGE:
+        raise PlanError(
+            f"ring: unit {largest.name} has {format_bytes(needed)}, more than the ring's {format_bytes(asked_ring)}; "
+            f"a ring of {needed} bytes would do"
+        )
+    needed = asked_ring or needed if streamed else 0
+    if fixed + needed > budget:
+        ring_text = format_bytes(needed)
+        if largest is not None and asked_ring is None:
+            ring_text += f" (unit {largest.name})"
+        raise PlanError(
+            f"budget: {format_bytes(budget)} is too small: workspace {format_bytes(workspace)}, weights that cannot be "
+            f"streamed {format_bytes(fixed - workspace)} and a ring of {ring_text} need {fixed + needed} bytes"
+        )
+
+
+def _singular(units: Sequence[Unit]) -> list[Unit]:
+    """Return the units to keep first, largest first: read twice in a pass, or of a size outside the repeated blocks.
+
+    These are embeddings and output projections; streaming one would cost a ring three times its size.
+    """
+    occurrences = Counter(unit.image_bytes for unit in units)
+    odd = [unit for unit in units if len(unit.readers) > 1 or occurrences[unit.image_bytes] <= 2]
+    return sorted(odd, key=lambda unit: (len(unit.readers) > 1, unit.image_bytes), reverse=True)
+
+
+def _spread(units: Sequence[Unit], capacity: int) -> set[str]:
+    """Choose units of at most ``capacity`` bytes, spaced evenly, so that the link is never idle for long."""
+    total = _total(units)
+    if total <= capacity:
+        return _names(units)
+    chosen: set[str] = set()
+    used = 0
+    due = 0.0
+    for unit in units:
+        due += unit.image_bytes * max(capacity, 0) / total
+        if used + unit.image_bytes <= min(due + unit.image_bytes / 2, capacity):
+            chosen.add(unit.name)
+            used += unit.image_bytes
+    for unit in units:
+        if unit.name not in chosen and used + unit.image_bytes <= capacity:
+            chosen.add(unit.name)
+            used += unit.image_bytes
+    return chosen
+
+
+def _default_ring(units: Iterable[Unit], floor: int) -> int:
+    sizes = [unit.image_bytes for unit in units]
+    return max(OVERLAP_UNITS * max(sizes, default=0), min(floor, sum(sizes)))
+
+
+def _total(units: Iterable[Unit]) -> int:
+    return sum(unit.image_bytes for unit in units)
+
+
+def _names(units: Iterable[Unit]) -> set[str]:
+    return {unit.name for unit in units}

@@ -1,0 +1,251 @@
+"""How fast a plan will be: its schedule of copies and compute, run on paper with a machine's measured rates. Pure.
+
+Each visit of a unit takes three times. Its copy: the image's bytes over the disk's rate, over the link's, or one after
+the other, each of which carries one unit at a time. Its compute: the weights' bytes over the rate at which this device
+multiplies that many tokens by weights. And the host's own time in its module, which a GPU hides behind its compute and
+a processor cannot; a pass begins with some more of it, and a call of ``generate`` with more again. A copy begins once
+the visit that its slot waits for has been computed, as in the ring; compute begins once the copy has ended. On a CPU a
+copy out of host memory is work for the cores that compute, so it adds.
+
+What is not counted: decoding of coded weights, and the time between two passes, which prefetching hides. A rate that
+was not measured makes its part free; :attr:`Prediction.blind` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from djinn.errors import UnavailableError
+from djinn.planning.placement import Plan, Tier
+from djinn.planning.workspace import Workload, attention_flops, kv_cache_bytes
+from djinn.weights.index import WeightIndex
+from djinn.weights.units import Unit
+
+Limit = Literal["link", "disk", "compute", "host"]
+
+DECODE_PASSES = 8
+"""Passes over which the time per token is averaged: the first one starts with an empty ring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeRate:
+    """What a device computes: ``tokens`` rows times bf16 weights, in bytes of weights a second.
+
+    A multiplication takes one operation for each of a weight's bytes and a token, so ``tokens * rate`` is FLOP/s, with
+    what stands between two products in its time; at one token memory gives the weights at that rate or a higher one.
+    """
+
+    tokens: int
+    rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Measured rates of one device and what feeds it, bytes/s; None and empty are not measured."""
+
+    device: Literal["cpu", "cuda"]
+    link: float | None = None
+    """Page-locked host memory to a GPU; on a CPU, host memory into the ring."""
+    disk: float | None = None
+    """Direct reads, as many at once as is best."""
+    compute: tuple[ComputeRate, ...] = ()
+    """In order of tokens."""
+    module_s: float = 0.0
+    """Host seconds that a module with weights takes on a device that has nothing to compute."""
+    pass_s: float = 0.0
+    """Host seconds of a pass beside its modules'."""
+    call_s: float = 0.0
+    """Host seconds of a call of ``generate`` before its first pass."""
+    last_token: float | None = None
+    """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a model's passes compute with its units, beside which the plan need not know the model."""
+
+    shares: Mapping[str, float]
+    """Of a unit's weights, the share that one token is multiplied by, where it is not all: experts, looked-up rows."""
+    head: frozenset[str]
+    """Units that see only the last token of each sequence."""
+    attention_flops: float
+    """Of a prefill, beside the weights'."""
+    cache_bytes: int
+    """KV cache that a decode step reads at the longest."""
+    workload: Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicted seconds. The four times are of one decode step, each as if it were alone."""
+
+    ttft_s: float
+    """From the call of ``generate`` with a cold ring to the first token."""
+    token_s: float
+    link_s: float
+    disk_s: float
+    compute_s: float
+    host_s: float
+    batch: int
+    blind: tuple[str, ...]
+    """What was taken to be free, because it was not measured."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all sequences together, once the first token is there."""
+        return self.batch / self.token_s if self.token_s else float("inf")
+
+    @property
+    def limit(self) -> Limit:
+        """What takes longest in a decode step."""
+        times: dict[Limit, float] = {
+            "link": self.link_s,
+            "disk": self.disk_s,
+            "compute": self.compute_s,
+            "host": self.host_s,
+        }
+        return max(times, key=lambda name: times[name])
+
+
+def work_of(index: WeightIndex, units: Sequence[Unit], workload: Workload) -> Work:
+    """Return what passes of ``workload`` compute with the units of a model."""
+    model, text = index.model, index.model.config.get_text_config()
+    head, experts = model.get_output_embeddings(), getattr(text, "num_experts_per_tok", None)
+    count = next(
+        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0
+    )
+    shares: dict[str, float] = {}
+    last = set()
+    for unit in units:
+        modules = [model.get_submodule(reader) for reader in unit.readers]
+        if all(isinstance(module, nn.Embedding) for module in modules):
+            shares[unit.name] = 0.0
+        elif experts and count and any("experts" in tensor.name for tensor in unit.tensors):
+            shares[unit.name] = min(experts / count, 1.0)
+        if head is not None and head in modules:
+            last.add(unit.name)
+    return Work(
+        shares=shares,
+        head=frozenset(last),
+        attention_flops=attention_flops(model.config, workload),
+        cache_bytes=kv_cache_bytes(model.config, model.dtype, workload),
+        workload=workload,
+    )
+
+
+def predict(plan: Plan, rates: Rates, work: Work) -> Prediction:
+    """Return how fast ``plan`` generates on a machine with these rates.
+
+    Raises:
+        UnavailableError: the plan streams over a link or a disk whose rate is not known.
+    """
+    load = work.workload
+    known = {"compute": rates.compute, "host": rates.module_s}
+    if rates.device == "cpu" and work.head and load.prompt_tokens > 1:
+        known["last token"] = rates.last_token
+    peak = rates.compute[-1].rate * rates.compute[-1].tokens if rates.compute else float("inf")
+    memory = rates.compute[0].rate if rates.compute else float("inf")
+    prefill = _visits(plan, rates, work, load.prompt_tokens * load.batch, work.attention_flops / peak)
+    decode = _visits(plan, rates, work, load.batch, work.cache_bytes / memory)
+    return Prediction(
+        ttft_s=rates.call_s + _end(plan, [prefill]),
+        token_s=_end(plan, [decode] * DECODE_PASSES) / DECODE_PASSES,
+        link_s=sum(visit.link_s for visit in decode),
+        disk_s=sum(visit.disk_s for visit in decode),
+        compute_s=sum(visit.compute_s for visit in decode),
+        host_s=sum(visit.host_s for visit in decode),
+        batch=load.batch,
+        blind=tuple(name for name, rate in known.items() if not rate),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Visit:
+    """One reading of a unit: seconds of each thing that it takes, as if it were alone."""
+
+    disk_s: float
+    link_s: float
+    compute_s: float
+    host_s: float
+    in_order: bool
+    """Whether link and host take the cores' time, as on a CPU."""
+
+    @property
+    def busy_s(self) -> float:
+        """How long what computes is busy."""
+        if self.in_order:
+            return self.link_s + self.compute_s + self.host_s
+        return max(self.compute_s, self.host_s)
+
+
+def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float) -> list[_Visit]:
+    """Return a pass's visits; ``tokens`` of all sequences go through it, ``extra_s`` is its compute beside weights."""
+    visits: list[_Visit] = []
+    on_cpu = rates.device == "cpu"
+    for unit, tier in zip(plan.units, plan.tiers, strict=True):
+        rows = work.workload.batch if unit.name in work.head else tokens
+        on_disk = tier is Tier.DISK
+        compute_s = _multiply_s(unit.raw_bytes, rows, work.shares.get(unit.name, 1.0), rates.compute)
+        if on_cpu and unit.name in work.head and rows < tokens and rates.last_token:
+            compute_s = rows * unit.raw_bytes / rates.last_token
+        over_link = tier is Tier.PINNED or (on_disk and not on_cpu)
+        visits.append(
+            _Visit(
+                disk_s=unit.image_bytes / _known("disk", rates.disk) if on_disk else 0.0,
+                link_s=unit.image_bytes / _known("link", rates.link) if over_link else 0.0,
+                compute_s=compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
+                host_s=rates.module_s + (0.0 if visits else rates.pass_s),
+                in_order=on_cpu,
+            )
+        )
+    return visits
+
+
+def _multiply_s(nbytes: int, tokens: int, share: float, rates: Sequence[ComputeRate]) -> float:
+    """Return the seconds in which ``tokens`` are each multiplied by a ``share`` of ``nbytes`` of weights.
+
+    Between two measured points the time is linear in the tokens, as it is beyond the last one.
+    """
+    if not rates or not share:
+        return 0.0
+    touched = 1 - (1 - share) ** tokens  # by tokens that each choose their share at random
+    rows = tokens * share / touched
+    points = [rate.tokens for rate in rates]
+    per_byte = np.maximum.accumulate([1 / rate.rate for rate in rates])  # more tokens are never faster
+    seconds = float(np.interp(rows, points, per_byte)) * max(rows / points[-1], 1.0)
+    return nbytes * touched * seconds
+
+
+def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
+    """Return when the last of ``passes`` ends, begun with an empty ring: copies and compute in their order."""
+    disk_s = link_s = now_s = 0.0
+    ended = [0.0] * len(plan.slots)  # when each streamed unit was last read
+    before = [tuple(slot.sharing) for slot in plan.slots]
+    for visits in passes:
+        streamed = iter(range(len(plan.slots)))
+        for visit, tier in zip(visits, plan.tiers, strict=True):
+            if tier is not Tier.RESIDENT:
+                unit = next(streamed)
+                free_s = max(ended[other] for other in before[unit])
+                if visit.disk_s:
+                    # For a GPU the host asks ahead of time, into buffers of its own: a read waits for no slot.
+                    disk_s = (max(disk_s, free_s) if visit.in_order else disk_s) + visit.disk_s
+                    free_s = max(disk_s, free_s)
+                if visit.link_s and not visit.in_order:
+                    free_s = link_s = max(link_s, free_s) + visit.link_s
+                now_s = max(now_s, free_s)
+            now_s += visit.busy_s
+            if tier is not Tier.RESIDENT:
+                ended[unit] = now_s
+    return now_s
+
+
+def _known(what: str, rate: float | None) -> float:
+    if rate is None:
+        raise UnavailableError(f"the plan streams over the {what}, whose rate has not been measured")
+    return rate

@@ -1,0 +1,201 @@
+"""Profiles: what one reproduction runs, read from ``artifact/configs/*.yaml`` into a frozen, validated object."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from djinn.errors import ConfigError
+from djinn.places import CONFIG_DIR
+from djinn.sizes import Bytes, format_bytes
+
+if TYPE_CHECKING:
+    from djinn.planning.request import Request
+    from djinn.planning.workspace import Workload
+
+SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
+    "djinn": ("", "lossless"),
+    "accelerate": ("disk", "cpu", "cpu-pinned"),
+    "deepspeed": ("cpu", "nvme"),
+    "resident": (),
+}
+"""The systems that can be compared, each with the places it can offload to, and djinn with its weights coded or as the
+profile says; written ``system:variant``."""
+
+
+def system_names() -> list[str]:
+    """Return every ``system`` or ``system:variant`` that a profile may list."""
+    return [
+        f"{system}:{variant}" if variant else system
+        for system, variants in SYSTEM_VARIANTS.items()
+        for variant in variants or ("",)
+    ]
+
+
+def _known_system(name: str) -> str:
+    if name not in system_names():
+        raise ValueError(f"no system {name!r}; the systems are {', '.join(system_names())}")
+    return name
+
+
+SystemName = Annotated[str, AfterValidator(_known_system)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sweep(_Frozen):
+    """Points of notebook 03: each chunk size at the profile's ring, each ring size at the profile's chunk, coded."""
+
+    chunks: tuple[Bytes, ...] = ()
+    rings: tuple[Bytes, ...] = ()
+    runs: int = Field(default=3, ge=1)
+    new_tokens: int = Field(default=2, ge=1)
+    coded: bool = False
+    """Whether there is one point more, with losslessly coded weights."""
+
+
+class Profile(_Frozen):
+    """One reproduction, complete: model, memory, workload, systems, sweep. Sizes are bytes."""
+
+    name: str
+    title: str
+    model: str
+    """A local checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``."""
+    weights: Literal["disk", "memory"] = "disk"
+    """Where a synthetic model is made: a real safetensors checkpoint on disk, or straight in host memory."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    device: Literal["cpu", "cuda"]
+    budget: Bytes
+    """The most device memory the process may use: residents, ring, KV cache, activations, scratch."""
+    ring: Bytes | None = None
+    """Device ring; by default the plan chooses the smallest that still overlaps."""
+    host_memory: Bytes
+    """The most page-locked host memory for streamed weights; what does not fit stays on disk."""
+    chunk: Bytes
+    coding: Literal["none", "lossless"] = "none"
+    """Whether djinn codes bfloat16 weights without loss while it loads them, and decodes them on the device."""
+    prompt_tokens: int = Field(ge=1)
+    new_tokens: int = Field(ge=1)
+    batch: int = Field(default=1, ge=1)
+    runs: int = Field(ge=1)
+    warmups: int = Field(default=0, ge=0)
+    systems: tuple[SystemName, ...] = Field(min_length=1)
+    interleave: bool = True
+    """Keep every system loaded and take turns run by run, so that a drifting machine drifts for all alike."""
+    sweep: Sweep = Sweep()
+    disable_kv_swap: bool = True
+    """True keeps the KV cache on the device; False uses transformers' offloaded cache (CUDA only)."""
+    seed: int = Field(default=0, ge=0)
+    timeout_s: float = Field(default=1800, gt=0)
+    """Longest that one system may take for loading, or for one run, before it is recorded as a time-out."""
+    minutes: float = Field(gt=0)
+    """Estimate for all four notebooks on the machine that the profile is meant for."""
+    min_ram: Bytes
+    """Host memory the profile needs in all."""
+    min_disk: Bytes
+    """Free disk the profile needs."""
+    min_device: Bytes | None = None
+    """Device memory the profile needs, as the driver reports it; None where the device is a budget of host memory."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.ring is not None and self.ring > self.budget:
+            raise ValueError(
+                f"ring {format_bytes(self.ring)} is larger than the budget {format_bytes(self.budget)} it must fit in"
+            )
+        if not self.disable_kv_swap and self.device != "cuda":
+            raise ValueError("disable_kv_swap: false needs device: cuda (transformers' offloaded cache is CUDA-only)")
+        if self.weights == "memory" and not self.synthetic:
+            raise ValueError("weights: memory is for synthetic models; a checkpoint is read from disk")
+        if self.weights == "memory" and self.device == "cpu":
+            raise ValueError("weights: memory needs device: cuda; on a CPU the link is the disk that weights come from")
+        return self
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the weights are seeded random numbers instead of a trained model."""
+        return self.model.startswith("synthetic:")
+
+    @property
+    def digest(self) -> str:
+        """Short SHA-256 of every field: two records with the same digest were asked for the same thing."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def work(self) -> Workload:
+        """The generation that is measured."""
+        from djinn.planning.workspace import Workload  # imports torch, which takes seconds; a list of profiles does not
+
+        return Workload(prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens, batch=self.batch)
+
+    def request(self) -> Request:
+        """Return what the profile asks of djinn."""
+        import torch
+
+        from djinn.planning.request import Request
+
+        return Request.of(
+            budget=self.budget,
+            keep=self.work,
+            device=self.device,
+            ring=self.ring,
+            host_memory=self.host_memory,
+            chunk=self.chunk,
+            dtype=getattr(torch, self.dtype),
+            coding=self.coding,
+        )
+
+    def override(self, **changes: Any) -> Profile:
+        """Return a validated copy with ``changes`` applied; sizes are strings with units.
+
+        Raises:
+            ConfigError: an unknown field or an impossible value, named.
+        """
+        return _validated(self.model_dump(mode="json") | changes, f"profile {self.name}")
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles in ``artifact/configs``."""
+    return sorted(path.stem for path in CONFIG_DIR.glob("*.yaml"))
+
+
+def load_profile(name: str | Path) -> Profile:
+    """Read a profile by name, or from a path that ends in ``.yaml``.
+
+    Raises:
+        ConfigError: no such profile, not a mapping, an unknown key or an impossible value; each is named.
+    """
+    path = Path(name) if str(name).endswith(".yaml") else CONFIG_DIR / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no profile {str(name)!r}; the profiles are {', '.join(profile_names())}")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(document).__name__}")
+    return _validated({"name": path.stem, **document}, str(path))
+
+
+def _validated(document: dict[str, Any], where: str) -> Profile:
+    try:
+        return Profile.model_validate(document)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "profile"
+            if problem["type"] == "extra_forbidden":
+                fields = Sweep.model_fields if key.startswith("sweep.") else Profile.model_fields
+                near = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(fields)}"
+                problems.append(f"unknown key {key}{hint}")
+            else:
+                problems.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from None

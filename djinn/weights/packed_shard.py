@@ -1,0 +1,181 @@
+"""One safetensors file into its packed form and back; and a hollow copy, which has the header and no weights.
+
+Tensors are coded on threads, a few at a time, and written in order, so that memory holds a few tensors only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import torch
+
+from djinn.codec.checksums import checksums, verify
+from djinn.codec.decode import decode
+from djinn.codec.encode import encode
+from djinn.errors import CheckpointError
+from djinn.hardware import allowed_cpus, usable_ram
+from djinn.weights.header import Header, read_header
+from djinn.weights.packed_format import Stored, compose, described, original_of, reserve, stored_bytes
+from djinn.weights.tensors import FileSpan, TensorEntry
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_TIMES_A_TENSOR = 6
+"""Memory that coding a tensor takes on a CPU, as a multiple of its bytes."""
+
+
+def pack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
+    """Write the packed form of ``source`` to ``target``; ``on_done`` hears of raw bytes as they are written.
+
+    An exception leaves a partial file.
+
+    Raises:
+        CheckpointError: a damaged file, or one with bytes that belong to no tensor.
+    """
+    original = read_header(source)
+    _require_no_gaps(original)
+    reserved = reserve(original)
+    stored: dict[str, Stored] = {}
+
+    def coded(name: str) -> tuple[str, torch.Tensor, Stored] | None:
+        entry = original.tensors[name]
+        made = encode(read_tensor(entry).view(torch.bfloat16).to(device))
+        if made is None:
+            return None
+        blob, layout = made[0].cpu(), made[1]
+        return name, blob, Stored(layout, checksums(blob, layout))
+
+    with _whole_file(target) as file:
+        file.seek(reserved)
+        candidates = [name for name, entry in original.tensors.items() if entry.codable]
+        for result in _in_order(candidates, coded, _workers(original, device)):
+            if result is not None:
+                name, blob, stored[name] = result
+                _write(file, blob, stored_bytes(original.tensors[name], stored[name].layout))
+                on_done(original.tensors[name].raw_bytes)
+        for name, entry in original.tensors.items():
+            if name not in stored:
+                raw = read_tensor(entry)
+                stored[name] = Stored(None, checksums(raw, None))
+                _write(file, raw, entry.raw_bytes)
+                on_done(entry.raw_bytes)
+        file.seek(0)
+        file.write(compose(original, stored, reserved))
+
+
+def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
+    """Write the file that ``source`` was packed from to ``target``, byte for byte; otherwise as :func:`pack_shard`.
+
+    Raises:
+        CheckpointError: a damaged file; the tensor and its section are named.
+    """
+    header = read_header(source)
+    entries = described(header)
+    original = original_of(header)
+
+    def raw(name: str) -> tuple[str, torch.Tensor]:
+        entry = entries[name]
+        assert entry.crc32 is not None
+        bytes_ = read_tensor(entry)
+        verify(bytes_, entry.layout, entry.crc32, f"{source}: tensor {name}")
+        if entry.layout is None:
+            return name, bytes_
+        room = torch.empty(entry.layout.decoded_bytes, dtype=torch.uint8, device=device)
+        decode(bytes_.to(device), entry.layout, room)
+        return name, room[: entry.raw_bytes].cpu()
+
+    with _whole_file(target) as file:
+        _write_hollow(file, original)
+        for name, weights in _in_order(list(entries), raw, _workers(original, device)):
+            file.seek(_offset(original.tensors[name]))
+            _write(file, weights, len(weights))
+            on_done(len(weights))
+
+
+def hollow_shard(source: Path, target: Path) -> None:
+    """Write the header of the file that ``source`` was packed from, and room for its tensors that takes no disk.
+
+    Raises:
+        CheckpointError: as for :func:`unpack_shard`.
+    """
+    with target.open("wb") as file:
+        _write_hollow(file, original_of(read_header(source)))
+
+
+def _write_hollow(file: BinaryIO, original: Header) -> None:
+    file.write(len(original.text).to_bytes(8, "little") + original.text)
+    file.truncate(original.end)
+
+
+def _require_no_gaps(header: Header) -> None:
+    end = header.start
+    for name, entry in header.tensors.items():
+        if _offset(entry) != end:
+            raise CheckpointError(f"{header.path}: {_offset(entry) - end} bytes before tensor {name} belong to none")
+        end += entry.raw_bytes
+    if end != header.path.stat().st_size:
+        raise CheckpointError(f"{header.path}: {header.path.stat().st_size - end} bytes after its tensors")
+
+
+def _offset(entry: TensorEntry) -> int:
+    assert isinstance(entry.source, FileSpan)
+    return entry.source.offset
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """Return a tensor's bytes as they are stored (uint8, one-dimensional).
+
+    Raises:
+        CheckpointError: the file is shorter than its header said.
+    """
+    assert isinstance(entry.source, FileSpan)
+    data = np.fromfile(entry.source.path, np.uint8, entry.nbytes, offset=entry.source.offset)
+    if len(data) < entry.nbytes:
+        raise CheckpointError(f"{entry.source.path}: has become shorter while it was read")
+    return torch.from_numpy(data)
+
+
+def _write(file: BinaryIO, data: torch.Tensor, nbytes: int) -> None:
+    """Write ``data`` and zeros up to ``nbytes``."""
+    file.write(data.numpy().data)
+    file.write(bytes(nbytes - len(data)))
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing, and wait at the end until the disk has it."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _workers(header: Header, device: torch.device) -> int:
+    """Return how many tensors are coded at once: on a GPU one beside the one being read."""
+    if device.type == "cuda":
+        return 2
+    largest = max((entry.raw_bytes for entry in header.tensors.values()), default=0)
+    return max(1, min(len(allowed_cpus() or "1"), usable_ram() // (_TIMES_A_TENSOR * largest + 1)))
+
+
+def _in_order(items: Iterable[Item], work: Callable[[Item], Result], workers: int) -> Iterator[Result]:
+    """Yield ``work`` of each item in order, at most ``workers`` of them begun and not yet taken."""
+    under_way: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers, "djinn-pack") as pool:
+        try:
+            for item in items:
+                if len(under_way) >= workers:
+                    yield under_way.popleft().result()
+                under_way.append(pool.submit(work, item))
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,44 @@
+"""The rate at which a device computes: plausible, and slower per weight with more tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from djinn.bench.certify.certification import Certification
+from djinn.bench.rates import compute
+
+
+def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_HEAD", (512, 512))
+    monkeypatch.setattr(compute, "_LAYER_OF", "llama-tiny")
+    monkeypatch.setattr(compute, "_STEPS", 2)
+    monkeypatch.setattr(compute, "_LAYERS", (1, 8))
+    found = compute.measure(torch.device("cpu"))
+    assert found.device == "cpu"
+    assert [rate.tokens for rate in found.rates] == list(compute.TOKENS[: len(found.rates)])
+    assert all(rate.gbps > 0 for rate in found.rates)
+    assert found.rates[-1].gbps < found.rates[0].gbps
+    assert found.module_s >= 0
+    assert found.pass_s is not None
+    assert 0 <= found.pass_s < 0.1
+    assert 0 <= found.call_s < 0.1
+    assert found.last_token_gbps
+
+
+def test_a_slow_device_is_not_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "_LAYER_OF", "llama-tiny")
+    monkeypatch.setattr(compute, "_LONGEST_S", 0.0)
+    assert [rate.tokens for rate in compute._rates(torch.device("cpu"))] == [1]
+
+
+def test_old_certifications_have_none() -> None:
+    assert Certification.model_fields["compute"].default is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_multiplies_many_tokens_at_tens_of_teraflops() -> None:
+    found = compute.measure(torch.device("cuda"))
+    last = found.rates[-1]
+    assert last.tokens == compute.TOKENS[-1]
+    assert last.gbps * last.tokens > 10_000

@@ -1,0 +1,89 @@
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from djinn.errors import ConfigError
+from djinn.profiles import CONFIG_DIR, Profile, load_profile, profile_names, system_names
+
+
+def write(tmp_path, **changes):
+    document = yaml.safe_load((CONFIG_DIR / "smoke_tiny.yaml").read_text()) | changes
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_profiles_load_and_survive_json(name):
+    profile = load_profile(name)
+    assert profile.name == name
+    assert Profile.model_validate_json(profile.model_dump_json()) == profile
+
+
+def test_the_l4_profile_is_the_papers():
+    profile = load_profile("virt_mem_l4")
+    assert (profile.budget, profile.ring) == (24 * 10**9, 20 * 10**9)
+    assert profile.sweep.chunks == tuple(size * 2**20 for size in (16, 64, 128, 512))
+    assert profile.sweep.runs == 3
+
+
+def test_an_unknown_profile_lists_those_there_are():
+    with pytest.raises(ConfigError, match="smoke_tiny") as caught:
+        load_profile("smoke_tny")
+    assert all(name in str(caught.value) for name in profile_names())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bugdet": "5 MB"}, ["bugdet", "did you mean budget"]),
+        ({"sweep": {"chunk": ["1 MiB"]}}, ["sweep.chunk", "did you mean chunks"]),
+        ({"budget": "-5 MB"}, ["budget", "-5 MB"]),
+        ({"budget": 5000000}, ["budget", "no unit"]),
+        ({"budget": "5 mb"}, ["budget", "5 mb"]),
+        ({"ring": "6 MB"}, ["ring 6 MB", "budget 5 MB"]),
+        ({"runs": 0}, ["runs"]),
+        ({"systems": ["djin"]}, ["djin", "accelerate:disk"]),
+        ({"systems": []}, ["systems"]),
+        ({"dtype": "int3"}, ["dtype", "bfloat16"]),
+        ({"device": "tpu"}, ["device", "cuda"]),
+        ({"disable_kv_swap": False}, ["disable_kv_swap", "cuda"]),
+        ({"weights": "memory"}, ["weights: memory", "cuda"]),
+        ({"weights": "memory", "model": "somewhere"}, ["weights: memory", "synthetic"]),
+    ],
+)
+def test_impossible_values_are_refused_by_name(tmp_path, changes, words):
+    with pytest.raises(ConfigError) as caught:
+        load_profile(write(tmp_path, **changes))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_files_that_are_not_profiles(tmp_path):
+    for text in ("- a list", "a: [", ""):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.yaml"):
+            load_profile(path)
+
+
+def test_override_validates_and_changes_the_digest():
+    profile = load_profile("smoke_tiny")
+    changed = profile.override(chunk="1 MiB", runs=1)
+    assert (changed.chunk, changed.runs, changed.budget) == (2**20, 1, profile.budget)
+    assert changed.digest != profile.digest
+    assert profile.override().digest == profile.digest
+    with pytest.raises(ConfigError, match="did you mean runs"):
+        profile.override(rusn=1)
+    with pytest.raises(ConfigError, match="ring"):
+        profile.override(ring="1 GB")
+
+
+def test_profiles_do_not_change():
+    with pytest.raises(ValidationError):
+        load_profile("smoke_tiny").runs = 5
+
+
+def test_system_names_are_those_that_profiles_accept():
+    names = system_names()
+    assert {"djinn", "accelerate:disk", "deepspeed:nvme", "resident"} <= set(names)
+    assert load_profile("smoke_tiny").override(systems=names).systems == tuple(names)
