@@ -87,7 +87,7 @@ class Machine(_Frozen):
 def describe(folder: Path = Path()) -> Machine:
     """Return what this machine is; ``folder`` says which disk's free space is meant."""
     memory = psutil.virtual_memory()
-    limit, _ = _cgroup_memory()
+    limit, _ = cgroup_memory()
     with nvml() as library:
         driver = library and asked(library.nvmlSystemGetDriverVersion)
         cuda = library and asked(library.nvmlSystemGetCudaDriverVersion)
@@ -103,8 +103,8 @@ def describe(folder: Path = Path()) -> Machine:
         available_bytes=memory.available,
         cgroup_limit_bytes=limit if limit is not None and limit < memory.total else None,
         memlock_bytes=_memlock(),
-        memlock_exempt=_may_lock_memory(),
-        numa_nodes=_numa_nodes(),
+        memlock_exempt=may_lock_memory(),
+        numa_nodes=numa_nodes(),
         gpus=gpus(),
         driver=driver,
         driver_cuda=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None,
@@ -127,14 +127,14 @@ def free_disk(path: Path) -> int:
 
 def usable_ram() -> int:
     """Return the bytes a process can still take: what is available, or less where a cgroup leaves less."""
-    _, headroom = _cgroup_memory()
+    _, headroom = cgroup_memory()
     available = psutil.virtual_memory().available
     return available if headroom is None else min(available, headroom)
 
 
 def local_cpus(gpu_index: int) -> set[int] | None:
     """Return the processors of the NUMA node that the GPU hangs on; None where there is one node or it is unknown."""
-    nodes, local = _numa_nodes(), numa_node_of(gpu_index)
+    nodes, local = numa_nodes(), numa_node_of(gpu_index)
     if len(nodes) < 2 or local is None:
         return None
     listed = next((node.cpus for node in nodes if node.index == local), "")
@@ -163,7 +163,7 @@ def cpu_list(text: str) -> set[int]:
     return cpus
 
 
-def _numa_nodes(root: Path = _NODES) -> tuple[NumaNode, ...]:
+def numa_nodes(root: Path = _NODES) -> tuple[NumaNode, ...]:
     nodes = []
     for folder in root.glob("node[0-9]*"):
         words = (_read(folder / "meminfo") or "").split()
@@ -173,7 +173,7 @@ def _numa_nodes(root: Path = _NODES) -> tuple[NumaNode, ...]:
     return tuple(sorted(nodes, key=lambda node: node.index))
 
 
-def _cgroup_memory(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> tuple[int | None, int | None]:
+def cgroup_memory(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> tuple[int | None, int | None]:
     """Return (limit, headroom) in bytes over this process's cgroup and all above it; None without a limit.
 
     Page cache counts as used but is given back on demand, so it is part of the headroom.
@@ -209,7 +209,7 @@ def _memlock() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def _may_lock_memory(status: Path = Path("/proc/self/status")) -> bool:
+def may_lock_memory(status: Path = Path("/proc/self/status")) -> bool:
     for line in (_read(status) or "").splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)

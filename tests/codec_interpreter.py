@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 
 def code(weights: NDArray[np.int16]) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
     """Return the blob that the kernels write, and the whole tiles that they decode from it."""
-    from djinn.codec import backends
-    from djinn.codec import gpu as kernels
+    from djinn.codec import backends, gpu
     from djinn.codec.encode import encode
     from djinn.codec.layout import sections
 
-    backends.cpu = kernels  # type: ignore[misc]
+    backends.cpu = gpu  # type: ignore[misc]
     coded = encode(torch.from_numpy(weights).view(torch.bfloat16), min_gain=-math.inf)
     assert coded is not None
     blob, layout = coded
     out = torch.full((layout.decoded_bytes,), 0xA5, dtype=torch.uint8)
-    kernels._decode[(layout.tiles,)](*kernels.decode_arguments(sections(blob, layout), out))
+    gpu._decode[(layout.tiles,)](*gpu.decode_arguments(sections(blob, layout), out))
     return blob.numpy(), out.view(torch.int16).numpy()

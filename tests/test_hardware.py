@@ -62,14 +62,14 @@ def test_cgroup_v2_takes_the_tightest_limit_above_the_process(tmp_path: Path) ->
     _write(root / "pod/memory.max", "8000\n")
     _write(root / "pod/memory.current", "5000\n")
     _write(root / "pod/memory.stat", "anon 1000\nactive_file 1500\ninactive_file 2500\n")
-    assert hardware._cgroup_memory(tmp_path / "membership", root) == (8000, 7000)
+    assert hardware.cgroup_memory(tmp_path / "membership", root) == (8000, 7000)
 
 
 def test_cgroup_v2_of_a_container_that_sees_itself_as_the_root(tmp_path: Path) -> None:
     _write(tmp_path / "membership", "0::/\n")
     _write(tmp_path / "cgroup/memory.max", "4096\n")
     _write(tmp_path / "cgroup/memory.current", "96\n")
-    assert hardware._cgroup_memory(tmp_path / "membership", tmp_path / "cgroup") == (4096, 4000)
+    assert hardware.cgroup_memory(tmp_path / "membership", tmp_path / "cgroup") == (4096, 4000)
 
 
 def test_cgroup_v1_counts_descendants_and_ignores_no_limit(tmp_path: Path) -> None:
@@ -79,11 +79,11 @@ def test_cgroup_v1_counts_descendants_and_ignores_no_limit(tmp_path: Path) -> No
     _write(root / "memory/a/memory.limit_in_bytes", "6000\n")
     _write(root / "memory/a/memory.usage_in_bytes", "3000\n")
     _write(root / "memory/a/memory.stat", "inactive_file 1\ntotal_inactive_file 400\ntotal_active_file 600\n")
-    assert hardware._cgroup_memory(tmp_path / "membership", root) == (6000, 4000)
+    assert hardware.cgroup_memory(tmp_path / "membership", root) == (6000, 4000)
 
 
 def test_no_cgroup_at_all(tmp_path: Path) -> None:
-    assert hardware._cgroup_memory(tmp_path / "membership", tmp_path) == (None, None)
+    assert hardware.cgroup_memory(tmp_path / "membership", tmp_path) == (None, None)
 
 
 def test_processors_of_a_node_are_read_from_the_kernels_list() -> None:
@@ -95,7 +95,7 @@ def test_numa_nodes_come_in_order_with_their_memory(tmp_path: Path) -> None:
     for index, cpus in (10, "8-15"), (2, "0-7"):
         _write(tmp_path / f"node{index}/cpulist", cpus + "\n")
         _write(tmp_path / f"node{index}/meminfo", f"Node {index} MemTotal:       1024 kB\nNode {index} MemFree: 1 kB\n")
-    assert hardware._numa_nodes(tmp_path) == (
+    assert hardware.numa_nodes(tmp_path) == (
         hardware.NumaNode(index=2, cpus="0-7", memory_bytes=2**20),
         hardware.NumaNode(index=10, cpus="8-15", memory_bytes=2**20),
     )
@@ -104,7 +104,7 @@ def test_numa_nodes_come_in_order_with_their_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("capabilities", "exempt"), [("000001fffeffffff", True), ("00000000a80425fb", False)])
 def test_whether_memory_may_be_locked_past_the_limit(tmp_path: Path, capabilities: str, exempt: bool) -> None:
     _write(tmp_path / "status", f"Name:\tpython\nCapEff:\t{capabilities}\n")
-    assert hardware._may_lock_memory(tmp_path / "status") is exempt
+    assert hardware.may_lock_memory(tmp_path / "status") is exempt
 
 
 def test_an_unknown_package_has_no_version() -> None:

@@ -22,7 +22,7 @@ from djinn.figures.headline import OURS, faster
 from djinn.figures.style import LOOKS
 from djinn.profiles import load_profile, profile_names
 from djinn.sizes import format_bytes
-from djinn.weights import resolve as checkpoint
+from djinn.weights import resolve
 
 SHELL = [line for page in PAGES.values() for line in page.shell]
 SPANS = [span for page in PAGES.values() for span in page.spans]
@@ -232,7 +232,7 @@ def test_the_workflow_runs_what_there_is() -> None:
 def test_python_examples_run(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_DIR", tmp_path / "checkpoints")
+    monkeypatch.setattr(resolve, "CHECKPOINT_DIR", tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
     if "bytes were streamed" in block:

@@ -1,4 +1,8 @@
-"""What a reviewer receives: notebooks run in order, claims, provenance and the report of a run."""
+"""What a reviewer receives: executed notebooks, claims with their verdicts, a run's page and provenance.
+
+Imports: figures, bench and all below them. runner executes the notebooks, report writes the page.
+Read claims.py first, then runner.py.
+"""
 
 import warnings
 

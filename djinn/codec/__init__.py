@@ -1,5 +1,5 @@
-"""Lossless coding of bfloat16 weights: about 11 of their 16 bits, and back, bit for bit.
+"""Lossless coding of bfloat16 weights, about 11 bits each: NumPy on a CPU, Triton on a GPU, the same bytes from both.
 
-The lowest room: it imports torch, NumPy, Triton and the root's errors, and nothing else of djinn. Read
-:mod:`djinn.codec.layout` first, then :mod:`djinn.codec.reference`, which every backend has to equal.
+Imports: the files at the package's root. A tensor goes encode -> blob -> decode; backends picks who does it.
+Read layout.py first: the format, and why its bits lie in that order.
 """

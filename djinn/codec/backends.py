@@ -19,9 +19,9 @@ def backend(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         return cpu
     try:
-        from djinn.codec import gpu as kernels
+        from djinn.codec import gpu
     except ImportError as error:
         raise UnavailableError(
             f"coded weights on {device} need Triton ({error}); install it, or leave them raw"
         ) from error
-    return kernels
+    return gpu

@@ -32,7 +32,7 @@ from djinn.weights.opening import index_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
 def load(
@@ -123,7 +123,7 @@ def placement(model: nn.Module) -> Plan:
     Raises:
         ConfigError: not a model that streams.
     """
-    return _engine(model).plan
+    return engine_of(model).plan
 
 
 def stats(model: nn.Module) -> Stats:
@@ -132,7 +132,7 @@ def stats(model: nn.Module) -> Stats:
     Raises:
         ConfigError: not a model that streams.
     """
-    engine = _engine(model)
+    engine = engine_of(model)
     engine.copier.resolve_timeline()
     return engine.stats
 
@@ -143,7 +143,7 @@ def cool(model: nn.Module) -> None:
     Raises:
         ConfigError: not a model that streams, or called in the middle of a pass.
     """
-    streamer = _engine(model).streamer
+    streamer = engine_of(model).streamer
     with streamer.turns.lock:
         streamer.turns.refuse_while_running("cool")
         streamer.cool()
@@ -159,7 +159,7 @@ def detach(model: Model) -> Model:
         ConfigError: not a model that streams, or called in the middle of a pass.
         PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
     """
-    engine = _engine(model)
+    engine = engine_of(model)
     with engine.streamer.turns.lock:
         engine.streamer.turns.refuse_while_running("detach")
         _detach(model, engine)
@@ -175,14 +175,14 @@ def _detach(model: nn.Module, engine: Engine) -> None:
             "free; it goes on streaming"
         )
     engine.weights.give_back(units)
-    del _engines[model]
+    del engines[model]
     engine.resources.close()
     restore(model, engine.weights, engine.before)
 
 
 def register(model: nn.Module, engine: Engine) -> None:
     """Keep ``engine`` for as long as ``model`` lives."""
-    _engines[model] = engine
+    engines[model] = engine
     weakref.finalize(model, _release, engine.resources, os.getpid())
 
 
@@ -192,9 +192,14 @@ def _release(resources: ExitStack, owner: int) -> None:
         resources.close()
 
 
-def _engine(model: nn.Module) -> Engine:
+def engine_of(model: nn.Module) -> Engine:
+    """Return what streams a model.
+
+    Raises:
+        ConfigError: not a model that streams.
+    """
     try:
-        return _engines[model]
+        return engines[model]
     except KeyError:
         raise ConfigError(
             f"this {type(model).__name__} does not stream; djinn.load returns models that do, and djinn.offload makes "

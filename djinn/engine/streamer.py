@@ -65,7 +65,7 @@ class Streamer:
 
     def attach(self, model: nn.Module) -> None:
         """Hook every reader of every streamed unit."""
-        self._handles.append(model.register_forward_pre_hook(opaque(self._count_pass), prepend=True))
+        self._handles.append(model.register_forward_pre_hook(opaque(self.count_pass), prepend=True))
         for index, unit in enumerate(self._units):
             self._hook(model, unit, self._acquire_hook(index), self._release_hook(index))
 
@@ -109,7 +109,8 @@ class Streamer:
         self._release_unread()
         self._torn = False
 
-    def _count_pass(self, *_: object) -> None:
+    def count_pass(self, *_: object) -> None:
+        """Note that a pass begins."""
         self._stats.passes += 1
 
     def _forget_readers(self) -> None:

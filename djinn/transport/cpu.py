@@ -27,19 +27,19 @@ class CpuCopier:
         self, sources: list[Source], slots: tuple[Slot, ...], ring: Buffer, reader: Reader, stats: Stats
     ) -> None:
         self._sources = sources
-        self._slots = slots
+        self.slots = slots
         self._reader = reader
         self._stats = stats
-        self._fills: dict[int, Fill] = {}
+        self.fills: dict[int, Fill] = {}
         self._feeder = Feeder(reader)
         self._read_from: dict[int, float] = {}
         self._ring = ring
         self.ring = torch.from_numpy(ring)
 
     def submit(self, unit: int, after: int | None) -> None:
-        source, slot = self._sources[unit], self._slots[unit]
+        source, slot = self._sources[unit], self.slots[unit]
         target = self._ring[slot.offset : slot.offset + slot.nbytes]
-        fill = self._fills[unit] = Fill()
+        fill = self.fills[unit] = Fill()
         cut = pieces(source.unit, self._reader.chunk_bytes)
         self._feeder.begin(fill, [partial(self._move, piece, source.image, target) for piece in cut])
 
@@ -52,7 +52,7 @@ class CpuCopier:
         return time.perf_counter()
 
     def wait(self, unit: int) -> None:
-        fill, source = self._fills[unit], self._sources[unit]
+        fill, source = self.fills[unit], self._sources[unit]
         begin = time.perf_counter()
         late = not fill.done
         end = fill.wait()
@@ -86,5 +86,5 @@ class CpuCopier:
 
     def close(self) -> None:
         self._feeder.close()
-        self._fills.clear()
+        self.fills.clear()
         self.ring = torch.empty(0, dtype=torch.uint8)

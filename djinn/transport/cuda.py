@@ -54,7 +54,7 @@ class CudaCopier:
         self.ring = ring
         self._sources = sources
         self._stats = stats
-        self._stream = torch.cuda.Stream(ring.device)
+        self.stream = torch.cuda.Stream(ring.device)
         self._device_index = ring.device.index if ring.device.index is not None else torch.cuda.current_device()
         self._compute: dict[int, torch.cuda.Stream] = {}
         self._computing: torch.cuda.Stream | None = None
@@ -67,19 +67,19 @@ class CudaCopier:
             else None
             for source, target in zip(sources, self._targets, strict=True)
         ]
-        self._disk: _DiskStream | None = None
+        self.disk: _DiskStream | None = None
         if any(source.image is None for source in sources):
-            self._disk = _DiskStream(ring.device, reader)
+            self.disk = _DiskStream(ring.device, reader)
         self._trace = _Trace(stats) if stats.traced else None
 
     def submit(self, unit: int, after: int | None) -> None:
         issue = self._issue[unit]
         if issue is None:
-            assert self._disk is not None
+            assert self.disk is not None
             release = None if after is None else self._free[after]
-            self._disk.submit(self._sources[unit].unit, self._targets[unit], self._ready[unit], release)
+            self.disk.submit(self._sources[unit].unit, self._targets[unit], self._ready[unit], release)
             return
-        stream = self._stream
+        stream = self.stream
         if after is not None:
             stream.wait_event(self._free[after])
         if self._trace is not None:
@@ -91,8 +91,8 @@ class CudaCopier:
 
     def wait(self, unit: int) -> None:
         source = self._sources[unit]
-        if self._disk is not None:
-            self._disk.wait(source.unit)
+        if self.disk is not None:
+            self.disk.wait(source.unit)
         self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
         compute = self._compute_stream()
         if self._trace is not None:
@@ -132,13 +132,13 @@ class CudaCopier:
         return stream
 
     def settle(self) -> None:
-        if self._disk is not None:
-            self._disk.settle()
-        self._stream.wait_stream(self._compute_stream())
-        if self._disk is not None:
+        if self.disk is not None:
+            self.disk.settle()
+        self.stream.wait_stream(self._compute_stream())
+        if self.disk is not None:
             # The two copy streams too: what one still has under way must not land on what the other copies next.
-            self._stream.wait_stream(self._disk.stream)
-            self._disk.stream.wait_stream(self._stream)
+            self.stream.wait_stream(self.disk.stream)
+            self.disk.stream.wait_stream(self.stream)
 
     def resolve_timeline(self) -> None:
         """Turn the events recorded so far into intervals; waits for the device.
@@ -150,11 +150,11 @@ class CudaCopier:
             self._trace.resolve()
 
     def close(self) -> None:
-        if self._disk is not None:
-            self._disk.settle()
+        if self.disk is not None:
+            self.disk.settle()
         torch.cuda.synchronize(self.ring.device)
-        if self._disk is not None:
-            self._disk.close()
+        if self.disk is not None:
+            self.disk.close()
         self._issue.clear()
         self.ring = torch.empty(0, dtype=torch.uint8)
 

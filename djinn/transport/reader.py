@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from djinn.errors import CheckpointError
-from djinn.weights import synthetic_values as synthetic
+from djinn.weights import synthetic_values
 from djinn.weights.tensors import PAGE, FileSpan, InMemory, Seeded, TensorEntry
 from djinn.weights.units import Unit
 
@@ -102,7 +102,7 @@ class Reader:
         if isinstance(source, FileSpan):
             self._read_file(source.path, source.offset + piece.start, piece.nbytes, image, piece.offset)
         elif isinstance(source, Seeded):
-            synthetic.fill(
+            synthetic_values.fill(
                 image[piece.offset : piece.offset + piece.nbytes],
                 name=source.name,
                 shape=piece.entry.shape,

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from djinn.errors import CheckpointError
-from djinn.weights import resolve as checkpoint
 from djinn.weights.architectures import load_architecture
 from djinn.weights.index import WeightIndex, checkpoint_index, header_index, synthetic_index
 from djinn.weights.models import empty_model
 from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
+from djinn.weights.resolve import SYNTHETIC, outline, resolve
 
 
 def index_of(
@@ -23,10 +23,10 @@ def index_of(
         ConfigError, CheckpointError, UnavailableError: a model that cannot be had, or is damaged.
     """
     name = str(model)
-    if name.startswith(checkpoint.SYNTHETIC):
-        config = load_architecture(name.removeprefix(checkpoint.SYNTHETIC))
+    if name.startswith(SYNTHETIC):
+        config = load_architecture(name.removeprefix(SYNTHETIC))
         return synthetic_index(empty_model(config, dtype or torch.bfloat16), seed)
-    folder = checkpoint.resolve(name)
+    folder = resolve(name)
     method = quantisation_of(folder)
     if method is not None:
         require_streamable(folder, method)
@@ -43,12 +43,12 @@ def outline_of(model: str | Path, spill: Path, device: torch.device, dtype: torc
     Raises:
         ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
     """
-    outline = spill / "outline"
-    found = checkpoint.outline(str(model), outline)
-    if not outline.is_dir():
+    headers = spill / "outline"
+    found = outline(str(model), headers)
+    if not headers.is_dir():
         return index_of(found, spill, device, dtype)
-    method = quantisation_of(outline)
+    method = quantisation_of(headers)
     if method is not None:
         require_streamable(Path(str(model)), method)
         raise CheckpointError(f"{model}: quantised, so that headers do not tell its plan; fetch it first: hf download")
-    return header_index(outline, dtype)
+    return header_index(headers, dtype)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from djinn.codec.encode import layout_of
 from djinn.devices import device_here
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
-from djinn.weights import packed_format as packed
+from djinn.weights import packed_format
 from djinn.weights.header import read_header
 from djinn.weights.packed_shard import pack_shard, read_tensor, unpack_shard
 from djinn.weights.resolve import resolve
@@ -93,7 +93,7 @@ def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSi
         if entry.codable:
             layout = layout_of(read_tensor(entry).view(entry.dtype).to(where))
         dtype = str(entry.dtype).removeprefix("torch.")
-        yield TensorSize(name, dtype, entry.raw_bytes, packed.stored_bytes(entry, layout), layout is not None)
+        yield TensorSize(name, dtype, entry.raw_bytes, packed_format.stored_bytes(entry, layout), layout is not None)
 
 
 def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: bool) -> Path:
@@ -109,7 +109,7 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         with locked(unfinished):
-            _claim(unfinished, {"what": what, "version": packed.VERSION, "source": _identity(source)})
+            _claim(unfinished, {"what": what, "version": packed_format.VERSION, "source": _identity(source)})
             with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
                 for name in shards:
                     if (unfinished / name).exists():
@@ -138,7 +138,7 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
 
 def _require(shards: list[str], source: Path, *, packed_already: bool) -> None:
     for name in shards:
-        is_packed = packed.is_packed(read_header(source / name))
+        is_packed = packed_format.is_packed(read_header(source / name))
         if is_packed and not packed_already:
             raise CheckpointError(f"{source / name}: is packed already; `djinn unpack` gives the original back")
         if packed_already and not is_packed:

@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
 from djinn.sizes import format_bytes
-from djinn.weights import synthetic_values as synthetic
+from djinn.weights import synthetic_values
 from djinn.weights.architectures import architecture_path, load_architecture
 from djinn.weights.synthetic_shard import BLOCK_BYTES, Shard, lay_out, write_shard
 from djinn.weights.tokenizer import byte_tokenizer
@@ -36,7 +36,7 @@ from djinn.weights.tokenizer import byte_tokenizer
 MANIFEST = "digests.json"
 INDEX = "model.safetensors.index.json"
 PARTIAL = ".partial"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in synthetic.MANTISSA_BITS}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in synthetic_values.MANTISSA_BITS}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

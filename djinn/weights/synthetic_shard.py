@@ -22,7 +22,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from djinn.weights import synthetic_values as synthetic
+from djinn.weights import synthetic_values
 
 PAGE_BYTES = 4096
 BLOCK_BYTES = 16 * 2**20
@@ -61,7 +61,7 @@ class Shard:
             if begin >= end:
                 break
             low, high = max(begin, start), min(stop, end)
-            synthetic.fill(
+            synthetic_values.fill(
                 out[low - start : high - start],
                 name=name,
                 shape=shape,

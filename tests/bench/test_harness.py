@@ -7,8 +7,7 @@ import psutil
 import pytest
 
 from djinn import hardware
-from djinn.bench import harness
-from djinn.bench import worker_client as process
+from djinn.bench import harness, worker_client
 from djinn.bench.harness import Bench, Lane, run_baselines
 from djinn.bench.measure import MemoryPeak, measure
 from djinn.bench.records import read_records
@@ -22,7 +21,7 @@ FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(process, "COMMAND", FAKE)
+    monkeypatch.setattr(worker_client, "COMMAND", FAKE)
 
 
 def lanes(profile, *variants):

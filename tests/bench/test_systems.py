@@ -225,13 +225,13 @@ def test_seventy_billion_parameters_get_their_small_matrices_resident(tmp_path):
 
 def test_accelerate_puts_as_many_layers_on_a_gpu_as_fit(tmp_path):
     job = gpu_job(tmp_path)
-    places = accelerate._device_map(job)
+    places = accelerate.map_blocks(job)
     on_gpu = [name for name, place in places.items() if place == 0]
     layer = 1_711_309_000
     assert set(places.values()) == {0, "cpu"}
     assert 8 <= len([name for name in on_gpu if ".layers." in name]) <= (24e9 - layer) // layer
-    assert accelerate._place("model.layers.79.mlp.up_proj.weight", places) == "cpu"
-    assert accelerate._place("model.layers.0.mlp.up_proj.weight", places) == 0
+    assert accelerate.place_of("model.layers.79.mlp.up_proj.weight", places) == "cpu"
+    assert accelerate.place_of("model.layers.0.mlp.up_proj.weight", places) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

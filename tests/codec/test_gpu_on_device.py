@@ -47,12 +47,12 @@ def test_the_gpu_codes_and_decodes_as_the_cpu_does(name: str) -> None:
 
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
 def test_the_kernels_tuning_does_not_change_a_bit(warps: int) -> None:
-    from djinn.codec import gpu as kernels
+    from djinn.codec import gpu
 
     weights = torch.cat([spread("laplace").view(-1), random_bits(3 * TILE)])
     blob, layout = forced(weights.cuda())
     out = torch.empty(layout.decoded_bytes, dtype=torch.uint8, device="cuda")
-    kernels.decoder(sections(blob, layout), out, warps=warps)()
+    gpu.decoder(sections(blob, layout), out, warps=warps)()
     assert torch.equal(out.view(torch.int16)[: layout.elements].cpu(), bits(weights))
 
 

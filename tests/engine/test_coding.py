@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.codec.layout import LEAST_BYTES
-from djinn.engine import load as engine_model
 from djinn.engine.coding import Coder, Scratch
+from djinn.engine.load import placement
 from djinn.errors import ConfigError, PlanError
-from djinn.planning.placement import Plan, Tier
+from djinn.planning.placement import Tier
 from djinn.transport.reader import Reader
 from djinn.weights import coding
 from djinn.weights.index import checkpoint_index
@@ -48,10 +48,6 @@ def coded(folder: Path, device: str, share: float, **options: object) -> PreTrai
     return djinn.load(folder, budget=budget, ring=RING, **WORK | {"device": device} | options)  # type: ignore[arg-type]
 
 
-def plan_of(model: PreTrainedModel) -> Plan:
-    return engine_model._engines[model].plan
-
-
 def resident(folder: Path, device: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
 
@@ -67,7 +63,7 @@ def logits(model: PreTrainedModel, length: int = 7) -> torch.Tensor:
 def test_output_is_the_resident_models_bit_for_bit(checkpoint: Path, device: str, share: float) -> None:
     """Invariant 7: streamed units and coded residents alike."""
     model, whole = coded(checkpoint, device, share), resident(checkpoint, device)
-    made = plan_of(model)
+    made = placement(model)
     assert any(unit.coded for unit in made.streamed)
     assert any(unit.coded for unit in made.at(Tier.RESIDENT))
     for length in (1, 16, 7):
@@ -83,20 +79,20 @@ def test_output_is_the_resident_models_bit_for_bit(checkpoint: Path, device: str
 @pytest.mark.parametrize("device", DEVICES)
 def test_fewer_bytes_cross_and_more_stays(checkpoint: Path, device: str) -> None:
     packed, raw = coded(checkpoint, device, 0.6), coded(checkpoint, device, 0.6, coding="none")
-    assert plan_of(packed).model_bytes == plan_of(raw).model_bytes
-    assert plan_of(packed).device_bytes <= plan_of(packed).budget
-    streamed = sum(unit.raw_bytes for unit in plan_of(packed).streamed)
-    assert streamed < sum(unit.raw_bytes for unit in plan_of(raw).streamed)
-    assert sum(unit.weight_bytes for unit in plan_of(packed).streamed) < 0.72 * streamed
+    assert placement(packed).model_bytes == placement(raw).model_bytes
+    assert placement(packed).device_bytes <= placement(packed).budget
+    streamed = sum(unit.raw_bytes for unit in placement(packed).streamed)
+    assert streamed < sum(unit.raw_bytes for unit in placement(raw).streamed)
+    assert sum(unit.weight_bytes for unit in placement(packed).streamed) < 0.72 * streamed
 
 
 def test_a_model_that_fits_stays_raw(checkpoint: Path) -> None:
     model = djinn.load(checkpoint, budget="1 GB", **WORK)  # type: ignore[arg-type]
-    assert not any(unit.coded for unit in plan_of(model).units)
+    assert not any(unit.coded for unit in placement(model).units)
 
 
 def test_a_plan_of_coded_weights_is_about_what_loading_finds(checkpoint: Path) -> None:
-    made = plan_of(coded(checkpoint, "cpu", 0.5))
+    made = placement(coded(checkpoint, "cpu", 0.5))
     planned = djinn.plan(checkpoint, budget=made.budget, ring=RING, **WORK)  # type: ignore[arg-type]
     assert planned.is_coded
     assert planned.scratch_bytes == made.scratch_bytes
@@ -120,7 +116,7 @@ def test_the_timeline_shows_decoding_of_streamed_units_and_residents(checkpoint:
     logits(model)
     logits(model)
     spans = [span for span in djinn.stats(model).timeline if span.lane == "decode"]
-    made = plan_of(model)
+    made = placement(model)
     for units in (made.streamed, made.at(Tier.RESIDENT)):
         names = [unit.name for unit in units if unit.coded]
         assert names

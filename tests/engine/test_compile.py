@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import djinn
-from djinn.engine import load as engine_model
+from djinn.engine.load import engine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +95,7 @@ def test_a_compiled_model_gives_the_resident_models_bits(
     assert backend.frame_count > 0
     stats = djinn.stats(model)
     assert (stats.passes, stats.reloads, stats.skips) == (3, 0, 0)
-    assert stats.visits == 3 * len(engine_model._engines[model].plan.streamed)
+    assert stats.visits == 3 * len(engine_of(model).plan.streamed)
 
 
 def test_a_compiled_model_generates(short_checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from djinn.planning.placement import Plan
 from djinn.planning.prediction import ComputeRate, Rates, predict, work_of
 from djinn.planning.request import Request
 from djinn.planning.workspace import Workload
-from djinn.weights import resolve as checkpoint
+from djinn.weights import opening
 from djinn.weights.opening import index_of
 
 MODEL = "synthetic:llama-2-7b"
@@ -96,7 +96,7 @@ def test_a_hub_id_is_planned_as_its_checkpoint(
         assert model == "org/name"
         return shutil.copytree(codable_checkpoint, into)
 
-    monkeypatch.setattr(checkpoint, "outline", outline)
+    monkeypatch.setattr(opening, "outline", outline)
     told = {
         "budget": "20 MB",
         "device": "cpu",

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import djinn
 from djinn.engine import load as engine_model
 from djinn.engine import opened
+from djinn.engine.load import engine_of, engines, placement
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
-from djinn.planning.placement import Plan, Tier
+from djinn.planning.placement import Tier
 from djinn.weights.architectures import load_architecture
 from djinn.weights.models import empty_model
 from djinn.weights.synthetic_checkpoint import synthesise
@@ -46,10 +47,6 @@ def budget_for(folder: Path, streamed_share: float = STREAMED_SHARE) -> int:
 def streaming(folder: Path, host_memory: int | str = "1 B", **options: object) -> PreTrainedModel:
     arguments: dict[str, object] = {"budget": budget_for(folder), "host_memory": host_memory, "chunk": "32 KiB"}
     return djinn.load(folder, **WORK | arguments | options)  # type: ignore[arg-type]
-
-
-def plan_of(model: PreTrainedModel) -> Plan:
-    return engine_model._engines[model].plan
 
 
 def resident(folder: Path) -> PreTrainedModel:
@@ -91,7 +88,7 @@ def test_output_is_the_resident_models_bit_for_bit(tiny_checkpoint: Tiny, name: 
     planned = djinn.plan(folder, budget=budget_for(folder), host_memory="1 GB", **WORK)
     host = {"disk": 1, "pinned": 10**9, "both": planned.pinned_bytes // 2}[tiers]
     model, whole = streaming(folder, host), resident(folder)
-    made = plan_of(model)
+    made = placement(model)
     wanted = {"disk": {Tier.DISK}, "pinned": {Tier.PINNED}, "both": {Tier.DISK, Tier.PINNED}}[tiers]
     assert {tier for tier in made.tiers if tier is not Tier.RESIDENT} == wanted
     assert made.resident_bytes < sum(unit.image_bytes for unit in made.units) / 2
@@ -118,7 +115,7 @@ def test_float32_and_a_single_unit_in_the_ring(tiny_checkpoint: Tiny, tmp_path: 
         streaming(folder, ring="1 B")
     ring = int(str(refusal.value).split("a ring of ")[1].split()[0])
     model = streaming(folder, ring=ring)
-    assert plan_of(model).ring_bytes == ring
+    assert placement(model).ring_bytes == ring
     assert torch.equal(logits(model), logits(resident(folder)))
 
 
@@ -203,7 +200,7 @@ def test_a_file_that_breaks_is_named_and_the_model_works_again_once_it_is_whole(
         content = path.read_bytes()
         os.truncate(path, 1000)
         djinn.cool(model)
-        if any(path == tensor.entry.source.path for unit in plan_of(model).streamed for tensor in unit.tensors):
+        if any(path == tensor.entry.source.path for unit in placement(model).streamed for tensor in unit.tensors):
             for _ in range(2):
                 with pytest.raises(CheckpointError, match=f"{path}: ends at byte 1000"):
                     logits(model)
@@ -282,7 +279,7 @@ def spills() -> set[Path]:
 @pytest.mark.parametrize("how", ["del", "detach"])
 def test_nothing_is_left_of_a_model_that_is_gone(tiny_checkpoint: Tiny, how: str) -> None:
     gc.collect()
-    before = readers(), open_files(), spills(), len(engine_model._engines)
+    before = readers(), open_files(), spills(), len(engines)
     model = streaming(tiny_checkpoint("mixtral"), 10**5)
     logits(model)
     assert len(readers()) > len(before[0])
@@ -293,7 +290,7 @@ def test_nothing_is_left_of_a_model_that_is_gone(tiny_checkpoint: Tiny, how: str
     else:
         del model
         gc.collect()
-    assert (readers(), open_files(), len(engine_model._engines)) == (before[0], before[1], before[3])
+    assert (readers(), open_files(), len(engines)) == (before[0], before[1], before[3])
     assert not spills() - before[2]
 
 
@@ -343,7 +340,7 @@ def test_cooling_drops_what_was_prefetched(tiny_checkpoint: Tiny) -> None:
 def test_bytes_and_passes_are_counted(tiny_checkpoint: Tiny) -> None:
     """Every pass moves the streamed weights once; what was prefetched for the next one is not counted yet."""
     model = streaming(tiny_checkpoint("llama"), 10**5)
-    made = plan_of(model)
+    made = placement(model)
     streamed = sum(unit.weight_bytes for unit in made.streamed)
     from_disk = sum(unit.weight_bytes for unit in made.at(Tier.DISK))
     for passes in (1, 2, 3):
@@ -359,7 +356,7 @@ def test_the_timeline_is_kept_on_request(tiny_checkpoint: Tiny) -> None:
     model = streaming(tiny_checkpoint("llama"), trace=True)
     logits(model)
     timeline = djinn.stats(model).timeline
-    names = {unit.name for unit in plan_of(model).streamed}
+    names = {unit.name for unit in placement(model).streamed}
     for lane in ("copy", "compute"):
         assert {interval.unit for interval in timeline if interval.lane == lane} == names
     assert all(interval.start_s <= interval.end_s for interval in timeline)
@@ -373,9 +370,9 @@ def test_device_memory_is_within_the_budget_and_weights_are_in_memory_once(tiny_
     """Invariant 9, seen from the addresses: all weights lie in the ring or in the residents' block."""
     folder = tiny_checkpoint("llama")
     model = streaming(folder)
-    made = plan_of(model)
+    made = placement(model)
     assert made.device_bytes <= budget_for(folder)
-    ring = engine_model._engines[model].copier.ring
+    ring = engine_of(model).copier.ring
     assert ring.nbytes == made.ring_bytes
     streamed = {tensor.name for unit in made.streamed for tensor in unit.tensors}
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -403,7 +400,7 @@ def test_weights_made_in_memory_are_those_written_to_disk(tmp_path: Path, name: 
     folder = synthesise(name, tmp_path / name, progress=False)
     model = djinn.load(f"synthetic:{name}", budget=budget_for(folder), host_memory="1 GB", **WORK)
     whole = resident(folder)
-    assert set(plan_of(model).tiers) == {Tier.RESIDENT, Tier.PINNED}
+    assert set(placement(model).tiers) == {Tier.RESIDENT, Tier.PINNED}
     assert torch.equal(logits(model), logits(whole))
     ids = prompt(5)
     assert torch.equal(model.generate(ids, max_new_tokens=4), whole.generate(ids, max_new_tokens=4))
@@ -411,7 +408,7 @@ def test_weights_made_in_memory_are_those_written_to_disk(tmp_path: Path, name: 
 
 def test_synthetic_experts_stream(tmp_path: Path) -> None:
     model = djinn.load("synthetic:mixtral-tiny", budget="2 MB", host_memory="1 GB", seed=3, **WORK)
-    assert plan_of(model).streamed
+    assert placement(model).streamed
     streamed = logits(model)
     assert torch.equal(logits(djinn.detach(model)), streamed)
 
@@ -428,7 +425,7 @@ def test_a_seed_gives_other_weights() -> None:
 def test_a_plan_is_what_loading_follows(tiny_checkpoint: Tiny) -> None:
     folder = tiny_checkpoint("llama")
     planned = djinn.plan(folder, budget=budget_for(folder), host_memory="100 KB", **WORK)
-    made = plan_of(streaming(folder, "100 KB"))
+    made = placement(streaming(folder, "100 KB"))
     assert (planned.tiers, planned.slots, planned.ring_bytes) == (made.tiers, made.slots, made.ring_bytes)
 
 

@@ -19,8 +19,9 @@ import djinn
 from djinn.engine import assembly, binding, opened
 from djinn.engine import load as engine_model
 from djinn.engine import offload as offloading
+from djinn.engine.load import engine_of, engines, placement
 from djinn.errors import ConfigError, DjinnError, PlanError, UnavailableError
-from djinn.planning.placement import Plan, Tier
+from djinn.planning.placement import Tier
 from djinn.planning.workspace import CUDA_CONTEXT_BYTES, CUDA_OVERHEAD_BYTES
 
 WIDTH = 128
@@ -75,12 +76,8 @@ def streaming(module: nn.Module, example: Any, share: float = 0.5, **options: An
     return djinn.offload(module, example=example, **arguments | options)
 
 
-def plan_of(module: nn.Module) -> Plan:
-    return engine_model.placement(module)
-
-
 def names_streamed(module: nn.Module) -> set[str]:
-    return {tensor.name for unit in plan_of(module).streamed for tensor in unit.tensors}
+    return {tensor.name for unit in placement(module).streamed for tensor in unit.tensors}
 
 
 def equal(one: nn.Module, other: nn.Module, *args: Any, **kwargs: Any) -> bool:
@@ -108,13 +105,13 @@ def test_it_streams_bit_for_bit_and_detaching_gives_back_what_was_there() -> Non
     whole = copy.deepcopy(module)
     before = list(module.named_parameters(remove_duplicate=False))
     assert streaming(module, (IDS,)) is module
-    assert {Tier.PINNED, Tier.RESIDENT} == set(plan_of(module).tiers)
+    assert {Tier.PINNED, Tier.RESIDENT} == set(placement(module).tiers)
     for _ in range(3):
         assert equal(module, whole, IDS)
     stats = djinn.stats(module)
     assert stats.reloads == stats.skips == 0
     assert stats.passes == 4, "three, and the example"
-    assert stats.link_bytes == 4 * sum(unit.weight_bytes for unit in plan_of(module).streamed)
+    assert stats.link_bytes == 4 * sum(unit.weight_bytes for unit in placement(module).streamed)
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert djinn.detach(module) is module
     after = list(module.named_parameters(remove_duplicate=False))
@@ -250,7 +247,7 @@ def test_weights_are_in_memory_once() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(binding.Weights, "take", watched)
         djinn.offload(module, budget="100 MB", workspace="1 MB", example=(x,), device="cpu")
-    assert plan_of(module).pinned_bytes > 0.8 * weights
+    assert placement(module).pinned_bytes > 0.8 * weights
     assert max(peaks) - before < 0.15 * weights
     state = module.state_dict()
     djinn.detach(module)
@@ -284,7 +281,7 @@ def test_the_order_is_recorded_without_computing() -> None:
     streaming(module, {"ids": IDS})
     assert devices == ["meta", "cpu"]
     assert equal(module, whole, IDS)
-    assert [unit.name for unit in plan_of(module).units][1:4] == ["blocks.0.norm", "blocks.0.up", "blocks.0.down"]
+    assert [unit.name for unit in placement(module).units][1:4] == ["blocks.0.norm", "blocks.0.up", "blocks.0.down"]
 
 
 def test_what_the_meta_device_cannot_run_is_run_where_it_lies() -> None:
@@ -524,8 +521,8 @@ def test_coded_weights_come_back_as_they_were(codable_module: nn.Module) -> None
     whole = copy.deepcopy(module)
     x = torch.randn(2, 768, dtype=torch.bfloat16)
     streaming(module, (x,), 0.6, coding="lossless")
-    assert plan_of(module).is_coded
-    assert plan_of(module).streamed
+    assert placement(module).is_coded
+    assert placement(module).streamed
     assert equal(module, whole, x)
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in module.state_dict().items())
     djinn.detach(module)
@@ -676,13 +673,13 @@ def test_memory_is_planned_for_what_moving_gives_back(monkeypatch: pytest.Monkey
     module = made(Net)
     for room in (opened, engine_model):
         monkeypatch.setattr(room, "usable_ram", lambda: 10**6)
-    assert plan_of(streaming(module, (IDS,))).pinned_bytes > 10**6
+    assert placement(streaming(module, (IDS,))).pinned_bytes > 10**6
     djinn.detach(module)
 
 
 def test_two_modules_at_once_and_nothing_left_of_one_that_is_gone() -> None:
     gc.collect()
-    engines = len(engine_model._engines)
+    before = len(engines)
     one, other = made(Net), made(lambda: nn.Sequential(*[Block() for _ in range(5)]), seed=1)
     whole_one, whole_other = copy.deepcopy(one), copy.deepcopy(other)
     streaming(one, (IDS,))
@@ -690,13 +687,13 @@ def test_two_modules_at_once_and_nothing_left_of_one_that_is_gone() -> None:
     for _ in range(2):
         assert equal(one, whole_one, IDS)
         assert equal(other, whole_other, X)
-    engine = engine_model._engines[one]
+    engine = engine_of(one)
     arena, ring = (weakref.ref(each) for each in (engine.weights, engine.copier))
     del one, engine
     gc.collect()
     assert arena() is None
     assert ring() is None
-    assert len(engine_model._engines) == engines + 1
+    assert len(engines) == before + 1
     assert equal(other, whole_other, X)
 
 

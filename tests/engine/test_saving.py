@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.engine import load as engine_model
+from djinn.engine.load import engine_of
 from djinn.errors import CheckpointError, ConfigError, PlanError
 from djinn.planning.placement import Tier
 
@@ -98,7 +99,7 @@ def test_what_is_in_memory_or_in_files_is_not_copied(tiny_checkpoint: Tiny) -> N
     for host in ("1 B", "1 GB"):
         model = streaming(tiny_checkpoint("llama"), host)
         state = model.state_dict()
-        engine = engine_model._engines[model]
+        engine = engine_of(model)
         images = engine.weights.images
         for unit in engine.plan.at(Tier.PINNED):
             for tensor in unit.tensors:
@@ -224,7 +225,7 @@ def test_gradients_through_inputs_are_refused(tiny_checkpoint: Tiny) -> None:
 
 def test_detaching_does_not_copy_what_waits_in_host_memory(tiny_checkpoint: Tiny) -> None:
     model = streaming(tiny_checkpoint("llama"), "1 GB")
-    images = dict(engine_model._engines[model].weights.images)
+    images = dict(engine_of(model).weights.images)
     planned = engine_model.placement(model)
     djinn.detach(model)
     parameters = dict(model.named_parameters())

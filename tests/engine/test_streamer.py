@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from djinn.engine import streamer as hooks
+from djinn.engine import streamer as streamer_module
 from djinn.engine.coding import Scratch
 from djinn.engine.streamer import Streamer
 from djinn.errors import CheckpointError, PlanError
@@ -168,7 +168,7 @@ def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:
 def begin_turn(streamer: Streamer) -> None:
     """What calling the model does before it visits anything."""
     streamer.turns.recover()
-    streamer._count_pass()
+    streamer.count_pass()
 
 
 @st.composite
@@ -419,7 +419,7 @@ def interrupted(call: Callable[[], object], line: int) -> bool:
 
     def trace(frame: FrameType, event: str, _: object) -> Callable[..., object] | None:
         nonlocal left
-        if frame.f_code.co_filename != hooks.__file__:
+        if frame.f_code.co_filename != streamer_module.__file__:
             return None
         if event == "line":
             left -= 1

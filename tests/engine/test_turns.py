@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import djinn
-from djinn.engine import load as engine_model
+from djinn.engine.load import engine_of
 from djinn.errors import ConfigError
 
 Tiny = Callable[[str], Path]
@@ -226,4 +226,4 @@ def test_signals_at_any_time_leave_a_model_that_works(
             assert right(model, wanted, 6)
             assert other is None or other.result(timeout=60)
     assert uninterrupted < 24
-    assert not engine_model._engines[model].streamer.turns.running
+    assert not engine_of(model).streamer.turns.running

@@ -60,7 +60,7 @@ def copier_of(units: list[Unit], reader: Reader, stats: Stats, *, in_memory: boo
 
 
 def in_slot(copier: CpuCopier, units: list[Unit], number: int) -> torch.Tensor:
-    slot, tensor = copier._slots[number], units[number].tensors[0]
+    slot, tensor = copier.slots[number], units[number].tensors[0]
     raw = copier.ring[slot.offset + tensor.offset : slot.offset + tensor.offset + tensor.entry.nbytes]
     return raw.view(tensor.entry.dtype).view(tensor.entry.shape)
 
@@ -118,7 +118,7 @@ def test_settling_waits_for_a_copy_that_nobody_knows(
 
     monkeypatch.setattr(reader, "read", slow)
     copier.submit(0, None)
-    del copier._fills[0]
+    del copier.fills[0]
     threading.Timer(0.05, gate.set).start()
     copier.settle()
     assert len(ended) == len(pieces(units[0], reader.chunk_bytes)) > 1

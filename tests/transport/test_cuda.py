@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.engine import load as engine_model
-from djinn.planning.placement import Plan, Tier
+from djinn.engine.load import engine_of, placement
+from djinn.planning.placement import Tier
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES
 from djinn.transport.cuda import CudaCopier
 from djinn.transport.reader import allocate
@@ -42,12 +42,8 @@ def streaming(folder: Path, tiers: str, **options: object) -> PreTrainedModel:
     return djinn.load(folder, **arguments | options)  # type: ignore[arg-type]
 
 
-def plan_of(model: PreTrainedModel) -> Plan:
-    return engine_model._engines[model].plan
-
-
 def copier_of(model: PreTrainedModel) -> CudaCopier:
-    copier = engine_model._engines[model].copier
+    copier = engine_of(model).copier
     assert isinstance(copier, CudaCopier)
     return copier
 
@@ -70,7 +66,7 @@ def logits(model: PreTrainedModel, length: int = 7) -> torch.Tensor:
 def test_output_is_the_resident_models_bit_for_bit(tiny_checkpoint: Tiny, name: str, tiers: str) -> None:
     """Invariant 7."""
     model, whole = streaming(tiny_checkpoint(name), tiers), resident(tiny_checkpoint(name))
-    assert plan_of(model).resident_bytes < plan_of(model).model_bytes / 2
+    assert placement(model).resident_bytes < placement(model).model_bytes / 2
     for length in (1, 16):
         assert torch.equal(logits(model, length), logits(whole, length))
     ids, greedy = prompt(5), {"do_sample": False, "max_new_tokens": 8}
@@ -83,7 +79,7 @@ def delayed(model: PreTrainedModel, seed: int) -> None:
     """Make every queue late at random: compute before and after each module, copies before and after each unit."""
     chance = random.Random(seed)
     copier = copier_of(model)
-    streams = [copier._stream] + ([copier._disk.stream] if copier._disk is not None else [])
+    streams = [copier.stream] + ([copier.disk.stream] if copier.disk is not None else [])
 
     def doze(stream: torch.cuda.Stream) -> None:
         if chance.random() < 0.4:
@@ -190,7 +186,7 @@ def test_device_memory_is_within_the_budget_and_given_back(tiny_checkpoint: Tiny
     gc.collect()
     before = torch.cuda.memory_allocated()
     model = streaming(tiny_checkpoint("llama"), "both")
-    made = plan_of(model)
+    made = placement(model)
     taken = torch.cuda.memory_allocated() - before
     assert taken <= made.resident_bytes + made.ring_bytes + 2**16, "buffers are small"
     torch.cuda.reset_peak_memory_stats()
@@ -206,7 +202,7 @@ def test_the_timeline_shows_copies_compute_and_stalls(tiny_checkpoint: Tiny) -> 
     logits(model)
     logits(model)
     stats = djinn.stats(model)
-    names = [unit.name for unit in plan_of(model).streamed]
+    names = [unit.name for unit in placement(model).streamed]
     for lane in ("copy", "compute", "stall"):
         spans = [interval for interval in stats.timeline if interval.lane == lane]
         assert [interval.unit for interval in spans] == 2 * names
@@ -219,7 +215,7 @@ def test_the_timeline_shows_copies_compute_and_stalls(tiny_checkpoint: Tiny) -> 
 
 def test_bytes_are_counted_by_tier(tiny_checkpoint: Tiny) -> None:
     model = streaming(tiny_checkpoint("llama"), "both")
-    made = plan_of(model)
+    made = placement(model)
     for _ in range(3):
         logits(model)
     stats = djinn.stats(model)
@@ -256,7 +252,7 @@ def test_an_exception_in_a_pass_leaves_a_model_that_works(tiny_checkpoint: Tiny,
 def test_weights_made_in_memory_stream() -> None:
     budget = djinn.plan("synthetic:llama-tiny", budget="2 GB", host_memory="1 GB", **WORK).workspace_bytes + 6 * 10**6
     model = djinn.load("synthetic:llama-tiny", budget=budget, host_memory="1 GB", **WORK)
-    assert plan_of(model).streamed
+    assert placement(model).streamed
     streamed = logits(model)
     assert torch.equal(logits(djinn.detach(model).cuda()), streamed)
 

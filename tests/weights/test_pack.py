@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import djinn
 from djinn.codec.layout import LEAST_BYTES
-from djinn.engine import load as engine_model
+from djinn.engine.load import placement
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
-from djinn.planning.placement import Plan, Tier
+from djinn.planning.placement import Tier
 from djinn.weights import pack as packing
 from djinn.weights import packed_format as packed_form
 from djinn.weights.header import read_header
@@ -53,10 +53,6 @@ def loaded(folder: Path, share: float = 0.4, host: str = "1 GB", **options: obje
     return djinn.load(folder, budget=budget, host_memory=host, **WORK | options)  # type: ignore[arg-type]
 
 
-def plan_of(model: PreTrainedModel) -> Plan:
-    return engine_model._engines[model].plan
-
-
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(5, 12)[None]).logits
@@ -87,7 +83,7 @@ def test_packed_files_are_smaller_safetensors_with_the_same_names(codable_checkp
 def test_a_packed_checkpoint_streams_coded_from_every_tier(codable_checkpoint: Path, folder: Path, host: str) -> None:
     whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval()
     model = loaded(folder, host=host)
-    made = plan_of(model)
+    made = placement(model)
     assert all(unit.coded for unit in made.streamed if unit.raw_bytes > LEAST_BYTES)
     assert bool(made.at(Tier.DISK)) == (host != "1 GB")
     for _ in range(2):
@@ -100,15 +96,15 @@ def test_a_packed_checkpoint_streams_coded_from_every_tier(codable_checkpoint: P
 def test_coding_none_decodes_while_loading(codable_checkpoint: Path, folder: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval()
     model = loaded(folder, coding="none")
-    assert not plan_of(model).is_coded
-    assert plan_of(model).streamed
+    assert not placement(model).is_coded
+    assert placement(model).streamed
     assert torch.equal(logits(model), logits(whole))
 
 
 def test_a_packed_model_that_fits_is_decoded(codable_checkpoint: Path, folder: Path) -> None:
     model = loaded(folder, share=3)
-    assert not plan_of(model).streamed
-    assert not plan_of(model).is_coded
+    assert not placement(model).streamed
+    assert not placement(model).is_coded
     whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval()
     assert torch.equal(logits(model), logits(whole))
 
@@ -122,7 +118,7 @@ def test_weights_that_transformers_converts_are_unpacked_for_it(tmp_path: Path) 
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto").eval()
     model = loaded(pack(tmp_path / "plain", tmp_path / "packed", device="cpu"), share=0.6)
-    assert plan_of(model).streamed
+    assert placement(model).streamed
     assert torch.equal(logits(model), logits(whole))
 
 

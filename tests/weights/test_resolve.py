@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
 from djinn.weights import resolve as checkpoint_module
-from djinn.weights import synthetic_checkpoint as synth
+from djinn.weights import synthetic_checkpoint
 from djinn.weights.resolve import is_synthetic, outline, resolve
 from djinn.weights.shards import read_checkpoint
 
@@ -26,7 +26,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synth.synthesise("gpt2-tiny", tmp_path_factory.mktemp("checkpoint") / "c", progress=False)
+    return synthetic_checkpoint.synthesise("gpt2-tiny", tmp_path_factory.mktemp("checkpoint") / "c", progress=False)
 
 
 def test_a_local_folder_is_itself(folder: Path) -> None:
@@ -51,9 +51,11 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_synthetic_folder_is_refused(folder: Path, tmp_path: Path) -> None:
-    manifest = synth.read_manifest(folder)
+    manifest = synthetic_checkpoint.read_manifest(folder)
     assert manifest is not None
-    (tmp_path / synth.MANIFEST).write_text(manifest.model_copy(update={"complete": False}).model_dump_json())
+    (tmp_path / synthetic_checkpoint.MANIFEST).write_text(
+        manifest.model_copy(update={"complete": False}).model_dump_json()
+    )
     with pytest.raises(CheckpointError, match="unfinished"):
         resolve(str(tmp_path))
 

@@ -21,9 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
-from djinn.weights import synthetic_checkpoint as synth
+from djinn.weights import synthetic_checkpoint, synthetic_values
 from djinn.weights import synthetic_shard as shard_module
-from djinn.weights import synthetic_values as synthetic
 from djinn.weights.synthetic_checkpoint import checkpoint_tensors, synthesise, verify
 from djinn.weights.synthetic_shard import PAGE_BYTES, lay_out
 
@@ -66,12 +65,12 @@ def test_transformers_loads_it_and_would_have_written_the_same(architecture: str
 def test_every_tensor_is_the_filled_one(dtype: str, tmp_path: Path) -> None:
     for name, tensor in load_tensors(make(tmp_path / "c", dtype=dtype, seed=3)).items():
         wanted = np.empty(tensor.nbytes, np.uint8)
-        synthetic.fill(wanted, name=name, shape=tensor.shape, dtype=getattr(torch, dtype), seed=3)
+        synthetic_values.fill(wanted, name=name, shape=tensor.shape, dtype=getattr(torch, dtype), seed=3)
         assert np.array_equal(tensor.view(torch.uint8).flatten().numpy(), wanted), name
 
 
 def test_several_shards_aligned_in_model_order(checkpoint: Path) -> None:
-    weight_map = json.loads((checkpoint / synth.INDEX).read_text())["weight_map"]
+    weight_map = json.loads((checkpoint / synthetic_checkpoint.INDEX).read_text())["weight_map"]
     shards = sorted(checkpoint.glob("*.safetensors"))
     assert len(shards) >= 2
     in_files: list[str] = []
@@ -88,7 +87,7 @@ def test_several_shards_aligned_in_model_order(checkpoint: Path) -> None:
 
 
 def test_mixtral_names_are_the_hubs() -> None:
-    names = checkpoint_tensors(synth.load_architecture("mixtral-8x7b"))
+    names = checkpoint_tensors(synthetic_checkpoint.load_architecture("mixtral-8x7b"))
     assert len(names) == 995
     assert names["model.layers.31.block_sparse_moe.experts.7.w2.weight"] == (4096, 14336)
 
@@ -144,15 +143,15 @@ def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from djinn.weights import synthetic_checkpoint as synth
-written = synth.write_shard
+from djinn.weights import synthetic_checkpoint
+written = synthetic_checkpoint.write_shard
 def killed(shard, *rest):
     digests = written(shard, *rest)
     if "00002" in shard.file:
         os.kill(os.getpid(), signal.SIGKILL)
     return digests
-synth.write_shard = killed
-synth.synthesise("qwen2-tiny", Path({str(out)!r}), progress=False)
+synthetic_checkpoint.write_shard = killed
+synthetic_checkpoint.synthesise("qwen2-tiny", Path({str(out)!r}), progress=False)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     before = snapshot(out)
@@ -174,8 +173,10 @@ def test_a_complete_checkpoint_is_left_alone(checkpoint: Path) -> None:
 
 def test_two_at_once_write_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
-    write = synth.write_shard
-    monkeypatch.setattr(synth, "write_shard", lambda shard, *rest: written.append(shard.file) or write(shard, *rest))
+    write = synthetic_checkpoint.write_shard
+    monkeypatch.setattr(
+        synthetic_checkpoint, "write_shard", lambda shard, *rest: written.append(shard.file) or write(shard, *rest)
+    )
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(make, [tmp_path / "c"] * 2))
     verify(tmp_path / "c", full=True)
@@ -254,9 +255,9 @@ def test_verify_finds_damage(checkpoint: Path, tmp_path: Path) -> None:
     path.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match="bytes where the manifest says"):
         verify(folder)
-    (folder / synth.MANIFEST).write_text("{")
+    (folder / synthetic_checkpoint.MANIFEST).write_text("{")
     with pytest.raises(CheckpointError, match="not a manifest"):
         verify(folder)
-    (folder / synth.MANIFEST).unlink()
+    (folder / synthetic_checkpoint.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="not a synthetic checkpoint"):
         verify(folder)

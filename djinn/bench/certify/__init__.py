@@ -67,7 +67,7 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
         on_gpu = machine.torch_sees_gpu and torch.cuda.is_available()
         computed, _ = _tried(lambda: compute.measure(torch.device("cuda" if on_gpu else "cpu")))
         step("plan")
-        plan, plan_reason = _tried(lambda: _plan(profile))
+        plan, plan_reason = _tried(lambda: plan_of(profile))
         step("streamed = resident")
         proof, proof_reason = _tried(lambda: prove("cuda" if on_gpu and profile.device == "cuda" else "cpu"))
         step("done")
@@ -76,7 +76,7 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
         machine=machine,
         usable_ram=hardware.usable_ram(),
         allowed_cpus=frozenset(hardware.allowed_cpus() or ()),
-        gpu_cpus=_gpu_cpus(machine),
+        gpu_cpus=gpu_cpus(machine),
         checkpoint_bytes=_size(checkpoint) if checkpoint else 0,
         link=link_rates or [],
         link_reason=link_reason,
@@ -123,7 +123,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _plan(profile: Profile) -> Plan:
+def plan_of(profile: Profile) -> Plan:
     """Plan the profile's model, from a synthetic model's config alone, so that no checkpoint has to be there yet."""
     if not profile.synthetic and not Path(profile.model).expanduser().is_dir():
         raise ConfigError(f"{profile.model} is not on this disk yet; fetch it, and certify again")
@@ -133,7 +133,7 @@ def _plan(profile: Profile) -> Plan:
     return model.place(profile.host_memory)
 
 
-def _gpu_cpus(machine: Machine) -> frozenset[int]:
+def gpu_cpus(machine: Machine) -> frozenset[int]:
     """Return the processors of the first GPU's NUMA node."""
     node = machine.gpus[0].numa_node if machine.gpus else None
     listed = next((numa.cpus for numa in machine.numa_nodes if numa.index == node), "")

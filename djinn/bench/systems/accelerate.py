@@ -41,7 +41,7 @@ def load(job: Job) -> System:
     """Load the model and attach Accelerate's hooks."""
     if not job.on_gpu:
         return _counted(_from_disk(job, {"": "disk"}), {"device_map": "all on disk"})
-    device_map = _device_map(job)
+    device_map = map_blocks(job)
     on_gpu = sum(place == 0 for place in device_map.values())
     settings: dict[str, str | int | float | bool] = {
         "device_map": f"{on_gpu} of {len(device_map)} blocks on the GPU",
@@ -52,7 +52,7 @@ def load(job: Job) -> System:
     model = host_model(job)
     if job.variant == "cpu-pinned":
         for name, parameter in model.named_parameters():
-            if _place(name, device_map) == "cpu":
+            if place_of(name, device_map) == "cpu":
                 _page_lock(parameter)
     return _counted(dispatch_model(model, device_map, main_device=0), settings)
 
@@ -79,7 +79,7 @@ def _from_disk(job: Job, device_map: dict[str, str | int]) -> PreTrainedModel:
     )
 
 
-def _device_map(job: Job) -> dict[str, str | int]:
+def map_blocks(job: Job) -> dict[str, str | int]:
     """Return Accelerate's own placement of blocks for the budget less workspace and fragments.
 
     Accelerate itself leaves room for the largest offloaded block.
@@ -93,7 +93,7 @@ def _device_map(job: Job) -> dict[str, str | int]:
     return infer_auto_device_map(model, elsewhere, no_split_module_classes=list(model._no_split_modules or []))
 
 
-def _place(name: str, device_map: dict[str, str | int]) -> str | int:
+def place_of(name: str, device_map: dict[str, str | int]) -> str | int:
     """Return where the longest prefix of ``name`` in the map says that it goes."""
     prefixes = [key for key in device_map if key == "" or name == key or name.startswith(f"{key}.")]
     return device_map[max(prefixes, key=len)]

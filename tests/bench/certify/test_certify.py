@@ -84,18 +84,18 @@ def test_a_measurement_that_breaks_is_a_failed_check(tmp_path: Path, monkeypatch
 def test_a_profile_that_cannot_be_planned_says_what_would_do() -> None:
     profile = load_profile("smoke_tiny").override(ring="64 KB")
     with pytest.raises(PlanError, match="ring"):
-        module._plan(profile)
+        module.plan_of(profile)
     missing = load_profile("smoke_tiny").override(model="nobody/nothing")
     with pytest.raises(ConfigError, match="not on this disk"):
-        module._plan(missing)
+        module.plan_of(missing)
 
 
 def test_the_processors_of_the_gpus_node_are_read_from_the_kernels_notation(certification: Certification) -> None:
     node = hardware.NumaNode(index=1, cpus="4-6,9", memory_bytes=1)
     gpu = Gpu(index=0, name="a GPU", memory_bytes=1, numa_node=1)
     machine = certification.machine.model_copy(update={"numa_nodes": (node,), "gpus": (gpu,)})
-    assert module._gpu_cpus(machine) == {4, 5, 6, 9}
-    assert module._gpu_cpus(machine.model_copy(update={"gpus": ()})) == frozenset()
+    assert module.gpu_cpus(machine) == {4, 5, 6, 9}
+    assert module.gpu_cpus(machine.model_copy(update={"gpus": ()})) == frozenset()
 
 
 @pytest.mark.gpu
