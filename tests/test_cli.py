@@ -198,6 +198,7 @@ def test_a_terminal_shows_what_goes_on_and_standard_output_stays_as_it_is(
     assert "generating" in on_terminal[1].stderr
 
 
+@pytest.mark.slow
 def test_generate_samples_as_it_is_told(tiny_checkpoint: Path) -> None:
     arguments = [
         "generate",

@@ -14,6 +14,8 @@ from djinn.errors import ConfigError, PlanError
 from djinn.gpus import Gpu
 from djinn.places import CERTIFICATION
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

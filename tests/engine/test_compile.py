@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import djinn
 from djinn.engine import model as engine_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
