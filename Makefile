@@ -1,6 +1,6 @@
-# make reproduce [PROFILE=auto] [RUN=artifact/runs/mine]    the four notebooks, figures and report
-# make replay                                               the same from the reference records, measuring nothing
-# make test | lint | env | lock | clean
+# make reproduce [PROFILE=auto] [RUN=artifact/runs/mine] [VERBOSE=1]    the four notebooks, figures and report
+# make replay        the same from the reference records, measuring nothing
+# make test | test-fast | lint | env | lock | clean
 # PYTHON=python3.12 chooses the interpreter that the environment is made with.
 
 SHELL := /bin/bash
@@ -11,22 +11,26 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PROFILE ?= auto
 RUN ?=
+VERBOSE ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help reproduce replay test lint env lock clean
+.PHONY: help reproduce replay test test-fast lint env lock clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
 
-reproduce: env ## Run the four notebooks in order and write figures and report (PROFILE=, RUN=)
-	@$(BIN)/djinn reproduce --profile '$(PROFILE)' $(if $(RUN),--run-dir '$(RUN)')
+reproduce: env ## Run the four notebooks in order and write figures and report (PROFILE=, RUN=, VERBOSE=1)
+	@$(BIN)/djinn reproduce --profile '$(PROFILE)' $(if $(RUN),--run-dir '$(RUN)') $(if $(VERBOSE),--verbose)
 
 replay: env ## Draw the reference records' figures, claims and reports again (no GPU, a minute)
 	@$(BIN)/djinn replay
 
 test: env ## Run the whole test suite
 	@$(BIN)/python -m pytest
+
+test-fast: env ## Run the tests that take less than four seconds each: under three minutes on two cores
+	@$(BIN)/python -m pytest -m 'not slow'
 
 lint: env ## Check style and types
 	@$(BIN)/ruff check .

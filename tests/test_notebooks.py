@@ -60,6 +60,7 @@ class TestContract:
         assert cells[-1].source.startswith("## What to expect")
 
 
+@pytest.mark.slow
 def test_the_example_breaks_no_contract_and_says_what_limits(tmp_path: Path):
     assert faults(EXAMPLE) == []
     document = nbformat.read(EXAMPLE, as_version=4)
@@ -73,6 +74,7 @@ def test_the_example_breaks_no_contract_and_says_what_limits(tmp_path: Path):
     assert "image/png" in figure
 
 
+@pytest.mark.slow
 def test_a_misspelt_parameter_stops_papermill(tmp_path: Path):
     done = papermill("04_figures", tmp_path / "out.ipynb", "-p", "modle", "70b", "-p", "run_dir", str(tmp_path / "run"))
     assert done.returncode != 0
@@ -80,6 +82,7 @@ def test_a_misspelt_parameter_stops_papermill(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mistyped_parameter_stops_papermill(tmp_path: Path):
     done = papermill(
         "02_baselines", tmp_path / "out.ipynb", "-p", "runs", "1e5", "-p", "run_dir", str(tmp_path / "run")
@@ -88,6 +91,7 @@ def test_a_mistyped_parameter_stops_papermill(tmp_path: Path):
     assert "parameter runs = 100000.0 is float; expected a whole number" in done.stderr
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_partial_records_alone(fabricated_run: Path, tmp_path: Path):
     (fabricated_run / "results" / "sweep.jsonl").unlink()
     given = ("-p", "profile", "smoke_13b", "-p", "run_dir", str(fabricated_run))
@@ -98,6 +102,7 @@ def test_figures_are_drawn_from_partial_records_alone(fabricated_run: Path, tmp_
     assert verify(fabricated_run) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     run_dir = runner.reproduce("smoke_tiny", tmp_path / "run")

@@ -37,6 +37,7 @@ def run(path: Path, **parameters: object) -> nbformat.NotebookNode:
     return papermill.execute_notebook(path, out, parameters, progress_bar=False, cwd=path.parent)
 
 
+@pytest.mark.slow
 def test_without_its_tag_the_parameters_cell_wins_and_papermill_says_otherwise(fabricated_run: Path, tmp_path: Path):
     document = nbformat.read(NOTEBOOKS / "04_figures.ipynb", as_version=4)
     (cell,) = [cell for cell in document.cells if cell.metadata.get("tags")]

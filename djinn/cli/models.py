@@ -65,8 +65,10 @@ def plan(
         )
     outlook.print_forecast(found, there, as_json)
     if figure is not None:
+        with working("drawing"):
+            drawn = outlook.draw(found, there, model, figure)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            print_paths(outlook.draw(found, there, model, figure))
+            print_paths(drawn)
 
 
 def generate(

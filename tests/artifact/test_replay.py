@@ -18,6 +18,7 @@ from djinn.errors import ConfigError
 from djinn.profiles import load_profile
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_reference_records_are_replayed(tmp_path: Path) -> None:
     complete = [folder for folder in folders() if (folder / "profile.yaml").is_file()]

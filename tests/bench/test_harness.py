@@ -32,6 +32,7 @@ def children():
     return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_real_systems_agree_and_a_second_call_measures_nothing(profile, tmp_path, monkeypatch):
     profile = profile.override(systems=["djinn", "accelerate:disk"])
     records = run_baselines(profile, tmp_path)
@@ -62,6 +63,7 @@ def test_real_systems_agree_and_a_second_call_measures_nothing(profile, tmp_path
     assert len(read_records(tmp_path / "results" / "baselines.jsonl")) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     hardware.installed("deepspeed") is None or shutil.which("g++") is None,
     reason="needs DeepSpeed and a C++ compiler for its extensions",

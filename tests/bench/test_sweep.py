@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from djinn.bench import harness
 from djinn.bench.sweep import run_sweep, sweep_lanes
 from djinn.profiles import load_profile
@@ -35,6 +37,7 @@ def test_coded_weights_are_a_point_with_a_timeline_of_its_own():
     assert coded.timeline == Path("results/timeline_coded.jsonl")
 
 
+@pytest.mark.slow
 def test_a_real_sweep_records_points_and_a_timeline_and_resumes(profile, tmp_path, monkeypatch):
     profile = profile.override(sweep={"chunks": ["256 KiB"], "runs": 2, "new_tokens": 2})
     records = run_sweep(profile, tmp_path)

@@ -46,6 +46,7 @@ def test_an_unknown_system_lists_those_there_are():
         loader("acelerate")
 
 
+@pytest.mark.slow
 def test_djinn_coded_and_raw_agree_and_say_what_coding_took(codable_checkpoint, tmp_path):
     profile = load_profile("smoke_tiny").override(
         model=str(codable_checkpoint),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import djinn
 from djinn.engine.load import engine_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

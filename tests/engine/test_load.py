@@ -487,6 +487,7 @@ def test_a_forked_child_takes_nothing_from_its_parent(tiny_checkpoint: Tiny) -> 
     assert torch.equal(logits(model), wanted)
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_its_model_is_prefetching(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     folder = tiny_checkpoint("mixtral")
     script = f"""

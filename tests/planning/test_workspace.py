@@ -146,6 +146,7 @@ def played(held: bool, name: str, work: Workload) -> CachingAllocator:
     return allocator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "work"),
     [

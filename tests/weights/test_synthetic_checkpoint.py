@@ -137,6 +137,7 @@ def test_tokenizer_returns_any_text(tokenizer: PreTrainedTokenizerFast, text: st
     assert all(token_id < 1024 for token_id in ids)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     """The process dies by SIGKILL while the second shard is being written: the first one is kept as it is."""
     out = tmp_path / "c"

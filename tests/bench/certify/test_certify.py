@@ -15,6 +15,8 @@ from djinn.gpus import Gpu
 from djinn.places import CERTIFICATION
 from djinn.profiles import load_profile
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
