@@ -36,7 +36,7 @@ from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.records import Record
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job
-from djinn.engine.load import _engines
+from djinn.engine.load import engine_of
 from djinn.profiles import Profile, load_profile
 from djinn.transport.cuda import CudaCopier
 
@@ -203,7 +203,7 @@ def bare_copies(model: Any) -> dict[str, Any]:
     Below the ceiling, which is read from a small buffer, it is where the weights lie in host memory that costs the
     rate: how much of it is in huge pages, and what the host keeps under them.
     """
-    copier = _engines[model].copier
+    copier = engine_of(model).copier
     assert isinstance(copier, CudaCopier)
     djinn.cool(model)
     sizes = [source.unit.image_bytes for source in copier._sources]
