@@ -210,11 +210,11 @@ def bare_copies(model: Any) -> dict[str, Any]:
     rates = []
     for _ in range(3):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(sizes) + 1)]
-        marks[0].record(copier._stream)
+        marks[0].record(copier.stream)
         for issue, mark in zip(copier._issue, marks[1:], strict=True):
             assert issue is not None, "every unit is in host memory"
-            issue(copier._stream.cuda_stream)
-            mark.record(copier._stream)
+            issue(copier.stream.cuda_stream)
+            mark.record(copier.stream)
         torch.cuda.synchronize()
         milliseconds = [early.elapsed_time(late) for early, late in itertools.pairwise(marks)]
         rates.append(sum(sizes) / sum(milliseconds) / 1e6)
