@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +25,7 @@ from djinn.planning.placement import Plan
 from djinn.planning.request import Coding, Request
 from djinn.planning.workspace import Workload
 from djinn.sizes import format_bytes
+from djinn.spill import spill_folder
 from djinn.transport.stats import Stats
 from djinn.weights.opening import index_of
 
@@ -102,8 +101,7 @@ def load_requested(
     """
     require_here(request.device)
     with ExitStack() as undo:
-        spill = Path(tempfile.mkdtemp(prefix="djinn-"))
-        undo.callback(shutil.rmtree, spill, ignore_errors=True)
+        spill = undo.enter_context(spill_folder())
         index = index_of(model, spill, request.device, request.dtype, seed)
         coder = Coder.on(request.device, request.chunk, undo)
         planned = opened(index, request, coder.layout).plan()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, place_on
 from djinn.planning.request import Coding, Request
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, what_fits, workspace_bytes
+from djinn.spill import spill_folder
 from djinn.transport.reader import Reader
 from djinn.weights.coding import coded
 from djinn.weights.index import WeightIndex
@@ -134,10 +134,10 @@ def outlined(model: str | Path, request: Request) -> Opened:
     Raises:
         ConfigError, CheckpointError, UnavailableError: a model that cannot be had, or is damaged.
     """
-    reader = Reader(PAGE)
+    reader = Reader(PAGE, threads=1)
     try:
-        with tempfile.TemporaryDirectory(prefix="djinn-") as spill:
-            index = outline_of(model, Path(spill), request.device, request.dtype)
+        with spill_folder() as spill:
+            index = outline_of(model, spill, request.device, request.dtype)
             return opened(index, request, Coder(reader, torch.device("cpu")).estimate)
     finally:
         reader.close()

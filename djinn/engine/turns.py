@@ -7,6 +7,7 @@ its own or its children's, gets a class of its own, which differs from the modul
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -31,9 +32,11 @@ class Turns:
     def __init__(self, recover: Callable[[], None]) -> None:
         self.lock = threading.RLock()
         self.running = False
-        """Whether a module is running; true for none but the thread that holds the lock, if that looks at it."""
-        self.recover = recover
+        """Whether a module is running; only the thread that holds the lock may read it."""
+        self._recover = recover
+        self._forked = False
         self._taking: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        _alive.add(self)
 
     def cover(self, modules: Iterable[nn.Module]) -> None:
         """Make calls of ``modules`` take turns."""
@@ -50,14 +53,48 @@ class Turns:
             del vars(module)["_turns"]
         self._taking.clear()
 
+    def begin(self) -> None:
+        """Begin the turn of the thread that holds the lock.
+
+        Raises:
+            ConfigError: this process is a forked child of the one that loaded the model.
+        """
+        self._refuse_in_child()
+        self._recover()
+
+    def _refuse_in_child(self) -> None:
+        if self._forked:
+            raise ConfigError(
+                "this model streams in the process that loaded it, and this one is a fork of it, without its threads; "
+                "load the model here, or start this process by spawn instead of fork"
+            )
+
+    def forget_parent(self) -> None:
+        """Note that this process is a forked child: a lock that another thread held stays locked here for good."""
+        self.lock = threading.RLock()
+        self.running = False
+        self._forked = True
+
     def refuse_while_running(self, what: str) -> None:
         """Refuse what cannot be done from within a pass; to be called by a thread that holds the lock.
 
         Raises:
-            ConfigError: this thread is in the middle of a pass.
+            ConfigError: this thread is in the middle of a pass, or this process is a forked child.
         """
+        self._refuse_in_child()
         if self.running:
             raise ConfigError(f"djinn.{what} was called in the middle of a pass; call it when the pass has ended")
+
+
+_alive: weakref.WeakSet[Turns] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for turns in _alive:
+        turns.forget_parent()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class _TakesTurns(nn.Module):
@@ -73,7 +110,7 @@ class _TakesTurns(nn.Module):
                 return call(*args, **kwargs)
             try:
                 turns.running = True
-                turns.recover()
+                turns.begin()
                 return call(*args, **kwargs)
             finally:
                 turns.running = False

@@ -42,10 +42,12 @@ class Fill:
             pass
 
     def wait(self) -> float:
-        """Block until every piece has ended; return when the last one did, or raise the first error."""
+        """Block until every piece has ended; return when the last one did, or raise the first error, once."""
         self.settle()
-        if self._error is not None:
-            raise self._error
+        # Its traceback will hold the pass that it ends, and so the model, which this copy must not keep alive.
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
         return self._end_s
 
     def end(self, error: BaseException | None = None) -> None:
@@ -75,7 +77,7 @@ class Feeder:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._requests: queue.SimpleQueue[tuple[Fill, Iterable[Move] | None] | None] = queue.SimpleQueue()
-        self._given: list[Future[float]] = []
+        self._given: set[Future[float]] = set()
         self._thread = threading.Thread(target=self._run, name="djinn-reader-feeder", daemon=True)
         self._thread.start()
 
@@ -98,15 +100,22 @@ class Feeder:
         while (request := self._requests.get()) is not None:
             fill, moves = request
             if moves is None:
-                wait(self._given)
-                self._given.clear()
+                wait(set(self._given))
                 fill.end()
                 continue
-            try:
-                pieces = [self._reader.pool.submit(move) for move in moves]
-            except RuntimeError as error:  # the interpreter ends
-                fill.end(error)
-                continue
-            self._given = [piece for piece in self._given if not piece.done()] + pieces
+            self._give(fill, moves)
+        wait(set(self._given))
+
+    def _give(self, fill: Fill, moves: Iterable[Move]) -> None:
+        pieces: list[Future[float]] = []
+        try:
+            for move in moves:
+                pieces.append(self._reader.pool.submit(move))
+                self._given.add(pieces[-1])
+        except RuntimeError as error:  # the interpreter ends
+            wait(pieces)  # what has been given goes on, and the ring must not start anew before it has ended
+            fill.end(error)
+        else:
             fill.follow(pieces)
-        wait(self._given)
+        for piece in pieces:
+            piece.add_done_callback(self._given.discard)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from djinn.errors import CheckpointError
+from djinn.errors import CheckpointError, UnavailableError
 from djinn.weights import synthetic_values
 from djinn.weights.tensors import PAGE, FileSpan, InMemory, Seeded, TensorEntry
 from djinn.weights.units import Unit
@@ -79,11 +79,15 @@ class Reader:
     """A pool of threads that fill images from files or seeds, and the files they keep open.
 
     The threads run on ``cpus`` alone, if given: memory lies on the NUMA node of the thread that touches it first.
+
+    Raises:
+        UnavailableError: the system starts no more threads.
     """
 
     def __init__(self, chunk_bytes: int, threads: int = THREADS, cpus: set[int] | None = None) -> None:
         self.chunk_bytes = max(chunk_bytes // PAGE * PAGE, PAGE)
         self.pool = ThreadPoolExecutor(threads, "djinn-reader", partial(_run_on, cpus) if cpus else None)
+        _start(self.pool, threads)
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._bounce = threading.local()
@@ -154,7 +158,7 @@ class Reader:
     def _bounce_buffer(self, nbytes: int) -> Buffer:
         buffer: Buffer | None = getattr(self._bounce, "buffer", None)
         if buffer is None or buffer.nbytes < nbytes:
-            buffer = allocate(max(nbytes, self.chunk_bytes + 2 * PAGE))
+            buffer = allocate(nbytes)
             self._bounce.buffer = buffer
         return buffer[:nbytes]
 
@@ -184,6 +188,22 @@ def _open_direct(path: Path) -> int | None:
         os.close(file)
         return None
     return file
+
+
+def _start(pool: ThreadPoolExecutor, threads: int) -> None:
+    """Start all threads of ``pool`` now: one that cannot be started in a pass would leave copies that nobody knows."""
+    together = threading.Barrier(threads + 1)
+    try:
+        for _ in range(threads):
+            pool.submit(together.wait)  # each waits for all, so that the next one needs a thread of its own
+    except RuntimeError as error:
+        together.abort()
+        pool.shutdown()
+        raise UnavailableError(
+            f"threads: djinn reads with {threads}, and the system starts no more ({error}); raise the limit of "
+            "processes (ulimit -u, or the container's pids limit)"
+        ) from error
+    together.wait()
 
 
 def settle(futures: Sequence[Future[int]], progress: Callable[[int], object] = lambda _: None) -> None:
