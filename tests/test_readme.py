@@ -95,6 +95,7 @@ def test_make_knows_what_it_is_told(text: str) -> None:
         assert given[1] in profile_names()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_say_what_they_take(script: str) -> None:
     command = [sys.executable, script, "--help"]
@@ -135,6 +136,7 @@ def test_links_lead_somewhere(target: str) -> None:
     assert (ROOT / target).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for kind, block in FENCED if kind == "python"])
 def test_python_examples_run(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

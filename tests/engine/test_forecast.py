@@ -33,6 +33,7 @@ def planned(budget: int, **changes: int) -> Plan:
     return place_here(index, torch.device("cuda"), load, budget, None, None, FREE)
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_not_here_is_planned_in_its_own_memory(found: Forecast) -> None:
     assert found.plan == planned(6 * 10**9)
     assert found.plan.disk_bytes > 0
