@@ -29,7 +29,7 @@ replay: env ## Draw the reference records' figures, claims and reports again (no
 test: env ## Run the whole test suite
 	@$(BIN)/python -m pytest
 
-test-fast: env ## Run the tests that take less than four seconds each: under three minutes on two cores
+test-fast: env ## Run all tests but the slow ones (a few minutes on two cores)
 	@$(BIN)/python -m pytest -m 'not slow'
 
 lint: env ## Check style and types

@@ -166,6 +166,7 @@ def test_pack_says_what_it_saves_and_unpack_gives_it_back(codable_checkpoint: Pa
     }
 
 
+@pytest.mark.slow
 def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:
     arguments = ["generate", str(tiny_checkpoint), "--prompt", "Hello", "--budget", "5 MB", "--new-tokens", "4"]
     shown, quiet = djinn(*arguments), djinn(*arguments, "--json")
@@ -184,6 +185,7 @@ def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:
     assert measured["shares"][measured["limit"]] == max(measured["shares"].values())
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_goes_on_and_standard_output_stays_as_it_is(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def test_djinn_coded_and_raw_agree_and_say_what_coding_took(codable_checkpoint, 
     assert frames.shares(frames.read_timeline(tmp_path / "sweep", "timeline_coded"))["decode"] > 0
 
 
+@pytest.mark.slow
 def test_systems_agree_and_count_what_they_move(job):
     tokens, moved = {}, {}
     for name, target in (("resident", ""), ("accelerate", "disk"), ("djinn", "")):

@@ -133,6 +133,7 @@ def test_detaching_brings_the_raw_weights_back(checkpoint: Path, device: str) ->
     assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
 def test_an_exception_in_a_pass_leaves_a_model_that_works(checkpoint: Path, error: BaseException) -> None:
     model = coded(checkpoint, "cpu", 0.6)

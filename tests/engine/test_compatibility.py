@@ -186,6 +186,7 @@ def seen(
     return cache(lambda name: compare(name, architecture_checkpoint(name), tmp_path_factory.mktemp("spill")))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_streamed_output_is_the_residents_bit_for_bit(seen: Callable[[str], Seen], name: str) -> None:

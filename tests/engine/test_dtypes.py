@@ -63,6 +63,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtyp
     return save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize(("stored", "asked"), [(SINGLE, BRAIN), (SINGLE, HALF), (BRAIN, HALF), (HALF, SINGLE)])
 def test_converted_weights_are_the_resident_models(
@@ -104,6 +105,7 @@ def test_synthetic_weights_are_bfloat16_or_what_is_asked() -> None:
     assert djinn.load("synthetic:llama-tiny", budget="1 GB", dtype=SINGLE, **WORK).dtype == SINGLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "asked"), [("t5", HALF), ("deepseek-v3", None), ("deepseek-v3", HALF)])
 def test_what_transformers_keeps_in_float32_stays_so(
     architecture_checkpoint: Tiny, name: str, asked: torch.dtype | None
@@ -158,6 +160,7 @@ def test_a_packed_checkpoint_is_converted(codable_checkpoint: Path, tmp_path: Pa
             assert torch.equal(model(ids).logits, resident(ids).logits)
 
 
+@pytest.mark.slow
 def test_converted_weights_are_coded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -36,6 +36,7 @@ def planned(budget: int, **changes: int) -> Plan:
     return outlined(MODEL, request).on_disk().plan(FREE)
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_not_here_is_planned_in_its_own_memory(found: Forecast) -> None:
     assert found.plan == planned(6 * 10**9)
     assert found.plan.disk_bytes > 0

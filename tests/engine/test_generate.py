@@ -79,6 +79,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_what_the_resident_model_gives(models: Pair, mode: str) -> None:
     ids = prompt(5, batch=1 if "lookup" in mode else 2)
@@ -158,6 +159,7 @@ def test_a_pipeline_takes_a_streamed_model(models: Pair, tokenizer: PreTrainedTo
     assert all(len(answers[0]["generated_text"]) > len(text) for answers, text in zip(wanted, prompts, strict=True))
 
 
+@pytest.mark.slow
 def test_a_draft_model_makes_one_pass_verify_several_tokens(models: Pair, tiny_checkpoint: Tiny) -> None:
     """A draft that agrees, which makes one pass give several tokens, and one that does not, which changes no token."""
     agreeing, other = models.resident, resident(tiny_checkpoint("opt"))

@@ -504,6 +504,7 @@ model(torch.ones(1, 3, dtype=torch.long))
     assert list(tmp_path.glob("djinn-*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_tensors_that_are_freed_leave_no_holes(tiny_checkpoint: Tiny) -> None:
     """A cache that grows between activations: what is freed beneath its last tensor goes back to the system."""

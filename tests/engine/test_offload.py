@@ -223,6 +223,7 @@ def test_parameters_that_are_views_of_one_storage() -> None:
     assert module[4].weight is not module[3].weight
 
 
+@pytest.mark.slow
 def test_weights_are_in_memory_once() -> None:
     """Each unit's memory is freed before the next is moved, and detaching copies nothing that is in host memory."""
     torch.zeros(31 * 2**18)  # from here on the C library keeps what is freed, unless it is told to give it back

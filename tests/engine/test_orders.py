@@ -111,6 +111,7 @@ def test_another_order_in_later_passes(llamas: Pair) -> None:
     assert counts[3:] == [(0, 0)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["encoder.block.2.layer.0", "decoder.block.1.layer.1"])
 def test_an_interrupt_in_the_encoder_or_decoder_leaves_a_model_that_works(
     architecture_checkpoint: Checkpoint, where: str
@@ -130,6 +131,7 @@ def test_an_interrupt_in_the_encoder_or_decoder_leaves_a_model_that_works(
         assert torch.equal(pair.streamed.generate(**options), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral", "mamba2", "t5", "whisper", "clip", "llava"])
 def test_models_that_cannot_be_traced_stream_by_blocks(
     architecture_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str

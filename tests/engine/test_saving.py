@@ -55,6 +55,7 @@ def one_thread_and_no_garbage(one_thread: None) -> Iterator[None]:
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["1 B", "1 GB"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_files_and_state_dict_are_those_of_the_resident_model(
@@ -110,6 +111,7 @@ def test_what_is_in_memory_or_in_files_is_not_copied(tiny_checkpoint: Tiny) -> N
         assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
 
 
+@pytest.mark.slow
 def test_coded_and_packed_weights_are_saved_raw(codable_checkpoint: Path, tmp_path: Path) -> None:
     wanted = resident(codable_checkpoint).state_dict()
     coded = streaming(codable_checkpoint, "1 GB", 0.5, coding="lossless")
@@ -125,6 +127,7 @@ def test_coded_and_packed_weights_are_saved_raw(codable_checkpoint: Path, tmp_pa
     assert saved.keys() == wanted.keys()
 
 
+@pytest.mark.slow
 def test_a_state_dict_outlives_its_model(tiny_checkpoint: Tiny) -> None:
     wanted = resident(tiny_checkpoint("mixtral")).state_dict()
     for host in ("1 B", "1 GB"):
@@ -196,6 +199,7 @@ def test_a_model_that_was_in_memory_generates_and_is_saved_as_it_was(tiny_checkp
     assert vars(djinn.detach(model)).keys() == vars(whole).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MOVES))
 def test_what_would_tear_weights_from_the_ring_is_refused(tiny_checkpoint: Tiny, name: str) -> None:
     model = streaming(tiny_checkpoint("llama"))

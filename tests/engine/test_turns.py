@@ -153,6 +153,7 @@ class Raising(StoppingCriteria, BaseStreamer):
     def end(self) -> None: ...
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(1), GeneratorExit()])
 def test_whatever_is_raised_in_generate_the_next_one_is_right(
     models: Pair, wanted: dict[int, torch.Tensor], error: BaseException
@@ -204,6 +205,7 @@ def interrupt_after() -> Iterator[Callable[[float], threading.Timer]]:
     signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host_memory", ["1 B", "1 GB"])
 def test_signals_at_any_time_leave_a_model_that_works(
     tiny_checkpoint: Tiny,

@@ -230,6 +230,7 @@ def predicted_of(record: Record) -> Prediction:
     return predict(plan, replace(certification.rates, disk=ceiling), done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", [pytest.param(record, id=name) for name, record in records(*GPU_FILES)])
 def test_what_was_measured_on_a_gpu_is_predicted_within_a_tenth(record: Record) -> None:
     predicted = predicted_of(record)
@@ -239,6 +240,7 @@ def test_what_was_measured_on_a_gpu_is_predicted_within_a_tenth(record: Record) 
     assert predicted.ttft_s == pytest.approx(record.ttft_s, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", CPU_FILES)
 def test_the_median_run_on_a_cpu_is_predicted_nearly_as_well(file: str) -> None:
     """Of a disk whose raw rate, too, is another a minute later."""

@@ -170,6 +170,7 @@ def damage(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 0x10]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["1 GB", "1 MB"])
 @pytest.mark.parametrize("section", ["sm", "planes", "lut", "off", "esc", "weights"])
 def test_a_flipped_bit_is_named_by_tensor_and_section(copy: Path, tmp_path: Path, section: str, host: str) -> None:

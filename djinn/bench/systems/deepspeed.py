@@ -76,7 +76,7 @@ def check(job: Job) -> None:
         UnavailableError: a package, compiler, header, memory or disk that is missing; says which.
     """
     if hardware.installed("deepspeed") is None:
-        raise UnavailableError("DeepSpeed is not installed: pip install 'djinn[artifact]'")
+        raise UnavailableError("DeepSpeed is not installed: pip install 'djinn[baselines]'")
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UnavailableError("DeepSpeed compiles its extensions on first use and finds no C++ compiler: install g++")
     model = skeleton(job)
@@ -189,10 +189,6 @@ def _build(job: Job) -> None:
     try:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
-    except ModuleNotFoundError as error:
-        if error.name != "deepspeed":
-            raise
-        raise UnavailableError("DeepSpeed is not installed: pip install 'djinn[baselines]'") from None
     except Exception as error:  # its import inspects compilers and drivers, and fails in many ways
         raise UnavailableError(f"DeepSpeed cannot be imported: {type(error).__name__}: {error}") from error
     async_io = get_accelerator().create_op_builder("AsyncIOBuilder")

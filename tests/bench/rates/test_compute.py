@@ -9,6 +9,7 @@ from djinn.bench.certify.certification import Certification
 from djinn.bench.rates import compute
 
 
+@pytest.mark.slow
 def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "_HEAD", (512, 512))
     monkeypatch.setattr(compute, "_LAYER_OF", "llama-tiny")
