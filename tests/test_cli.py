@@ -327,6 +327,7 @@ def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert djinn("baseline", "djinn").exit_code == 130
 
 
+@pytest.mark.slow
 def test_figures_and_report_of_a_run(fabricated_run: Path) -> None:
     drawn = djinn("figures", str(fabricated_run))
     assert drawn.exit_code == 0, drawn.output

@@ -142,6 +142,7 @@ def test_make_knows_what_it_is_told(text: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.slow
 def test_scripts_say_what_they_take(script: str) -> None:
     command = [sys.executable, script, "--help"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -241,3 +242,10 @@ def test_python_examples_run(
         assert int(streamed[1]) > 0
     else:
         assert {path.suffix for path in tmp_path.iterdir()} == {".pdf", ".png", ".csv"}
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_examples_run_on_machines_with_a_gpu_too(block: str) -> None:
+    """CUDA alone takes more than the budgets of examples, so each of them names its device."""
+    calls = re.findall(r"djinn\.(?:load|offload|plan)\((.*)\)", block)
+    assert [call for call in calls if "device=" not in call] == []

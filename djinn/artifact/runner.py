@@ -19,11 +19,11 @@ import papermill
 from nbconvert import HTMLExporter
 
 from djinn.artifact import auto
+from djinn.artifact.closing import verdict_of
 from djinn.artifact.progress import shown
 from djinn.artifact.provenance import write_provenance
 from djinn.artifact.reference import run_of
 from djinn.artifact.report import write_report
-from djinn.artifact.verdict import verdict_of
 from djinn.bench.run import Run
 from djinn.errors import ConfigError, DjinnError
 from djinn.files import write_text

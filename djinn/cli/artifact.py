@@ -21,8 +21,8 @@ def figures(run_dir: RunDir) -> None:
 def report(run_dir: RunDir) -> None:
     """Write the report of a run: systems side by side, claims, machine."""
     from djinn.artifact.claims import claims_frame, read_claims
+    from djinn.artifact.closing import verdict_of
     from djinn.artifact.report import write_report
-    from djinn.artifact.verdict import verdict_of
 
     page = write_report(run_dir)
     outcomes = read_claims(run_dir)

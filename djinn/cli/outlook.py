@@ -111,14 +111,21 @@ def _rates(rates: Rates | None) -> str:
     if rates is None:
         return "no rates"
     words = [
-        f"{name} {rate / 1e9:.3g} GB/s"
+        f"{name} {_three_digits(rate / 1e9)} GB/s"
         for name, rate in (("link", rates.link), ("disk", rates.disk))
         if rate is not None
     ]
     if rates.compute:
         first, last = rates.compute[0], rates.compute[-1]
-        words += [f"memory {first.rate / 1e9:.3g} GB/s", f"{last.rate * last.tokens / 1e12:.3g} TFLOP/s"]
+        words += [
+            f"memory {_three_digits(first.rate / 1e9)} GB/s",
+            f"{_three_digits(last.rate * last.tokens / 1e12)} TFLOP/s",
+        ]
     return ", ".join(words)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:

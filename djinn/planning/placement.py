@@ -16,19 +16,10 @@ from functools import partial
 import torch
 
 from djinn.errors import PlanError
-from djinn.planning.ring import Slot, schedule
+from djinn.planning.ring import Slot, default_ring_bytes, ring_floor, schedule
 from djinn.sizes import format_bytes
 from djinn.weights.tensors import PAGE
 from djinn.weights.units import Unit
-
-OVERLAP_UNITS = 3
-"""Largest units that a ring of default size holds: one computing, one arriving, one queued behind it."""
-
-RING_FLOOR_BYTES = 1_250_000_000
-"""A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens; one of a few units more than
-overlap needs keeps more disk reads under way."""
-RING_FLOOR_SHARE = 0.125
-"""The most of the budget that such a ring may take: a resident byte is worth more than a byte of ring."""
 
 TINY_SHARE = 0.01
 """Units below this share of the largest one (norms, lone biases) stay: a copy of their own costs more than it moves."""
@@ -136,7 +127,7 @@ def place_on(
         made = make()
         if not made.disk_bytes:  # copies out of host memory cost the cores as much, however far ahead they are made
             return made
-    return make(ring_floor=min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget)))
+    return make(ring_floor=ring_floor(budget))
 
 
 def make_plan(
@@ -266,8 +257,7 @@ def _spread(units: Sequence[Unit], capacity: int) -> set[str]:
 
 
 def _default_ring(units: Iterable[Unit], floor: int) -> int:
-    sizes = [unit.image_bytes for unit in units]
-    return max(OVERLAP_UNITS * max(sizes, default=0), min(floor, sum(sizes)))
+    return default_ring_bytes([unit.image_bytes for unit in units], floor)
 
 
 def _total(units: Iterable[Unit]) -> int:

@@ -1,4 +1,4 @@
-"""The skip-end ring schedule: where each unit lands on the device, and which release its copy waits for. Pure.
+"""The ring: how large it is by default, where each unit lands in it, and which release its copy waits for. Pure.
 
 A pass visits the streamed units in a fixed order, over and over. Units are placed one behind the other; one that does
 not fit before the end starts again at 0. Every pass starts at 0, so a unit has one slot for good, its parameters are
@@ -11,6 +11,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+OVERLAP_UNITS = 3
+"""Largest units that a ring of default size holds: one computing, one arriving, one queued behind it."""
+RING_FLOOR_BYTES = 1_250_000_000
+"""A ring of 25 ms of the fastest link outlasts whatever the host does between two tokens; one of a few units more than
+overlap needs keeps more disk reads under way."""
+RING_FLOOR_SHARE = 0.125
+"""The most of the budget that such a ring may take: a resident byte is worth more than a byte of ring."""
+
+
+def ring_floor(budget: int) -> int:
+    """Return what a ring is made at least where time counts, not units alone; bytes."""
+    return min(RING_FLOOR_BYTES, round(RING_FLOOR_SHARE * budget))
+
+
+def default_ring_bytes(sizes: Sequence[int], floor: int) -> int:
+    """Return the default size of a ring for streamed units of ``sizes`` bytes; more than all of them helps nothing."""
+    return max(OVERLAP_UNITS * max(sizes, default=0), min(floor, sum(sizes)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Copies made by threads, in a way that an interrupt of the thread that asks for them cannot upset.
+"""Hands copies to the reader's threads, in a way that an interrupt of the thread that asks for them cannot upset.
 
 Ctrl-C comes to the main thread between any two steps of Python, and the locks of an executor and its futures take
 several: one that stays locked would stop every thread for good. So who streams only puts requests into a queue and

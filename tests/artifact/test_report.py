@@ -44,6 +44,7 @@ def test_report(fabricated_run: Path):
     assert html.count("<img") == html.count("alt=")
 
 
+@pytest.mark.slow
 def test_links_lead_to_files(fabricated_run: Path):
     draw_all(fabricated_run)
     html = write_report(fabricated_run).read_text()

@@ -96,7 +96,8 @@ def test_a_run_ends_with_its_verdict(
     said = capsys.readouterr()
     counts, failed = said.out.splitlines()[-2:]
     assert counts == (
-        "5 of 6 claims that apply here pass; 9 need a GPU; 1 was not measured; djinn 1.8x faster than DeepSpeed ZeRO-3, disk"
+        "5 of 6 claims that apply here pass; 9 need a GPU; 1 was not measured; "
+        "djinn 1.8x faster than DeepSpeed ZeRO-3, disk"
     )
     assert failed.startswith("FAIL C2: Peak device memory stays within the budget: 1.163 is not <= 1 of the budget")
     assert f"{fabricated_run}/logs" in said.out

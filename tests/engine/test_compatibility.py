@@ -217,6 +217,7 @@ def row(name: str, found: Seen) -> str:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_the_page_is_what_the_tests_saw(seen: Callable[[str], Seen]) -> None:
     rows = [row(name, seen(name)) for name in ARCHITECTURES]
     page = INTRODUCTION.format(passes=NEW_TOKENS) + "".join(rows)

@@ -82,6 +82,7 @@ def one_thread_and_no_garbage() -> Iterator[None]:
     ("name", "tiers"),
     [(name, "both") for name in TINY] + [(name, tier) for name in ("llama", "gpt2") for tier in ("disk", "pinned")],
 )
+@pytest.mark.slow
 def test_output_is_the_resident_models_bit_for_bit(tiny_checkpoint: Tiny, name: str, tiers: str) -> None:
     """Invariant 7, with less than half of the weights on the device."""
     folder = tiny_checkpoint(name)

@@ -48,6 +48,7 @@ def right(model: nn.Module, wanted: dict[int, torch.Tensor], length: int = 5) ->
     return torch.equal(model.generate(prompt(length), **GREEDY), wanted[length])  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_threads_that_generate_at_once_are_all_right(models: Pair, wanted: dict[int, torch.Tensor]) -> None:
     """Passes take turns, and in the recorded order: nothing is copied twice for it."""
     stats = djinn.stats(models.streamed)

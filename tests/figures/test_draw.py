@@ -30,6 +30,7 @@ def runs(fabricated_run: Path) -> pd.DataFrame:
     return frames.runs(latest(read_records(fabricated_run / "results" / "baselines.jsonl")), SYSTEMS)
 
 
+@pytest.mark.slow
 def test_every_figure_is_written_as_pdf_png_and_csv(fabricated_run: Path, capsys: pytest.CaptureFixture[str]):
     written = draw_all(fabricated_run)
     names = {"bandwidth", "ttft", "time_per_token", "device_memory", "bits_per_weight", "chunk_sweep"}

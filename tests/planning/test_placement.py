@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from djinn.errors import PlanError
 from djinn.planning.memory import require_device_memory
-from djinn.planning.placement import RING_FLOOR_SHARE, Plan, Tier, make_plan, place_on
+from djinn.planning.placement import Plan, Tier, make_plan, place_on
+from djinn.planning.ring import RING_FLOOR_SHARE
 from djinn.planning.workspace import CUDA_CONTEXT_BYTES
 from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit

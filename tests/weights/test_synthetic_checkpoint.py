@@ -47,6 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.slow
 def test_transformers_loads_it_and_would_have_written_the_same(architecture: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "ours", architecture)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

@@ -7,8 +7,8 @@ import pytest
 from fabricated import fabricated, failed
 
 from djinn.artifact.claims import Outcome, evaluate, load_claims
+from djinn.artifact.closing import speed, verdict
 from djinn.artifact.metrics import Evidence
-from djinn.artifact.verdict import speed, verdict
 from djinn.bench.records import Record
 from djinn.profiles import load_profile
 
