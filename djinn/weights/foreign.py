@@ -24,11 +24,11 @@ def refusing(what: str, remedy: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (DjinnError, MemoryError):
+    except (DjinnError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except ImportError as error:
         raise UnavailableError(f"{what}: {error}") from error
-    except Exception as error:  # of any type: it is code and data of others that run here
+    except BaseException as error:  # of any type: panics of Rust and errors of torch.distributed are no Exceptions
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}{remedy and f'; {remedy}'}") from error
 
 
