@@ -106,7 +106,7 @@ def generate(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         inputs = _inputs(tokenizer, folder, prompt, chat)
         tokenizer.decode(inputs["input_ids"][0])
-    _require_tokens(inputs["input_ids"], folder)
+    _require_tokens(inputs["input_ids"], folder, prompt)
     prompt_tokens = inputs["input_ids"].shape[1]
     request = request.asking(work=replace(work, prompt_tokens=prompt_tokens))
     say("loading the weights")
@@ -148,10 +148,12 @@ def generate(
     )
 
 
-def _require_tokens(ids: torch.Tensor, folder: Path) -> None:
+def _require_tokens(ids: torch.Tensor, folder: Path, prompt: str) -> None:
     """Refuse a prompt's ids (int64 of [1, length]) that the model in ``folder`` cannot take."""
+    if ids.numel() == 0 and prompt:
+        raise CheckpointError(f"{folder}: its tokenizer knows none of the prompt; djinn generate needs the model's own")
     if ids.numel() == 0:
-        raise ConfigError("prompt: the tokenizer makes no tokens of it; give some text to continue")
+        raise ConfigError("prompt: it is empty; give some text to continue")
     known = getattr(config_of(folder).get_text_config(), "vocab_size", None)
     if known is not None and int(ids.max()) >= known:
         raise CheckpointError(

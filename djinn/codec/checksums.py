@@ -16,6 +16,8 @@ from djinn.codec.layout import Layout, sections
 from djinn.errors import CheckpointError
 
 RAW_SECTION = "weights"
+_BLOCK = 512
+"""Tiles whose escapes are counted at once: few enough for the cache."""
 
 
 def section_names(layout: Layout | None) -> list[str]:
@@ -59,8 +61,9 @@ def _counts_agree(blob: torch.Tensor, layout: Layout) -> bool:
     """Return whether ``off`` rises from 0 to the number of escapes, in every tile by as many as its planes have."""
     parts = sections(blob, layout)
     before = parts.off.long() & 0xFFFFFFFF
-    escaped = parts.planes[:, 0] & parts.planes[:, 1] & parts.planes[:, 2]
-    counts = _ones(escaped.view(torch.int64)).sum(1)
+    planes = parts.planes.view(torch.int64)
+    escaped = planes[:, 0] & planes[:, 1] & planes[:, 2]
+    counts = torch.cat([_ones(words).sum(1) for words in escaped.split(_BLOCK)])
     return bool(before[0] == 0 and before[-1] == layout.escapes and torch.equal(before.diff(), counts))
 
 

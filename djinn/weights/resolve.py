@@ -155,7 +155,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except (DjinnError, MemoryError):
         raise
     except HFValidationError as error:
-        raise CheckpointError(f"{asked}: no such folder here, and not a hub id either: {error}") from None
+        raise CheckpointError(f"no folder {asked!r} here, and not a hub id either: {error}") from None
     except GatedRepoError:  # first, being a RepositoryNotFoundError as well
         raise CheckpointError(
             f"{asked}: gated; accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
