@@ -38,13 +38,13 @@ def read_checkpoint(folder: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: as for :func:`shard_files`; a tensor that its shard does not have, or a damaged file.
     """
-    found: dict[str, TensorEntry] = {}
-    for path, placed in _placed(folder).items():
-        held = read_shard(path)
-        if lacking := sorted(placed - held.keys()):
-            raise CheckpointError(f"{folder}: the index places {lacking[0]} in {path.name}, which does not have it")
-        found |= held
-    return found
+    files, placed = _listed(folder)
+    held = {path: read_shard(path) for path in files}
+    for name, path in placed.items():
+        if name not in held[path]:
+            raise CheckpointError(f"{folder}: the index places {name} in {path.name}, which does not have it")
+    found = {name: entry for path in files for name, entry in held[path].items()}
+    return {name: found[name] for name in placed} | found  # in the order of the index
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -53,33 +53,30 @@ def shard_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: no checkpoint there, a shard that is missing or outside the folder, or an index that is none.
     """
-    return list(_placed(folder))
+    return _listed(folder)[0]
 
 
-def _placed(folder: Path) -> dict[Path, set[str]]:
-    """Return the files as for :func:`shard_files`, and what the index, if there is one, places in each."""
+def _listed(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """Return the files as for :func:`shard_files`, and where the index, if there is one, places each tensor."""
     if any(_RANKS.fullmatch(path.name) for path in folder.glob("shard-*")):
         raise CheckpointError(
             f"{folder}: holds one file for each rank of a distributed run; save the model whole, by save_pretrained"
         )
     named = _named_file(folder)
     if named is not None and not named.name.endswith(".json"):
-        return {named: set()}
+        return [named], {}
     index_path = named or folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if named is None and single.is_file():  # first, as transformers does
-        return {single: set()}
+        return [single], {}
     if not index_path.is_file():
         raise CheckpointError(f"{folder}: no model.safetensors and no {index_path.name}")
     with refusing(f"{index_path}: not a safetensors index"):
         weight_map: dict[str, str] = parse_object(index_path.read_bytes())["weight_map"]
         shards = {shard: _inside(folder, shard, index_path) for shard in sorted(set(weight_map.values()))}
-        placed: dict[Path, set[str]] = {path: set() for path in shards.values()}
-        for name, shard in weight_map.items():
-            placed[shards[shard]].add(name)
-        for path in placed:
+        for path in shards.values():
             require_file(path, index_path)
-    return placed
+        return list(shards.values()), {name: shards[shard] for name, shard in weight_map.items()}
 
 
 def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
