@@ -177,7 +177,7 @@ def load_profile(name: str | Path) -> Profile:
         raise ConfigError(f"no profile {str(name)!r}; the profiles are {', '.join(profile_names())}")
     try:
         document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(document).__name__}")

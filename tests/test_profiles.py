@@ -59,9 +59,9 @@ def test_impossible_values_are_refused_by_name(tmp_path, changes, words):
 
 
 def test_files_that_are_not_profiles(tmp_path):
-    for text in ("- a list", "a: [", ""):
+    for text in (b"- a list", b"a: [", b"", b"a: \xff", b"[" * 99999):
         path = tmp_path / "bad.yaml"
-        path.write_text(text)
+        path.write_bytes(text)
         with pytest.raises(ConfigError, match=r"bad\.yaml"):
             load_profile(path)
 

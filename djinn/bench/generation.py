@@ -16,10 +16,12 @@ from djinn.bench.measure import MemoryPeak, peak_device
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.devices import require_here
 from djinn.engine.load import load_requested
-from djinn.errors import ConfigError
+from djinn.errors import CheckpointError, ConfigError
 from djinn.planning.prediction import Limit
 from djinn.planning.request import Request
 from djinn.planning.workspace import Workload
+from djinn.weights.foreign import refusing
+from djinn.weights.models import config_of
 from djinn.weights.resolve import resolve
 
 
@@ -87,7 +89,8 @@ def generate(
         say: is told what is done next, in a few words.
 
     Raises:
-        ConfigError: a chat with a tokenizer that has no template.
+        ConfigError: a chat with a tokenizer that has no template, or a prompt without tokens.
+        CheckpointError: a tokenizer that is missing, damaged or another model's, or a model that cannot generate.
         DjinnError: as :func:`djinn.load`.
     """
     where, work = request.device, request.keep
@@ -99,13 +102,20 @@ def generate(
     say("reading the tokenizer")
     ceiling = pinned_h2d_rate(request.chunk) if on_gpu else 0.0  # before the link carries anything else
     folder = resolve(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = _inputs(tokenizer, folder, prompt, chat)
+    with refusing(f"{folder}: transformers cannot use its tokenizer", "djinn generate needs the model's own"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        inputs = _inputs(tokenizer, folder, prompt, chat)
+        tokenizer.decode(inputs["input_ids"][0])
+    _require_tokens(inputs["input_ids"], folder, prompt)
     prompt_tokens = inputs["input_ids"].shape[1]
     request = request.asking(work=replace(work, prompt_tokens=prompt_tokens))
     say("loading the weights")
     # Events around every unit would slow a GPU; on a CPU they are two clock readings.
     streaming = load_requested(folder, request, trace=not on_gpu)
+    if not streaming.can_generate():
+        raise CheckpointError(
+            f"{folder}: a {type(streaming).__name__} does not generate text; djinn.load gives the model"
+        )
     say("generating")
     wait = _DeviceWait()
     torch.manual_seed(seed)
@@ -136,6 +146,20 @@ def generate(
         limit=limit_of(shares),
         shares=shares,
     )
+
+
+def _require_tokens(ids: torch.Tensor, folder: Path, prompt: str) -> None:
+    """Refuse a prompt's ids (int64 of [1, length]) that the model in ``folder`` cannot take."""
+    if ids.numel() == 0 and prompt:
+        raise CheckpointError(f"{folder}: its tokenizer knows none of the prompt; djinn generate needs the model's own")
+    if ids.numel() == 0:
+        raise ConfigError("prompt: it is empty; give some text to continue")
+    known = getattr(config_of(folder).get_text_config(), "vocab_size", None)
+    if known is not None and int(ids.max()) >= known:
+        raise CheckpointError(
+            f"{folder}: its tokenizer gives id {int(ids.max())}, and vocab_size in config.json is {known}; it is "
+            "another model's"
+        )
 
 
 def _inputs(tokenizer: PreTrainedTokenizerBase, folder: Path, prompt: str, chat: bool) -> dict[str, torch.Tensor]:

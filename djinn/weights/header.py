@@ -5,13 +5,13 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from djinn.errors import CheckpointError
+from djinn.weights.foreign import parse_object, refusing, require_file
 from djinn.weights.tensors import DTYPES, FileSpan, TensorEntry
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -48,8 +48,9 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: not a safetensors file, truncated, or tensors that overlap or lie outside the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    require_file(path)
+    with refusing(f"{path}: cannot be read"), path.open("rb") as file:
+        size = path.stat().st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
@@ -59,25 +60,33 @@ def read_header(path: Path) -> Header:
 
 def parse_header(path: Path, text: bytes, size: int) -> Header:
     """Return the header that ``text`` is, of a file ``path`` of ``size`` bytes; errors as for :func:`read_header`."""
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: the header is not valid JSON: {error}") from None
-    try:
-        metadata = header.pop("__metadata__", {})
-        return Header(path, text, dict(metadata), _checked(path, header, 8 + len(text), size), size)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header is not safetensors': {error!r}") from None
+    with refusing(f"{path}: the header is not safetensors'"):
+        header = parse_object(text)
+        metadata = _texts(header.pop("__metadata__", {}))
+        return Header(path, text, metadata, _checked(path, header, 8 + len(text), size), size)
+
+
+def _texts(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ has to be an object of texts")
+    return metadata
+
+
+def _sizes(item: dict[str, Any], field: str) -> list[int]:
+    numbers = item[field]
+    if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{field} {numbers!r} has to be a list of whole numbers from 0")
+    return numbers
 
 
 def _checked(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     end = 0
-    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-        begin, stop = item["data_offsets"]
+    for name, item in sorted(header.items(), key=lambda pair: _sizes(pair[1], "data_offsets")):
+        begin, stop = _sizes(item, "data_offsets")
         if item["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: tensor {name} has dtype {item['dtype']}, which this torch does not have")
-        entry = TensorEntry(DTYPES[item["dtype"]], tuple(item["shape"]), FileSpan(path, start + begin))
+        entry = TensorEntry(DTYPES[item["dtype"]], tuple(_sizes(item, "shape")), FileSpan(path, start + begin))
         if stop - begin != entry.nbytes:
             raise CheckpointError(
                 f"{path}: tensor {name} spans {stop - begin} bytes, but {item['dtype']} {list(entry.shape)} needs "

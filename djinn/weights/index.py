@@ -8,24 +8,30 @@ experts) are read, and written anew, to ``spill``.
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from djinn.errors import CheckpointError
-from djinn.weights.models import empty_model, model_class, owners, quiet
-from djinn.weights.packed_shard import hollow_shard, unpack_shard
-from djinn.weights.shards import read_checkpoint, read_shard
-from djinn.weights.tensors import FileSpan, InMemory, Seeded, TensorEntry
+from djinn.errors import CheckpointError, UnavailableError
+from djinn.sizes import format_bytes
+from djinn.weights import packed_format
+from djinn.weights.foreign import refusing
+from djinn.weights.header import read_header
+from djinn.weights.models import config_of, empty_model, model_class, quiet
+from djinn.weights.naming import naming
+from djinn.weights.packed_shard import unpack_shard
+from djinn.weights.shards import read_checkpoint, read_shard, shard_files
+from djinn.weights.tensors import InMemory, Seeded, TensorEntry
+from djinn.weights.ties import tie
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,91 +79,133 @@ def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None
 
     Raises:
         CheckpointError: a damaged checkpoint, missing tensors, or one whose shape is not what the config asks for.
+        UnavailableError: no room for what is converted, or a package that the model needs.
     """
     files = read_checkpoint(folder)
-    if any(entry.crc32 is not None for entry in files.values()):
-        # transformers knows the original names, shapes and dtypes; only weights that it converts does it read.
-        original = spill / "original"
-        _restore(folder, files, original, hollow_shard)
-        model, where, extra = _on_disk(original, spill, dtype)
-        if any(Path(place["safetensors_file"]).parent == spill for place in where.values()):
-            _restore(folder, files, original, partial(unpack_shard, device=torch.device("cpu"), on_done=lambda _: None))
-            model, where, extra = _on_disk(original, spill, dtype)
-    else:
-        model, where, extra = _on_disk(folder, spill, dtype)
-    if extra:
-        some = ", ".join(sorted(extra)[:5]) + ", ..." * (len(extra) > 5)
-        warnings.warn(f"{folder}: {type(model).__name__} has no place for {len(extra)} tensors: {some}", stacklevel=2)
+    config = config_of(folder)
+    empty = empty_for(folder, config, files, dtype)
+    names = naming(empty, files, str(folder))
+    parameters = dict(empty.named_parameters())
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    written = parameters.keys() if is_quantised else parameters.keys() & names.converted.keys()
+    needed = sum(parameters[name].nbytes for name in written)
+    is_packed = any(entry.crc32 is not None for entry in files.values())
+    # Of a packed checkpoint transformers reads buffers, and weights that it converts.
+    unpacked = {found for name, found in names.renamed.items() if name not in parameters}
+    unpacked |= {part for parts in names.converted.values() for part in parts}
+    if is_packed:
+        needed += sum(files[name].raw_bytes for name in unpacked)
+    _require_room(spill, needed)
+    read_from = _restored(folder, spill / "original", unpacked) if is_packed else folder
+    model, where, extra = _on_disk(read_from, config, spill, dtype)
+    warn_of(extra, model, folder)
     spilled: dict[str, dict[str, TensorEntry]] = {}
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        place = where[name]
+    stored = {}
+    for name, place in where.items():
         path = Path(place["safetensors_file"])
-        if path.parent == spill:
-            entry = spilled.setdefault(str(path), read_shard(path))[place["weight_name"]]
+        found = None if is_quantised else names.renamed.get(name)
+        if found is None and path.parent == spill:
+            stored[name] = spilled.setdefault(str(path), read_shard(path))[place["weight_name"]]
         else:
-            entry = files[place["weight_name"]]
-        if entry.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{path}: tensor {name} has shape {list(entry.shape)}, but config.json asks for {list(parameter.shape)}"
-            )
-        tensors[name] = entry.to(parameter.dtype)
-    return WeightIndex(_ready(model), tensors, synthetic=False)
+            stored[name] = files[found or place["weight_name"]]
+    return indexed(model, tie(model, stored, folder), folder)
 
 
-def _restore(
-    folder: Path, files: Mapping[str, TensorEntry], original: Path, write: Callable[[Path, Path], None]
-) -> None:
-    """Make ``original`` what the packed checkpoint in ``folder`` was; ``write`` makes a shard from a packed one."""
+def _require_room(spill: Path, needed: int) -> None:
+    free = shutil.disk_usage(spill if spill.is_dir() else spill.parent).free
+    if needed > free:
+        raise UnavailableError(
+            f"{spill}: {format_bytes(needed)} of weights that transformers converts, such as experts that it fuses, "
+            f"are written there, and {format_bytes(free)} are free; set TMPDIR to a folder with more room"
+        )
+
+
+def _restored(folder: Path, original: Path, wanted: Collection[str]) -> Path:
+    """Return folder ``original``, made what the packed one was; only tensors that are ``wanted`` have bytes."""
     original.mkdir(exist_ok=True)
-    shards = {entry.source.path for entry in files.values() if isinstance(entry.source, FileSpan)}
-    for shard in shards:
-        write(shard, original / shard.name)
+    for shard in shard_files(folder):
+        target = original / shard.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if packed_format.is_packed(read_header(shard)):
+            unpack_shard(shard, target, lambda _: None, torch.device("cpu"), wanted)
+        else:
+            target.symlink_to(shard.absolute())
     for path in folder.iterdir():
         if path.suffix == ".json" and not (original / path.name).exists():
             (original / path.name).symlink_to(path.absolute())
+    return original
 
 
 def _on_disk(
-    folder: Path, spill: Path, dtype: torch.dtype | None
+    folder: Path, config: PretrainedConfig, spill: Path, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, dict[str, str]], set[str]]:
     """Return the model on the meta device, where transformers found each parameter, and what it has no place for.
 
     A place is a file, a name there and a dtype.
     """
-    try:
-        with quiet():
-            loaded: Any = model_class(AutoConfig.from_pretrained(folder, local_files_only=True)).from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                device_map={"": "disk"},
-                offload_folder=spill,
-                output_loading_info=True,
-                local_files_only=True,
-            )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
-    model: PreTrainedModel
-    model, info = loaded
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            names = ", ".join(sorted(map(str, info[kind]))[:5])
-            raise CheckpointError(f"{folder}: {len(info[kind])} {kind.replace('_keys', ' tensors')}: {names}")
+    with refusing(f"{folder}: transformers cannot load it"), quiet():
+        loaded: Any = model_class(config).from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            device_map={"": "disk"},
+            offload_folder=spill,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        model: PreTrainedModel
+        model, info = loaded
+    require_all(folder, model, info["missing_keys"], info["mismatched_keys"])
     where = _disk_index(model)
-    made = [
-        name for name, _ in model.named_parameters() if name not in where and name not in model.all_tied_weights_keys
-    ]
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    _require_stored(folder, model, where.keys() | tied)
+    remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
+    _keep_dtypes(model)
+    return model, where, info["unexpected_keys"]
+
+
+def require_all(folder: Path, model: PreTrainedModel, missing: Iterable[Any], mismatched: Iterable[Any]) -> None:
+    for kind, found in (("missing", list(missing)), ("mismatched", list(mismatched))):
+        if found:
+            names = ", ".join(sorted(map(str, found))[:5])
+            raise CheckpointError(f"{folder}: {len(found)} {kind} tensors: {names}")
+
+
+def _require_stored(folder: Path, model: PreTrainedModel, stored: Collection[str]) -> None:
+    made = [name for name, _ in model.named_parameters() if name not in stored]
     if made:
         raise CheckpointError(
             f"{folder}: {type(model).__name__} computes {', '.join(made[:5])} when it is built, which its files do not "
             "hold; djinn streams only weights that are stored"
         )
-    remove_hook_from_module(model, recurse=True)
-    for module in model.modules():
-        vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
-    _tie(model)
-    _keep_dtypes(model)
-    return model, where, info["unexpected_keys"]
+
+
+def warn_of(extra: Iterable[str], model: PreTrainedModel, folder: Path) -> None:
+    names = sorted(extra)
+    if names:
+        some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+        warnings.warn(f"{folder}: {type(model).__name__} has no place for {len(names)} tensors: {some}", stacklevel=3)
+
+
+def indexed(model: PreTrainedModel, entries: Mapping[str, TensorEntry], folder: Path) -> WeightIndex:
+    """Return the index of a model whose parameters have ``entries``.
+
+    Raises:
+        CheckpointError: a parameter that has none, or one of another shape.
+    """
+    tensors = {}
+    _require_stored(folder, model, entries)
+    for name, parameter in model.named_parameters():
+        entry = entries[name]
+        if entry.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{folder}: tensor {name} has shape {list(entry.shape)}, but config.json asks for "
+                f"{list(parameter.shape)}"
+            )
+        tensors[name] = entry.to(parameter.dtype)
+    return WeightIndex(_ready(model), tensors, synthetic=False)
 
 
 def synthetic_index(model: PreTrainedModel, seed: int) -> WeightIndex:
@@ -169,32 +217,15 @@ def synthetic_index(model: PreTrainedModel, seed: int) -> WeightIndex:
     return WeightIndex(_ready(model), tensors, synthetic=True)
 
 
-def header_index(folder: Path, dtype: torch.dtype | None = None) -> WeightIndex:
-    """Return an index for planning alone, of a folder whose files may be headers without weights.
-
-    ``dtype`` is as for :func:`checkpoint_index`.
-
-    Nothing is read or converted: what has another name in the files, or is made of several tensors there, has the
-    shape and dtype that the model gives it.
-
-    Raises:
-        CheckpointError: a damaged header, or a config that transformers has no model for.
-    """
-    files = read_checkpoint(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+def empty_for(
+    folder: Path, config: PretrainedConfig, files: Mapping[str, TensorEntry], dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Return the model of ``config`` with meta parameters in the dtypes in which it will be loaded."""
+    with refusing(f"{folder}: transformers cannot make its model"), quiet():
         stored = next((entry.dtype for entry in files.values() if entry.dtype.is_floating_point), torch.float32)
         model = empty_model(config, dtype or getattr(config, "dtype", None) or stored)
         _keep_dtypes(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder.name}: transformers cannot make its model: {error}") from error
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        found = files.get(name)
-        if found is None or found.shape != tuple(parameter.shape):
-            found = TensorEntry(parameter.dtype, tuple(parameter.shape), FileSpan(folder, 0))
-        tensors[name] = found.to(parameter.dtype)
-    return WeightIndex(_ready(model), tensors, synthetic=False)
+    return model
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -224,12 +255,3 @@ def _keep_dtypes(model: PreTrainedModel) -> None:
             found = pattern.search(name)
             if found is not None and found.lastgroup is not None:
                 parameter.data = parameter.data.to(kept[groups[found.lastgroup]])
-
-
-def _tie(model: PreTrainedModel) -> None:
-    """Make tied parameters one object again: offload hooks replace them name by name."""
-    parameters = {name: (module, local) for name, module, local, _ in owners(model)}
-    for target, source in model.all_tied_weights_keys.items():
-        module, local = parameters[source]
-        tied_module, tied_local = parameters[target]
-        tied_module._parameters[tied_local] = module._parameters[local]

@@ -5,29 +5,70 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as hf_logging
+
+from djinn.errors import CheckpointError
+from djinn.weights.foreign import refusing
+
+ADAPTER = "adapter_config.json"
+"""The file by which transformers and PEFT know an adapter."""
+
+
+def config_of(folder: Path) -> PretrainedConfig:
+    """Return the config of the checkpoint in ``folder``; nothing that the checkpoint brings as code is run.
+
+    Raises:
+        CheckpointError: a config that transformers cannot load, a model that is code of the checkpoint's own, or an
+            adapter beside it.
+    """
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder / ADAPTER}: a PEFT adapter beside the model; move it and its weights into a folder of their own, "
+            "load the model, and attach the adapter by peft.PeftModel.from_pretrained"
+        )
+    with refusing(f"{folder}: transformers cannot load its config"):
+        document, _ = PretrainedConfig.get_config_dict(folder, local_files_only=True)
+        kind = document.get("model_type")
+        if "auto_map" in document and kind not in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{folder}: model_type {kind!r} is code of the checkpoint's own (auto_map in config.json), which djinn "
+                "does not run; use a checkpoint of a model that transformers has"
+            )
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config
 
 
 def model_class(config: PretrainedConfig) -> Any:
     """Return the class that ``config`` names, as transformers' pipelines resolve it: the one that was saved.
 
-    Where it names none that this transformers has, the automatic class of causal language models.
+    Where it names no model that this transformers has, the automatic class of causal language models.
     """
     named = (getattr(transformers, name, None) for name in config.architectures or ())
-    return next((found for found in named if found is not None), AutoModelForCausalLM)
+    models = (found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel))
+    return next(models, AutoModelForCausalLM)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of ``config`` (see :func:`model_class`) with meta parameters, real buffers and ties made."""
     found = model_class(config)
-    make = found.from_config if found is AutoModelForCausalLM else found._from_config
+    automatic = found is AutoModelForCausalLM
+    make = partial(found.from_config, trust_remote_code=False) if automatic else found._from_config
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = make(config, dtype=dtype)
     model.tie_weights()

@@ -8,7 +8,8 @@ import torch
 
 from djinn.errors import CheckpointError
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import WeightIndex, checkpoint_index, header_index, synthetic_index
+from djinn.weights.header_index import header_index
+from djinn.weights.index import WeightIndex, checkpoint_index, synthetic_index
 from djinn.weights.models import empty_model
 from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
 from djinn.weights.resolve import SYNTHETIC, outline, resolve
@@ -36,19 +37,23 @@ def index_of(
 
 
 def outline_of(model: str | Path, spill: Path, device: torch.device, dtype: torch.dtype | None = None) -> WeightIndex:
-    """Return the index of a model for planning alone: of a hub id, only headers are fetched.
+    """Return the index of a model for planning alone: only headers are read, and of a hub id only they are fetched.
 
     A quantised checkpoint is loaded into host memory all the same.
 
     Raises:
         ConfigError, CheckpointError, UnavailableError: as for :func:`index_of`.
     """
+    if str(model).startswith(SYNTHETIC):
+        return index_of(model, spill, device, dtype)
     headers = spill / "outline"
     found = outline(str(model), headers)
-    if not headers.is_dir():
-        return index_of(found, spill, device, dtype)
-    method = quantisation_of(headers)
-    if method is not None:
-        require_streamable(Path(str(model)), method)
+    fetched = headers.is_dir()
+    folder = headers if fetched else resolve(found)
+    method = quantisation_of(folder)
+    if method is None:
+        return header_index(folder, dtype)
+    require_streamable(Path(str(model)), method)
+    if fetched:
         raise CheckpointError(f"{model}: quantised, so that headers do not tell its plan; fetch it first: hf download")
-    return header_index(headers, dtype)
+    return index_of(folder, spill, device, dtype)

@@ -1,13 +1,16 @@
 """``pack``: code a checkpoint once, so that loading it codes nothing; ``unpack``: the original files, byte for byte.
 
 A folder is written beside its final name and renamed at the end. What was finished before an interruption is kept,
-shard by shard, as long as the source is the same.
+shard by shard, as long as the source is the same. Only regular files are read and written: a source's links are
+followed within its folder and into the hub's cache, and an unfinished folder that holds any is not gone on with.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,18 +18,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from djinn.codec.encode import layout_of
 from djinn.devices import device_here
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
+from djinn.files import write_text
 from djinn.weights import packed_format
+from djinn.weights.foreign import parse_object, require_file
 from djinn.weights.header import read_header
-from djinn.weights.packed_shard import pack_shard, read_tensor, unpack_shard
+from djinn.weights.packed_format import original_of
+from djinn.weights.packed_shard import pack_shard, read_tensor, unpack_shard, unpacked
 from djinn.weights.resolve import resolve
-from djinn.weights.shards import read_checkpoint, read_shard
+from djinn.weights.shards import read_checkpoint, read_shard, shard_files
 from djinn.weights.synthetic_checkpoint import DISK_FULL, PARTIAL, locked
-from djinn.weights.tensors import FileSpan, TensorEntry, kind_of
+from djinn.weights.tensors import kind_of
 
 _STATE = "packing.json"
 _Convert = Callable[[Path, Path, Callable[[int], object]], None]
@@ -58,7 +65,7 @@ def pack(model: str | Path, out: str | Path, *, device: str | None = None, progr
 
     Args:
         model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``.
-        out: a folder that is not there yet, or empty.
+        out: a folder that is not there yet, or empty; one that holds the result already is left as it is.
         device: where tensors are coded; by default a GPU where there is one.
         progress: show a bar of the bytes coded.
 
@@ -100,31 +107,42 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
     source, out = source.resolve(), out.expanduser().resolve()
     if out.is_relative_to(source) or source.is_relative_to(out):
         raise ConfigError(f"{out}: {what} writes beside the source, not into {source}; choose another folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: is there already; choose a folder that is empty or not there yet")
     shards = _shards(source)
     _require(shards, source, packed_already=what == "unpack")
+    others = _others(source, shards)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        packed, plain = (out, source) if what == "pack" else (source, out)
+        if not _is_made_of(out, source, others) or not all(_agree(packed / name, plain / name) for name in shards):
+            raise CheckpointError(f"{out}: is there already; choose a folder that is empty or not there yet")
+        warnings.warn(f"{out}: is finished already, from this source; nothing was written", stacklevel=3)
+        return out
     sizes = {name: sum(entry.raw_bytes for entry in read_shard(source / name).values()) for name in shards}
     unfinished = out.with_name(out.name + PARTIAL)
     try:
+        if unfinished.is_symlink():
+            raise CheckpointError(f"{unfinished}: is a link; remove it")
         unfinished.mkdir(parents=True, exist_ok=True)
-        with locked(unfinished):
+        with locked(unfinished) as is_there:
+            if not is_there:  # another process had it, and has ended
+                return _converted(source, out, what, convert, progress)
             _claim(unfinished, {"what": what, "version": packed_format.VERSION, "source": _identity(source)})
-            with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
-                for name in shards:
-                    if (unfinished / name).exists():
-                        bar.update(sizes[name])
-                    else:
-                        _write_whole(unfinished / name, partial(convert, source / name), bar.update)
-            _copy_others(source, unfinished, shards)
-            (unfinished / _STATE).unlink()
-            if out.exists():
-                out.rmdir()
-            unfinished.rename(out)
-    except CheckpointError:
-        if not any((unfinished / name).exists() for name in shards):
-            shutil.rmtree(unfinished)
-        raise
+            try:
+                with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
+                    for name in shards:
+                        if (unfinished / name).exists():
+                            bar.update(sizes[name])
+                        else:
+                            _write_whole(unfinished / name, partial(convert, source / name), bar.update)
+                for path in others:
+                    shutil.copy2(path, unfinished / path.name)
+                (unfinished / _STATE).unlink()
+                if out.exists():
+                    out.rmdir()
+                unfinished.rename(out)
+            except Exception:
+                if not any((unfinished / name).exists() for name in shards):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                raise
     except OSError as error:
         if error.errno in DISK_FULL:
             done = sum((unfinished / name).exists() for name in shards)
@@ -134,6 +152,26 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
             ) from error
         raise UnavailableError(f"{unfinished}: cannot be written: {error}") from error
     return out
+
+
+def _is_made_of(out: Path, source: Path, others: list[Path]) -> bool:
+    """Return whether ``out`` holds as many files as ``source``, and the ``others`` byte for byte."""
+    files = [path.name for path in source.iterdir() if not path.is_dir()]
+    if not out.is_dir() or sorted(files) != sorted(path.name for path in out.iterdir()):
+        return False
+    return all(filecmp.cmp(path, out / path.name, shallow=False) for path in others)
+
+
+def _agree(packed: Path, plain: Path) -> bool:
+    """Return whether ``packed`` is the packed form of the safetensors file ``plain``; reads both."""
+    try:
+        wanted = read_header(plain)
+        if original_of(read_header(packed)).text != wanted.text:
+            return False
+        found = unpacked(packed, torch.device("cpu"))
+        return all(torch.equal(weights, read_tensor(wanted.tensors[name])) for name, weights in found)
+    except CheckpointError:
+        return False
 
 
 def _require(shards: list[str], source: Path, *, packed_already: bool) -> None:
@@ -157,13 +195,41 @@ def _write_whole(
 
 
 def _shards(source: Path) -> list[str]:
-    """Return the names of the files that hold the checkpoint's tensors."""
-    return sorted({_span(entry).path.name for entry in read_checkpoint(source).values()})
+    """Return the names of the files that hold the checkpoint's tensors, each of which is read once.
+
+    Raises:
+        CheckpointError: a checkpoint that is damaged, or has its files in folders of their own.
+    """
+    read_checkpoint(source)
+    shards = shard_files(source)
+    for shard in shards:
+        if shard.parent != source:
+            raise CheckpointError(f"{shard}: is in a folder of its own; a packed checkpoint is one folder")
+    return [shard.name for shard in shards]
 
 
-def _span(entry: TensorEntry) -> FileSpan:
-    assert isinstance(entry.source, FileSpan)
-    return entry.source
+def _others(source: Path, shards: list[str]) -> list[Path]:
+    """Return the folder's other files; folders in it are left out, with a warning.
+
+    Raises:
+        CheckpointError: what is no regular file, or lies elsewhere than in the checkpoint or the hub's cache of it.
+    """
+    left_out = []
+    others = []
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            left_out.append(path.name)
+        elif path.name == _STATE:
+            raise CheckpointError(f"{path}: has the name of the note that djinn writes while it packs; rename it")
+        elif path.name not in shards:
+            require_file(path)
+            true = path.resolve()
+            if not (true.is_relative_to(source) or true.parent == source.parent.parent / "blobs"):
+                raise CheckpointError(f"{path}: links to {true}, out of the checkpoint; put a copy or nothing there")
+            others.append(path)
+    if left_out:
+        warnings.warn(f"{source}: folders are left out: {', '.join(left_out)}", stacklevel=4)
+    return others
 
 
 def _identity(source: Path) -> dict[str, Any]:
@@ -179,22 +245,17 @@ def _claim(unfinished: Path, state: dict[str, Any]) -> None:
         CheckpointError: it is of another source, or was begun by something else.
     """
     path = unfinished / _STATE
-    begun = json.loads(path.read_text()) if path.is_file() else None
-    if begun is None and any(unfinished.iterdir()):
+    for held in unfinished.iterdir():
+        status = held.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise CheckpointError(f"{held}: is a link, or no file; djinn has not made it, so remove {unfinished}")
+    try:
+        begun = parse_object(path.read_bytes())
+    except Exception:  # not there, or cut off: then nothing was begun
+        begun = None
+    if begun is None and any(not held.name.startswith((_STATE, f".{_STATE}")) for held in unfinished.iterdir()):
         raise CheckpointError(f"{unfinished}: holds files that djinn has not begun; remove it")
     if begun not in (None, state):
         raise CheckpointError(f"{unfinished}: was begun from another source, or from this one as it was; remove it")
     if begun is None:
-        path.write_text(json.dumps(state))
-
-
-def _copy_others(source: Path, target: Path, shards: list[str]) -> None:
-    """Copy the folder's other files; folders in it are left out, with a warning."""
-    left_out = []
-    for path in sorted(source.iterdir()):
-        if path.is_dir():
-            left_out.append(path.name)
-        elif path.name not in shards:
-            shutil.copy2(path, target / path.name)
-    if left_out:
-        warnings.warn(f"{source}: folders are left out: {', '.join(left_out)}", stacklevel=4)
+        write_text(path, json.dumps(state))

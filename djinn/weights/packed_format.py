@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,10 @@ import torch
 from djinn.codec.checksums import section_names
 from djinn.codec.layout import ALIGNMENT, Layout
 from djinn.errors import CheckpointError
+from djinn.weights.foreign import parse_object, refusing
 from djinn.weights.header import Header, parse_header
 from djinn.weights.synthetic_shard import PAGE_BYTES
-from djinn.weights.tensors import DTYPES, TensorEntry
+from djinn.weights.tensors import DTYPES, FileSpan, TensorEntry
 
 VERSION = 1
 _KEY, _KEY_CRC32 = "djinn", "djinn_crc32"
@@ -89,18 +91,16 @@ def described(header: Header) -> dict[str, TensorEntry]:
             its description says.
     """
     description = _description(header)
-    original, stored = _original(header, description), description["tensors"]
+    original, stored = _original(header, description), description.get("tensors")
     if header.end != header.size:
         raise _damaged(header, f"the file has {header.size} bytes, and {header.end} are described")
-    if set(stored) != set(header.tensors) or set(stored) != set(original.tensors):
+    if not isinstance(stored, dict) or set(stored) != set(header.tensors) or set(stored) != set(original.tensors):
         raise _damaged(header, "its tensors are not the file's")
     tensors = {}
     for name, there in header.tensors.items():
         was = original.tensors[name]
-        try:
+        with _damage(header, f"tensor {name}"):
             layout, crc32 = _parse(stored[name])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(header, f"tensor {name}: {error!r}") from error
         as_coded = (
             layout is not None
             and was.dtype == torch.bfloat16
@@ -138,18 +138,25 @@ def _body(original: Header, tensors: Mapping[str, Stored]) -> bytes:
 
 
 def _original(header: Header, description: Mapping[str, Any]) -> Header:
-    try:
+    with _damage(header, "the original header"):
         text = description["header"].encode()
-    except (AttributeError, KeyError) as error:
-        raise _damaged(header, error) from error
-    return parse_header(header.path, text, 2**63)  # it is as large as its last tensor says
+    original = parse_header(header.path, text, 2**63)  # it is as large as its last tensor says
+    end = original.start
+    for entry in original.tensors.values():
+        if entry.source != FileSpan(header.path, end):
+            raise _damaged(header, "the original header leaves gaps")
+        end += entry.nbytes
+    return original
 
 
 def _description(header: Header) -> dict[str, Any]:
-    text = header.metadata[_KEY]
-    if f"{zlib.crc32(text.encode()):08x}" != header.metadata.get(_KEY_CRC32):
-        raise _damaged(header, "its checksum is another")
-    description: dict[str, Any] = json.loads(text)
+    text = header.metadata.get(_KEY)
+    if text is None:
+        raise CheckpointError(f"{header.path}: is not packed")
+    with _damage(header, "as JSON"):
+        if f"{zlib.crc32(text.encode()):08x}" != header.metadata.get(_KEY_CRC32):
+            raise _damaged(header, "its checksum is another")
+        description = parse_object(text)
     if description.get("version") != VERSION:
         raise CheckpointError(
             f"{header.path}: packed in version {description.get('version')!r}, and this djinn reads version {VERSION}; "
@@ -166,9 +173,18 @@ def _describe(stored: Stored) -> dict[str, Any]:
 
 
 def _parse(stored: Mapping[str, Any]) -> tuple[Layout | None, dict[str, int]]:
-    layout = Layout(int(stored["elements"]), int(stored["escapes"])) if "elements" in stored else None
+    layout = None
+    if "elements" in stored:
+        elements, escapes = stored["elements"], stored["escapes"]
+        if type(elements) is not int or type(escapes) is not int:
+            raise ValueError(f"elements {elements!r} and escapes {escapes!r} have to be whole numbers")
+        layout = Layout(elements, escapes)
     return layout, {section: int(stored["crc32"][section], 16) for section in section_names(layout)}
 
 
-def _damaged(header: Header, what: object) -> CheckpointError:
+def _damage(header: Header, where: str) -> AbstractContextManager[None]:
+    return refusing(f"{header.path}: the description of its packed tensors is damaged: {where}", "pack it again")
+
+
+def _damaged(header: Header, what: str) -> CheckpointError:
     return CheckpointError(f"{header.path}: the description of its packed tensors is damaged: {what}; pack it again")

@@ -1,4 +1,4 @@
-"""One safetensors file into its packed form and back; and a hollow copy, which has the header and no weights.
+"""One safetensors file into its packed form and back, whole or hollow: with the header and some of the weights.
 
 Tensors are coded on threads, a few at a time, and written in order, so that memory holds a few tensors only.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,15 +71,39 @@ def pack_shard(source: Path, target: Path, on_done: Callable[[int], object], dev
         file.write(compose(original, stored, reserved))
 
 
-def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
+def unpack_shard(
+    source: Path,
+    target: Path,
+    on_done: Callable[[int], object],
+    device: torch.device,
+    wanted: Collection[str] | None = None,
+) -> None:
     """Write the file that ``source`` was packed from to ``target``, byte for byte; otherwise as :func:`pack_shard`.
+
+    Where tensors are ``wanted``, only they have their bytes, and the others are room that takes no disk.
+
+    Raises:
+        CheckpointError: a damaged file; the tensor and its section are named.
+    """
+    original = original_of(read_header(source))
+    with _whole_file(target) as file:
+        _write_hollow(file, original)
+        for name, weights in unpacked(source, device, wanted):
+            file.seek(_offset(original.tensors[name]))
+            _write(file, weights, len(weights))
+            on_done(len(weights))
+
+
+def unpacked(
+    source: Path, device: torch.device, wanted: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the original bytes (uint8, on the host) of every tensor of a packed file, or those ``wanted``.
 
     Raises:
         CheckpointError: a damaged file; the tensor and its section are named.
     """
     header = read_header(source)
     entries = described(header)
-    original = original_of(header)
 
     def raw(name: str) -> tuple[str, torch.Tensor]:
         entry = entries[name]
@@ -92,22 +116,8 @@ def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], d
         decode(bytes_.to(device), entry.layout, room)
         return name, room[: entry.raw_bytes].cpu()
 
-    with _whole_file(target) as file:
-        _write_hollow(file, original)
-        for name, weights in _in_order(list(entries), raw, _workers(original, device)):
-            file.seek(_offset(original.tensors[name]))
-            _write(file, weights, len(weights))
-            on_done(len(weights))
-
-
-def hollow_shard(source: Path, target: Path) -> None:
-    """Write the header of the file that ``source`` was packed from, and room for its tensors that takes no disk.
-
-    Raises:
-        CheckpointError: as for :func:`unpack_shard`.
-    """
-    with target.open("wb") as file:
-        _write_hollow(file, original_of(read_header(source)))
+    names = [name for name in entries if wanted is None or name in wanted]
+    yield from _in_order(names, raw, _workers(header, device))
 
 
 def _write_hollow(file: BinaryIO, original: Header) -> None:

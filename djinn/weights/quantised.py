@@ -6,7 +6,6 @@ code books), these stay on the device, where there is also room for one weight a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from djinn.errors import CheckpointError, PlanError, UnavailableError
+from djinn.errors import CheckpointError, PlanError
 from djinn.hardware import usable_ram
 from djinn.sizes import format_bytes
+from djinn.weights.foreign import parse_object, refusing
 from djinn.weights.index import Reads, WeightIndex
 from djinn.weights.inputs import example_inputs
-from djinn.weights.models import empty_model, model_class, quiet
+from djinn.weights.models import config_of, empty_model, model_class, quiet
 from djinn.weights.shards import read_checkpoint
 from djinn.weights.tensors import InMemory, TensorEntry
 from djinn.weights.tracing import read_by_block, traced_readers
@@ -35,9 +35,9 @@ DEQUANTISED = "fp8"
 def quantisation_of(folder: Path) -> str | None:
     """Return the name of the method by which the checkpoint in ``folder`` is quantised, None where it is not."""
     try:
-        found = json.loads((folder / "config.json").read_text())["quantization_config"]
+        found = parse_object((folder / "config.json").read_bytes())["quantization_config"]
         method = str(found["quant_method"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # of whatever is wrong with it; what the config is loaded by says what
         return None
     if method == "bitsandbytes":
         return f"{method}_{'4bit' if found.get('load_in_4bit') else '8bit'}"
@@ -85,16 +85,11 @@ def quantised_index(folder: Path, dtype: torch.dtype | None, device: torch.devic
             f"host memory: a quantised checkpoint is loaded whole and needs {format_bytes(needed)}, but "
             f"{format_bytes(usable_ram())} are free"
         )
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    try:
-        with quiet():
-            model: PreTrainedModel = model_class(config).from_pretrained(
-                folder, dtype=dtype or "auto", device_map={"": "cpu"}, local_files_only=True
-            )
-    except ImportError as error:
-        raise UnavailableError(f"{folder}: {error}") from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    config: Any = config_of(folder)
+    with refusing(f"{folder}: transformers cannot load it"), quiet():
+        model: PreTrainedModel = model_class(config).from_pretrained(
+            folder, dtype=dtype or "auto", device_map={"": "cpu"}, local_files_only=True, trust_remote_code=False
+        )
     model.eval()
     model.requires_grad_(False)
     if device.type == "cpu":

@@ -11,22 +11,23 @@ from pathlib import Path
 from huggingface_hub import HfFileSystem, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from djinn.errors import CheckpointError, UnavailableError
+from djinn.errors import CheckpointError, DjinnError, UnavailableError
 from djinn.places import CHECKPOINT_DIR
 from djinn.weights.header import read_header
+from djinn.weights.models import ADAPTER
 from djinn.weights.packed_format import is_packed
 from djinn.weights.shards import read_checkpoint
 from djinn.weights.synthetic_checkpoint import read_manifest, synthesise, verify
 
 SYNTHETIC = "synthetic:"
 
-_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WANTED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 _UNWANTED_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
@@ -60,7 +61,7 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         _checked(folder)
-        if is_synthetic(folder) and not is_packed(read_header(next(folder.glob("*.safetensors")))):
+        if is_synthetic(folder) and not is_packed(read_header(_shards(folder)[0])):
             verify(folder)  # what is packed has other sizes, and checksums of its own
         return folder
     if match := _HUB_ID.fullmatch(model):
@@ -110,10 +111,19 @@ def is_synthetic(folder: Path) -> bool:
     return manifest is not None and manifest.synthetic
 
 
+def _shards(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+
+
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{folder}: a PEFT adapter without the model that it was made for; load that model, and attach the "
+                "adapter by peft.PeftModel.from_pretrained"
+            )
         raise CheckpointError(f"{folder}: no config.json; this is not a checkpoint folder")
-    if not any(folder.glob("*.safetensors")):
+    if not _shards(folder):
         raise CheckpointError(f"{folder}: no *.safetensors files; djinn reads no other weights, so convert them first")
     return folder
 
@@ -142,6 +152,10 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     asked = repo if revision is None else f"{repo}@{revision}"
     try:
         yield
+    except (DjinnError, MemoryError):
+        raise
+    except HFValidationError as error:
+        raise CheckpointError(f"no folder {asked!r} here, and not a hub id either: {error}") from None
     except GatedRepoError:  # first, being a RepositoryNotFoundError as well
         raise CheckpointError(
             f"{asked}: gated; accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
@@ -153,7 +167,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{asked}: no such folder here and no such repository on the hub, or a private one; "
             "check the name, or log in with `hf auth login`"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of whatever the connection is made with
         raise UnavailableError(
             f"{asked}: no such folder here, not in the hub's cache, and the hub cannot be reached ({error}); "
             f"connect, or use a local folder or {SYNTHETIC}<architecture>"

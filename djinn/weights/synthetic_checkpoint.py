@@ -164,12 +164,15 @@ def checkpoint_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; another that asks for it waits."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder for this process; another that asks for it waits.
+
+    Yields whether it is still there under its name: who held it before may have renamed or removed it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
     finally:
         os.close(descriptor)
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import djinn
 from djinn.engine.load import placement
 from djinn.errors import ConfigError, PlanError
-from djinn.weights.index import header_index
+from djinn.weights.header_index import header_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

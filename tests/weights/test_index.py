@@ -22,7 +22,8 @@ from transformers.utils import logging as hf_logging
 import djinn
 from djinn.errors import CheckpointError
 from djinn.weights.architectures import load_architecture
-from djinn.weights.index import WeightIndex, checkpoint_index, header_index, synthetic_index
+from djinn.weights.header_index import header_index
+from djinn.weights.index import WeightIndex, checkpoint_index, synthetic_index
 from djinn.weights.models import empty_model, owners
 from djinn.weights.shards import read_checkpoint, read_shard
 from djinn.weights.tensors import FileSpan, Seeded, TensorEntry
@@ -164,7 +165,7 @@ def test_headers_alone_tell_what_a_model_would_hold(tiny_checkpoint: Tiny, tmp_p
 
 def test_a_config_that_no_model_has_is_refused_by_headers_too(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "ours"}')
-    with pytest.raises(CheckpointError, match="transformers cannot make its model"):
+    with pytest.raises(CheckpointError, match="transformers cannot load its config"):
         header_index(copy)
 
 
@@ -220,7 +221,7 @@ def test_a_shard_cut_off_inside_its_header_is_refused(copy: Path, length: int) -
 def test_a_missing_shard_is_named(copy: Path) -> None:
     path = shard_of(copy, "lm_head.weight")
     path.unlink()
-    assert refusal(copy) == f"{copy / INDEX}: names {path.name}, which is not there"
+    assert refusal(copy) == f"{path}: not there; {copy / INDEX} names it"
 
 
 @pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "/etc/hostname", "a/../../elsewhere.safetensors"])
@@ -244,7 +245,7 @@ def test_shards_may_be_links_as_in_the_hubs_cache(copy: Path, tmp_path: Path) ->
 def test_a_tensor_that_its_shard_lacks_is_named(copy: Path) -> None:
     path = shard_of(copy, "lm_head.weight")
     rewrite(path, lambda tensors: tensors.pop("lm_head.weight"))
-    assert refusal(copy) == f"{copy / INDEX}: places lm_head.weight in {path.name}, which does not have it"
+    assert refusal(copy) == f"{copy}: the index places lm_head.weight in {path.name}, which does not have it"
 
 
 @pytest.mark.parametrize("text", ["not json", "[]", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', "{}", "\xff"])
@@ -363,7 +364,7 @@ def test_a_tensor_that_the_index_does_not_list_is_still_found(copy: Path, tmp_pa
 @pytest.mark.parametrize("text", ["", "{", '{"model_type": "nothing"}', "{}"])
 def test_a_config_that_is_none_is_refused(copy: Path, text: str) -> None:
     (copy / "config.json").write_text(text)
-    assert f"{copy}: transformers cannot load it" in refusal(copy)
+    assert f"{copy}: transformers cannot load its config" in refusal(copy)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

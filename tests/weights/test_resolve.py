@@ -72,7 +72,9 @@ def test_a_synthetic_name_is_made_once(tmp_path: Path, monkeypatch: pytest.Monke
         resolve("synthetic:gpt5")
 
 
-@pytest.mark.parametrize("model", ["nothing-here", "./org/name", "/no/such/folder", "org/name@"])
+@pytest.mark.parametrize(
+    "model", ["nothing-here", "./org/name", "/no/such/folder", "org/name@", "örg/name", "o--rg/name"]
+)
 def test_neither_folder_nor_hub_id(model: str) -> None:
     with pytest.raises(CheckpointError, match=r"no folder .* and not a hub id either"):
         resolve(model)

@@ -75,7 +75,11 @@ def _counted(model: PreTrainedModel, settings: dict[str, str | int | float | boo
 
 def _from_disk(job: Job, device_map: dict[str, str | int]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=job.dtype, device_map=device_map, offload_folder=str(job.scratch / "offload")
+        job.model,
+        dtype=job.dtype,
+        device_map=device_map,
+        offload_folder=str(job.scratch / "offload"),
+        trust_remote_code=False,
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from djinn import hardware
 from djinn.bench.systems.base import Job
 from djinn.errors import UnavailableError
 from djinn.sizes import format_bytes
 from djinn.weights.architectures import load_architecture
+from djinn.weights.models import config_of as stored_config
 from djinn.weights.models import empty_model
 from djinn.weights.synthetic_values import fill
 
@@ -32,7 +34,7 @@ def config_of(job: Job) -> PretrainedConfig:
     """Return the model's config."""
     if job.in_memory:
         return load_architecture(job.model.removeprefix("synthetic:"))
-    return AutoConfig.from_pretrained(job.model)
+    return stored_config(Path(job.model))
 
 
 def skeleton(job: Job) -> PreTrainedModel:
@@ -48,7 +50,9 @@ def weight_bytes(model: nn.Module) -> int:
 def host_model(job: Job) -> PreTrainedModel:
     """Return the model in anonymous host memory: one copy of the weights that owes nothing to the page cache."""
     if not job.in_memory:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=job.dtype, trust_remote_code=False
+        )
         for parameter in model.parameters():  # from_pretrained maps the files
             parameter.data = parameter.data.clone()
         return model.eval()

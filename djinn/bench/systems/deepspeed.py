@@ -109,7 +109,7 @@ def load(job: Job) -> DeepSpeed:
     else:
         # transformers finds the configuration through a weak reference, and partitions while it loads.
         keep = HfDeepSpeedConfig(settings)
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype).eval()
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype, trust_remote_code=False).eval()
     engine = deepspeed.initialize(model=model, config=settings)[0]
     engine.module.eval()
     return DeepSpeed(engine, job, _flat(settings["zero_optimization"]), keep)
@@ -227,7 +227,7 @@ def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedMode
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=settings):
-        model = AutoModelForCausalLM.from_config(config_of(job), dtype=job.dtype)
+        model = AutoModelForCausalLM.from_config(config_of(job), dtype=job.dtype, trust_remote_code=False)
     model.tie_weights()
     # zero.Init makes arange return half precision, and with it the frequencies of rotary embeddings: other tokens.
     exact = dict(skeleton(job).named_buffers())
