@@ -101,7 +101,7 @@ def load_requested(
         CheckpointError, PlanError, UnavailableError: as for :func:`load`.
     """
     require_here(request.device)
-    with ExitStack() as undo:
+    with ExitStack() as undo, torch.inference_mode(False):  # else nothing outside of that mode could use the model
         spill = Path(tempfile.mkdtemp(prefix="djinn-"))
         undo.callback(shutil.rmtree, spill, ignore_errors=True)
         index = index_of(model, spill, request.device, request.dtype, seed)
@@ -160,7 +160,7 @@ def detach(model: Model) -> Model:
         PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
     """
     engine = engine_of(model)
-    with engine.streamer.turns.lock:
+    with engine.streamer.turns.lock, torch.inference_mode(False):
         engine.streamer.turns.refuse_while_running("detach")
         _detach(model, engine)
     return model

@@ -17,12 +17,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from djinn.errors import CheckpointError
-from djinn.weights.models import empty_model, model_class, owners, quiet
+from djinn.weights.models import computed, empty_model, model_class, owners, quiet
 from djinn.weights.packed_shard import hollow_shard, unpack_shard
 from djinn.weights.shards import read_checkpoint, read_shard
 from djinn.weights.tensors import FileSpan, InMemory, Seeded, TensorEntry
@@ -147,14 +148,20 @@ def _on_disk(
     made = [
         name for name, _ in model.named_parameters() if name not in where and name not in model.all_tied_weights_keys
     ]
-    if made:
-        raise CheckpointError(
-            f"{folder}: {type(model).__name__} computes {', '.join(made[:5])} when it is built, which its files do not "
-            "hold; djinn streams only weights that are stored"
-        )
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
+    values = {name: computed(model, name) for name in made}
+    chance = [name for name, value in values.items() if value is None]
+    if chance:
+        raise CheckpointError(
+            f"{folder}: its files do not hold {', '.join(chance[:5])}, which {type(model).__name__} would make random "
+            "numbers of"
+        )
+    if values:
+        path = spill / "computed.safetensors"
+        save_file({name: value for name, value in values.items() if value is not None}, path)
+        where |= {name: {"safetensors_file": str(path), "weight_name": name} for name in values}
     _tie(model)
     _keep_dtypes(model)
     return model, where, info["unexpected_keys"]

@@ -95,22 +95,25 @@ class Unit:
 def find_units(index: WeightIndex) -> list[Unit]:
     """Return the model's units in execution order; every tensor of the index is in exactly one."""
     if index.reads is not None:
-        readers = read_by_module(index.reads)
+        readers, tensors = read_by_module(index.reads), index.tensors
     else:
         readers = traced_readers(index.model)
         readers |= {name: by for name, by in read_by_block(index.model).items() if name not in readers}
+        # A pass may convert weights for good (a router in float32): then they are converted when they are loaded.
+        dtypes = {name: parameter.dtype for name, parameter in index.model.named_parameters()}
+        tensors = {name: entry.to(dtypes[name]) for name, entry in index.tensors.items()}
     members = _group(readers)
     all_readers = {reader for each in members for reader in each}
     units = [
         Unit(
             name="+".join(each) or "(root)",
             readers=each,
-            tensors=lay_out([(name, index.tensors[name]) for name in parameters]),
+            tensors=lay_out([(name, tensors[name]) for name in parameters]),
             held=any(other != reader and inside(other, reader) for reader in each for other in all_readers),
         )
         for each, parameters in members.items()
     ]
-    unread = [(name, entry) for name, entry in index.tensors.items() if name not in readers]
+    unread = [(name, entry) for name, entry in tensors.items() if name not in readers]
     return units + ([Unit(UNREAD, (), lay_out(unread), held=True)] if unread else [])
 
 
