@@ -55,20 +55,23 @@ def _refuse(kind: str, what: str, *_: object, **__: object) -> NoReturn:
 
 
 def _refuse_moving(
-    guarded: weakref.ref[nn.Module], change: Callable[[torch.Tensor], torch.Tensor], *_: object
+    guarded: weakref.ref[nn.Module], change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> nn.Module:
     """Refuse to move or convert a module (to, cuda, half, ...), unless that is what it is already."""
     module = guarded()
     assert module is not None
-    kinds = {
-        (tensor.dtype, tensor.device, tuple(min(size, 2) for size in tensor.shape))
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-    for dtype, device, shape in kinds:
-        like = torch.empty(shape, dtype=dtype, device=device)
-        if change(like) is not like:
-            _refuse(type(module).__name__, "moved or converted (to, cuda, cpu, half, float, ...)")
+    if not all(_is_kept(change, tensor) for tensor in (*module.parameters(recurse), *module.buffers(recurse))):
+        _refuse(type(module).__name__, "moved or converted (to, cuda, cpu, half, float, ...)")
     return module
+
+
+def _is_kept(change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> bool:
+    """Return whether ``change`` gives back what is like ``tensor`` in all but its size."""
+    like = torch.empty([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+    try:
+        return change(like) is like
+    except (RuntimeError, AssertionError):  # no such device
+        return False
 
 
 def _keep_apart(module: nn.Module, _: str, part: nn.Module | None) -> None:

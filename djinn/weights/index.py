@@ -148,6 +148,8 @@ def _on_disk(
     made = [
         name for name, _ in model.named_parameters() if name not in where and name not in model.all_tied_weights_keys
     ]
+    for name in made:
+        vars(model.get_submodule(name.rpartition(".")[0])).pop("_hf_hook")  # its removal would look for their files
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
