@@ -5,6 +5,7 @@ Each case is a model, a budget and some acts, seeded by its number. ``DJINN_FAUL
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from collections import Counter
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import djinn
-from djinn.engine.load import engine_of, placement
+from djinn.engine.load import placement
 from djinn.errors import DjinnError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -31,7 +32,7 @@ CASES = int(os.environ.get("DJINN_FAULTS_CASES", "200"))
 GROUPS = 10
 """Tests that share the cases."""
 NAMES = ("llama", "gpt2", "opt", "phi3", "mixtral", "t5", "whisper", "bert", "albert", "vit", "clip", "llava")
-ACTS_A_CASE = 6
+ACTS_A_CASE = 4
 
 Act = Callable[[random.Random, PreTrainedModel], Any]
 """Does something to a model, the same to any two models with two equal sources of random numbers; returns tensors."""
@@ -125,7 +126,7 @@ def leave_out_block(chance: random.Random, model: PreTrainedModel) -> None:
 
 
 def run_twice(chance: random.Random, model: PreTrainedModel) -> None:
-    name, module = leaf(chance, model)
+    _, module = leaf(chance, model)
     run = module.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -137,14 +138,14 @@ def run_twice(chance: random.Random, model: PreTrainedModel) -> None:
 
 def swap_blocks(chance: random.Random, model: PreTrainedModel) -> None:
     for parent in model.modules():
-        if isinstance(parent, nn.ModuleList) and len(parent) > 2 and len({type(each) for each in parent}) == 1:
+        if isinstance(parent, nn.ModuleList) and len(parent) > 2 and len({type(each).__name__ for each in parent}) == 1:
             one, other = chance.sample(range(len(parent)), 2)
             parent[one], parent[other] = parent[other], parent[one]
             return
 
 
 def raise_in_the_middle(chance: random.Random, model: PreTrainedModel, error: type[BaseException]) -> None:
-    name, module = leaf(chance, model)
+    _, module = leaf(chance, model)
 
     def fail(*_: object) -> None:
         raise error("in the middle")
@@ -152,9 +153,8 @@ def raise_in_the_middle(chance: random.Random, model: PreTrainedModel, error: ty
     before = chance.random() < 0.5
     handle = module.register_forward_pre_hook(fail) if before else module.register_forward_hook(fail)
     try:
-        kind = next(key for key, each in ARCHITECTURES.items() if each.cls is vars(model).get("_kind"))
-        outputs(kind, model)
-    except (error, ValueError):
+        outputs(next(key for key, each in ARCHITECTURES.items() if isinstance(model, each.cls)), model)
+    except error:
         pass
     finally:
         handle.remove()
@@ -166,10 +166,9 @@ def move_nowhere(chance: random.Random, model: PreTrainedModel) -> None:
 
 def adapt(chance: random.Random, model: PreTrainedModel) -> None:
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    name, module = leaf(chance, model)
-    targets = [name]
+    name, _ = leaf(chance, model)
     torch.manual_seed(chance.randrange(100))
-    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, use_dora=chance.random() < 0.5)
+    config = peft.LoraConfig(r=2, target_modules=[name], init_lora_weights=False, use_dora=chance.random() < 0.5)
     peft.inject_adapter_in_model(config, model)
     model.eval()
 
@@ -209,8 +208,8 @@ ACTS: dict[str, Act] = {
 }
 
 
-def run_case(number: int, name: str, folder: Path) -> str:
-    """Run one case; return whether it was right or refused, and fail where it was neither."""
+def run_case(number: int, name: str, folder: Path) -> Counter[str]:
+    """Run one case and return how its acts ended; fail where one was neither right nor refused."""
     chance = random.Random(number)
     fits = whole_plan(folder)
     images = sum(unit.image_bytes for unit in fits.units)
@@ -219,35 +218,42 @@ def run_case(number: int, name: str, folder: Path) -> str:
     try:
         model = djinn.load(folder, budget=budget, host_memory=host, chunk="32 KiB", **WORK)  # type: ignore[arg-type]
     except DjinnError:
-        return "refused when it was loaded"
-    cls = ARCHITECTURES[name].cls
-    whole = cls.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
-    for each in (model, whole):
-        vars(each)["_kind"] = cls
-    done: list[str] = [f"{name}, {len(placement(model).streamed)} streamed, host memory {host}"]
+        return Counter({"refused when it was loaded": 1})
+    whole = copy.deepcopy(resident(name, folder))
+    done = [f"{number}: {name}, {len(placement(model).streamed)} streamed, host memory {host}"]
+    ends = Counter[str]()
     for _ in range(ACTS_A_CASE):
-        act = chance.choice(list(ACTS))
-        seed = chance.randrange(10**9)
+        act, seed = chance.choice(list(ACTS)), chance.randrange(10**9)
         done.append(act)
-        try:
-            found = ACTS[act](random.Random(seed), model)
-            result = outputs(name, model)
-        except DjinnError as error:
-            assert len(str(error)) > 30, done
-            return f"refused: {act}"
-        except Exception as error:
-            with pytest.raises(type(error)):  # what the resident model does not do either
-                ACTS[act](random.Random(seed), whole)
-                outputs(name, whole)
-            return f"an error of the resident model's: {act}"
-        assert equal(found, ACTS[act](random.Random(seed), whole)), (number, done)
-        assert equal(result, outputs(name, whole)), (number, done)
+        found, wanted = attempt(act, seed, name, model), None
+        if isinstance(found, DjinnError):  # then nothing has been changed
+            ends[f"refused: {act}"] += 1
+        else:
+            wanted = attempt(act, seed, name, whole)
+            if isinstance(wanted, Exception):
+                assert isinstance(found, type(wanted)), done
+                return ends + Counter(["an error of the resident model's, too"])
+            assert equal(found, wanted), (done, found)
+            ends["right"] += 1
+        assert equal(outputs(name, model), outputs(name, whole)), done
     if chance.random() < 0.3:
         djinn.detach(model)
-        assert equal(outputs(name, model), outputs(name, whole)), (number, [*done, "detach"])
-    else:
-        assert engine_of(model).stats.passes > 0 or not placement(model).streamed
-    return "right"
+        assert equal(outputs(name, model), outputs(name, whole)), [*done, "detach"]
+    return ends
+
+
+def attempt(act: str, seed: int, name: str, model: PreTrainedModel) -> Any:
+    """Return what an act gives and what the model gives after it, or the error that either ends in."""
+    try:
+        return ACTS[act](random.Random(seed), model), outputs(name, model)
+    except Exception as error:
+        return error
+
+
+@cache
+def resident(name: str, folder: Path) -> PreTrainedModel:
+    whole: PreTrainedModel = ARCHITECTURES[name].cls.from_pretrained(folder, dtype="auto")
+    return whole.eval().requires_grad_(False)
 
 
 @cache
@@ -260,6 +266,6 @@ def test_what_users_do_is_right_or_refused(architecture_checkpoint: Callable[[st
     ends = Counter[str]()
     for number in range(group, CASES, GROUPS):
         name = NAMES[number % len(NAMES)]
-        ends[run_case(number, name, architecture_checkpoint(name))] += 1
+        ends += run_case(number, name, architecture_checkpoint(name))
     print(dict(ends))
-    assert ends["right"] > sum(ends.values()) / 4
+    assert ends["right"] > sum(ends.values()) / 2
