@@ -27,7 +27,7 @@ from djinn.weights.units import PlacedTensor
 
 _SETS_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _READS_NOTHING = {
-    "__hash__", "__len__", "__set__", "dim", "element_size", "get_device", "is_complex", "is_contiguous",
+    "__hash__", "__len__", "__set__", "_is_view", "dim", "element_size", "get_device", "is_complex", "is_contiguous",
     "is_floating_point", "is_inference", "ndimension", "nelement", "numel", "requires_grad_", "size", "storage_offset",
     "stride",
 }  # fmt: skip
