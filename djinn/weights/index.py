@@ -66,7 +66,7 @@ class WeightIndex(Generic[Model]):
 
 
 def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None) -> WeightIndex:
-    """Return the index of the checkpoint in ``folder``; converted weights are written to ``spill``.
+    """Return the index of the checkpoint in ``folder``; converted and computed weights are written to ``spill``.
 
     As in transformers, ``dtype`` is that of floating point weights, by default the config's, and some models keep some
     of theirs in float32; what is stored in another one is converted when it is loaded. Tensors that the model does not
