@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from djinn.engine.coding import Scratch
+from djinn.engine.presence import Presence
 from djinn.engine.streamer import Streamer
 from djinn.planning.ring import schedule
 from djinn.transport.stats import Stats
@@ -70,7 +71,8 @@ def hooked(modules: int) -> tuple[nn.Sequential, Stats]:
     slots = tuple(schedule([nbytes] * modules, ring_bytes))
     sizes = {"model_bytes": nbytes * modules, "resident_bytes": 0, "host_bytes": nbytes * modules, "disk_bytes": 0}
     stats = Stats(ring_bytes=ring_bytes, **sizes)
-    Streamer(units, slots, NoCopies(), stats, {}, Scratch(0, torch.device("cpu"))).attach(model)
+    present = {unit.name: Presence(model.get_submodule(unit.name).parameters()) for unit in units}
+    Streamer(units, slots, NoCopies(), stats, {}, Scratch(0, torch.device("cpu")), present).attach(model)
     return model, stats
 
 

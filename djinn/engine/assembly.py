@@ -16,6 +16,7 @@ from djinn.engine.coding import Scratch, decoding
 from djinn.engine.device_memory import hold_workspace
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
+from djinn.engine.presence import presences
 from djinn.engine.saving import save_from_store
 from djinn.engine.streamer import Streamer
 from djinn.planning.placement import Plan, Tier
@@ -122,12 +123,15 @@ def start(
         # Where pipelines and adapters put their tensors. "disk" or "cpu" would make PEFT dispatch the model anew.
         vars(model)["hf_device_map"] = {"": device}
         vars(model)["_valid_auto_compile_criteria"] = _never_compile
-    streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch)
+    present = presences(model, planned, weights)
+    for presence in present.values():
+        undo.callback(presence.begin)
+    streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch, present)
     undo.callback(streamer.detach)
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
     undo.callback(model.register_forward_hook(explain, always_call=True).remove)
-    for handle in itertools.chain(guard(model, planned, weights), save_from_store(model, planned, weights)):
+    for handle in itertools.chain(guard(model), save_from_store(model, planned, weights)):
         undo.callback(handle.remove)
     return Engine(planned, weights, copier, streamer, stats, before, undo.pop_all())
 

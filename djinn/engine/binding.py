@@ -45,6 +45,8 @@ class Weights:
         self.images: dict[str, torch.Tensor] = {}
         """Image of every unit that has been taken, on the device or in host memory, for as long as it streams."""
         self._freed_bytes = 0
+        self._bound: dict[int, int] = {}
+        """Where each parameter's bytes were when it was bound last, by its id."""
         for parameter, _, _ in self._homes:
             parameter.requires_grad_(False)
 
@@ -100,7 +102,14 @@ class Weights:
     def _bind(self, tensor: PlacedTensor, raw: torch.Tensor) -> None:
         weights = tensor.entry.view(raw)
         for parameter in self.of(tensor):
-            parameter.data = weights
+            with torch._C.DisableTorchFunctionSubclass():  # it may be away: see djinn.engine.presence
+                parameter.data = weights
+                self._bound[id(parameter)] = parameter.data_ptr()
+
+    def is_changed(self, parameter: torch.Tensor) -> bool:
+        """Return whether a parameter was given other weights since (a resident's, by resizing the vocabulary)."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._bound.get(id(parameter)) not in (None, parameter.data_ptr())
 
     def copied_bytes(self, units: Sequence[Unit]) -> int:
         """Return the host memory that :meth:`give_back` will take for ``units``."""
@@ -120,7 +129,8 @@ class Weights:
         for unit in units:
             if unit.name in self.images:
                 for tensor in unit.tensors:
-                    self._bind(tensor, stored_bytes(tensor, self.images[unit.name]))
+                    if not any(map(self.is_changed, self.of(tensor))):
+                        self._bind(tensor, stored_bytes(tensor, self.images[unit.name]))
             elif unit.on_disk:
                 raw = unit.raw()
                 image = allocate(raw.image_bytes)

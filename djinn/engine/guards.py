@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.autograd.graph import increment_version
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
-from djinn.engine.binding import Weights
 from djinn.errors import ConfigError
-from djinn.planning.placement import Plan
 
 _REFUSED = {
-    "_apply": "moved or converted (to, cuda, cpu, half, float, ...)",
     "__deepcopy__": "copied",
     "__reduce_ex__": "copied or pickled",
+    "share_memory": "shared with other processes",
 }
 """What every such call goes through, and the words for it."""
 
 
-def guard(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[RemovableHandle]:
+def guard(model: nn.Module) -> Iterator[RemovableHandle]:
     """Guard ``model`` and every part of it; yield handles that undo the hooks (the rest :func:`unguard` does)."""
     yield model.register_forward_hook(_watch_outputs)
     yield register_module_module_registration_hook(_keep_apart)
-    modules = dict(model.named_modules())
-    for module in modules.values():
+    for module in model.modules():
         for method, what in _REFUSED.items():
-            module.__dict__[method] = partial(_refuse, type(module).__name__, what)
+            vars(module)[method] = partial(_refuse, type(module).__name__, what)
+        vars(module)["_apply"] = partial(_refuse_moving, weakref.ref(module))
         if any(parameter is not None for parameter in module._parameters.values()):
             yield module.register_load_state_dict_pre_hook(_refuse_state)
-    for unit in planned.streamed:
-        parameters = weights.of(*unit.tensors)
-        for reader in unit.readers:
-            yield modules[reader].register_forward_hook(partial(_outdate, parameters))
 
 
 def unguard(model: nn.Module) -> None:
     """Let ``model`` be moved, copied and pickled again."""
     for module in model.modules():
-        for method in (*_REFUSED, "merge"):
+        for method in (*_REFUSED, "_apply", "merge"):
             vars(module).pop(method, None)
 
 
@@ -58,6 +52,26 @@ def _refuse(kind: str, what: str, *_: object, **__: object) -> NoReturn:
         f"this {kind} streams and cannot be {what}: its weights are on their way through the ring; "
         "djinn.detach(model) makes it an ordinary model"
     )
+
+
+def _refuse_moving(
+    guarded: weakref.ref[nn.Module], change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    """Refuse to move or convert a module (to, cuda, half, ...), unless that is what it is already."""
+    module = guarded()
+    assert module is not None
+    if not all(_is_kept(change, tensor) for tensor in (*module.parameters(recurse), *module.buffers(recurse))):
+        _refuse(type(module).__name__, "moved or converted (to, cuda, cpu, half, float, ...)")
+    return module
+
+
+def _is_kept(change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> bool:
+    """Return whether ``change`` gives back what is like ``tensor`` in all but its size."""
+    like = torch.empty([min(size, 2) for size in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+    try:
+        return change(like) is like
+    except (RuntimeError, AssertionError):  # no such device
+        return False
 
 
 def _keep_apart(module: nn.Module, _: str, part: nn.Module | None) -> None:
@@ -81,12 +95,6 @@ def _refuse_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: obj
             f"load_state_dict: {prefix}{name} streams and cannot be overwritten; djinn.detach(model) first, or load "
             "the new weights from a checkpoint"
         )
-
-
-def _outdate(parameters: list[torch.Tensor], *_: object) -> None:
-    """Tell autograd that a unit's weights are overwritten from now on, so that no gradient is made with others."""
-    if torch.is_grad_enabled():
-        increment_version(parameters)
 
 
 def _watch_outputs(module: nn.Module, _: object, output: object) -> None:

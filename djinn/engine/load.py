@@ -100,7 +100,8 @@ def load_requested(
         CheckpointError, PlanError, UnavailableError: as for :func:`load`.
     """
     require_here(request.device)
-    with ExitStack() as undo:
+    # Outside of inference mode: else nothing outside of it could use the model.
+    with ExitStack() as undo, torch.inference_mode(False):
         spill = undo.enter_context(spill_folder())
         index = index_of(model, spill, request.device, request.dtype, seed)
         coder = Coder.on(request.device, request.chunk, undo)
@@ -158,7 +159,7 @@ def detach(model: Model) -> Model:
         PlanError: the weights do not fit the host memory that is free; the model goes on streaming.
     """
     engine = engine_of(model)
-    with engine.streamer.turns.lock:
+    with engine.streamer.turns.lock, torch.inference_mode(False):
         engine.streamer.turns.refuse_while_running("detach")
         _detach(model, engine)
     return model

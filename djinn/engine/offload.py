@@ -55,7 +55,7 @@ def offload(
     - parameters ask for no gradients, and gradients through weights that stream are refused when they are computed;
     - moving, converting, copying, pickling the module and loading a state dict into it are refused;
     - buffers are on the device and change as ever; ``state_dict()`` is complete;
-    - hooks that read weights must have been there before: later ones run when the weights are gone.
+    - a weight that is read while its module does not run is copied from where it waits: right, and slow.
 
     The order of the weights is recorded on ``example``, on the meta device, where nothing is computed, or where the
     module's code cannot run there, in one real pass before anything is moved. Then ``example`` is run once more,
@@ -98,7 +98,7 @@ def offload(
     index = WeightIndex(module, tensors, synthetic=False, reads=reads, kept_bytes=quantised_bytes(module))
     there = (tensors[name].nbytes for name, alike in parameters.items() if alike[0].device == where)
     on_device = sum(there) + states_bytes(module, where)
-    with ExitStack() as undo:
+    with ExitStack() as undo, torch.inference_mode(False):
         coder = Coder.on(where, request.chunk, undo)
         model = opened(index, request, coder.layout)
         try:

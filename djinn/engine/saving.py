@@ -38,11 +38,11 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
     given: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
     for module in model.modules():
         own_parameters = module._parameters.values()
-        own = {name: stored[id(each)] for name, each in module._parameters.items() if id(each) in stored}
+        own = {name: (each, *stored[id(each)]) for name, each in module._parameters.items() if id(each) in stored}
         if any(hasattr(each, "quant_state") or is_traceable_wrapper_subclass(each) for each in own_parameters):
             yield module.register_state_dict_pre_hook(_refuse_state_dict)
         elif own:
-            yield module.register_state_dict_post_hook(partial(_complete, own, given))
+            yield module.register_state_dict_post_hook(partial(_complete, own, given, weights))
     if isinstance(model, PreTrainedModel):
         sources = {
             tensor.entry.source.path.parent.resolve()
@@ -62,15 +62,18 @@ def _refuse_state_dict(module: nn.Module, *_: object) -> NoReturn:
 
 
 def _complete(
-    own: dict[str, tuple[PlacedTensor, torch.Tensor | None]],
+    own: dict[str, tuple[nn.Parameter | None, PlacedTensor, torch.Tensor | None]],
     given: weakref.WeakValueDictionary[str, torch.Tensor],
+    weights: Weights,
     module: nn.Module,
     state: dict[str, Any],
     prefix: str,
     _: object,
 ) -> None:
     """Replace what a module has put into a state dict; tied weights are one tensor in it, as ever."""
-    for name, (tensor, image) in own.items():
+    for name, (parameter, tensor, image) in own.items():
+        if parameter is None or module._parameters.get(name) is not parameter or weights.is_changed(parameter):
+            continue  # it was replaced, and is no weight of ours any more
         if prefix + name in state:
             found = given.get(tensor.name)
             if found is None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.compiler import disable as opaque  # called where it stands, in compiled code too
 
 from djinn.engine.coding import Scratch
+from djinn.engine.presence import Presence
 from djinn.engine.turns import Turns
 from djinn.errors import PlanError
 from djinn.planning.order import Order
@@ -43,9 +44,13 @@ class Streamer:
         stats: Stats,
         decodings: Mapping[str, Callable[[], None]],
         scratch: Scratch,
+        presences: Mapping[str, Presence],
     ) -> None:
         self._units = units
         self._decodings = decodings
+        self._decodes = [decodings.get(unit.name) for unit in units]
+        self._presences = presences
+        self._in_slots = [presences[unit.name] for unit in units]
         self._scratch = scratch
         self._slots = slots
         self._copier = copier
@@ -59,6 +64,8 @@ class Streamer:
         self._occupied = 0
         """The units that are in the ring or on their way and have not been released: a set, as in ``Slot.clashes``."""
         self._reading: dict[int, _Reading] = {}
+        self._decoded: set[Presence] = set()
+        """Of the residents that were decoded in this turn."""
         self._torn = False
         self._handles: list[Any] = []
         self.turns = Turns(self._recover)
@@ -114,19 +121,28 @@ class Streamer:
         self._stats.passes += 1
 
     def _forget_readers(self) -> None:
+        for unit in self._reading:
+            self._in_slots[unit].end()
         self._reading.clear()
         self._scratch.clear()
+        for presence in self._decoded:
+            presence.end()
+        self._decoded.clear()
 
     def _decode_hook(self, unit: Unit) -> Callable[..., None]:
         def enter(*_: object) -> None:
             self._scratch.enter(unit.name)
+            self._decoded.add(self._presences[unit.name])
             self._copier.decode(unit, self._decodings[unit.name])
+            self._presences[unit.name].begin()
 
         return enter
 
     def _leave_hook(self, unit: str) -> Callable[..., None]:
         def leave(*_: object) -> None:
             self._scratch.leave(unit)
+            if not self._scratch.is_used_by(unit):
+                self._presences[unit].end()
 
         return leave
 
@@ -166,7 +182,7 @@ class Streamer:
             self._advance()
             if self._cursor == self._submitted:
                 self._refuse_nesting(unit)
-        decode = self._decodings.get(self._units[unit].name)
+        decode = self._decodes[unit]
         if decode is not None:
             self._scratch.enter(self._units[unit].name)
         self._wait(unit)
@@ -179,6 +195,7 @@ class Streamer:
             decode()
             self._reading[unit] = _Reading(None)
             self._release_unread()
+        self._in_slots[unit].begin()
         self._stats.hook_s += time.perf_counter() - begin - (self._stats.stall_s - stalled)
 
     def release(self, unit: int) -> None:
@@ -189,6 +206,7 @@ class Streamer:
             return  # acquiring it failed; that error is on its way to the caller
         reading.depth -= 1
         if reading.depth == 0:
+            self._in_slots[unit].end()
             del self._reading[unit]
             if reading.visit is None:
                 self._scratch.leave(self._units[unit].name)
@@ -208,8 +226,11 @@ class Streamer:
 
     def _release_unread(self) -> None:
         """Release all visits before the first whose slot is still being read, and start what waited for that."""
-        visits = [reading.visit for reading in self._reading.values() if reading.visit is not None]
-        self._release_until(min(visits, default=self._cursor))
+        first = self._cursor
+        if self._reading:
+            visits = [reading.visit for reading in self._reading.values() if reading.visit is not None]
+            first = min(visits, default=first)
+        self._release_until(first)
         self._advance()
 
     def _release_until(self, visit: int) -> None:

@@ -156,6 +156,7 @@ def make_plan(
     scratch = max((unit.decoded_bytes for unit in units), default=0)
     all_fit = _total(units) + scratch + workspace_bytes <= budget  # then there is no need of a ring either
     must_stay = [unit for unit in units if all_fit or unit.held or unit.weight_bytes < tiny]
+    must_stay = _with_companions(units, _names(must_stay))
     chosen = _names(must_stay)
     streamable = [unit for unit in units if unit.name not in chosen]
     fixed = _total(must_stay) + workspace_bytes + scratch
@@ -224,6 +225,21 @@ def _check(
             f"budget: {format_bytes(budget)} is too small: workspace {format_bytes(workspace)}, weights that cannot be "
             f"streamed {format_bytes(fixed - workspace)} and a ring of {ring_text} need {fixed + needed} bytes"
         )
+
+
+def _with_companions(units: Sequence[Unit], staying: set[str]) -> list[Unit]:
+    """Return the units that stay, and of any that one module reads together all but the largest.
+
+    For their slots could overlap, and one of them may be due at another time of the pass: a tied head with a bias.
+    """
+    read: set[str] = set()
+    for unit in sorted(units, key=lambda unit: unit.image_bytes, reverse=True):
+        if unit.name not in staying:
+            if not read.isdisjoint(unit.readers):
+                staying = staying | {unit.name}
+            else:
+                read.update(unit.readers)
+    return [unit for unit in units if unit.name in staying]
 
 
 def _singular(units: Sequence[Unit]) -> list[Unit]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from djinn.codec.layout import Layout
-from djinn.weights.index import WeightIndex, empty_for, indexed, require_all, warn_of
+from djinn.weights.index import WeightIndex, computed_weights, empty_for, indexed, require_all, warn_of
 from djinn.weights.models import config_of
 from djinn.weights.naming import naming
 from djinn.weights.shards import read_checkpoint
@@ -51,6 +51,8 @@ def header_index(folder: Path, dtype: torch.dtype | None = None) -> WeightIndex:
     model._adjust_missing_and_unexpected_keys(info)
     require_all(folder, model, info.missing_keys, ())
     warn_of(info.unexpected_keys, model, folder)
+    made = computed_weights(model, [name for name in dict(model.named_parameters()) if name not in entries], folder)
+    entries |= {name: TensorEntry(value.dtype, tuple(value.shape), FileSpan(folder, 0)) for name, value in made.items()}
     return indexed(model, entries, folder)
 
 

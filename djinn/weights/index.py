@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -26,7 +27,7 @@ from djinn.sizes import format_bytes
 from djinn.weights import packed_format
 from djinn.weights.foreign import refusing
 from djinn.weights.header import read_header
-from djinn.weights.models import config_of, empty_model, model_class, quiet
+from djinn.weights.models import computed, config_of, empty_model, model_class, quiet
 from djinn.weights.naming import naming
 from djinn.weights.packed_shard import unpack_shard
 from djinn.weights.shards import read_checkpoint, read_shard, shard_files
@@ -71,7 +72,7 @@ class WeightIndex(Generic[Model]):
 
 
 def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None) -> WeightIndex:
-    """Return the index of the checkpoint in ``folder``; converted weights are written to ``spill``.
+    """Return the index of the checkpoint in ``folder``; converted and computed weights are written to ``spill``.
 
     As in transformers, ``dtype`` is that of floating point weights, by default the config's, and some models keep some
     of theirs in float32; what is stored in another one is converted when it is loaded. Tensors that the model does not
@@ -157,13 +158,41 @@ def _on_disk(
         model, info = loaded
     require_all(folder, model, info["missing_keys"], info["mismatched_keys"])
     where = _disk_index(model)
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    _require_stored(folder, model, where.keys() | tied)
+    stored = {*where, *model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    made = [name for name, _ in model.named_parameters() if name not in stored]
+    for name in made:
+        vars(model.get_submodule(name.rpartition(".")[0])).pop("_hf_hook")  # its removal would look for their files
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         vars(module).pop("forward", None)  # the hook's removal leaves a bound copy of the class's own
+    where |= _written(computed_weights(model, made, folder), spill)
     _keep_dtypes(model)
     return model, where, info["unexpected_keys"]
+
+
+def computed_weights(model: PreTrainedModel, names: Iterable[str], folder: Path) -> dict[str, torch.Tensor]:
+    """Return parameters that the files do not hold, as the model computes them when it is built: fixed positions.
+
+    Raises:
+        CheckpointError: one that the model leaves to chance.
+    """
+    values = {name: computed(model, name) for name in names}
+    chance = [name for name, value in values.items() if value is None]
+    if chance:
+        raise CheckpointError(
+            f"{folder}: its files do not hold {', '.join(chance[:5])}, which {type(model).__name__} would make random "
+            "numbers of"
+        )
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _written(values: Mapping[str, torch.Tensor], spill: Path) -> dict[str, dict[str, str]]:
+    """Write computed weights to ``spill``; return their places."""
+    if not values:
+        return {}
+    path = spill / "computed.safetensors"
+    save_file(dict(values), path)
+    return {name: {"safetensors_file": str(path), "weight_name": name} for name in values}
 
 
 def require_all(folder: Path, model: PreTrainedModel, missing: Iterable[Any], mismatched: Iterable[Any]) -> None:
@@ -171,15 +200,6 @@ def require_all(folder: Path, model: PreTrainedModel, missing: Iterable[Any], mi
         if found:
             names = ", ".join(sorted(map(str, found))[:5])
             raise CheckpointError(f"{folder}: {len(found)} {kind} tensors: {names}")
-
-
-def _require_stored(folder: Path, model: PreTrainedModel, stored: Collection[str]) -> None:
-    made = [name for name, _ in model.named_parameters() if name not in stored]
-    if made:
-        raise CheckpointError(
-            f"{folder}: {type(model).__name__} computes {', '.join(made[:5])} when it is built, which its files do not "
-            "hold; djinn streams only weights that are stored"
-        )
 
 
 def warn_of(extra: Iterable[str], model: PreTrainedModel, folder: Path) -> None:
@@ -193,10 +213,9 @@ def indexed(model: PreTrainedModel, entries: Mapping[str, TensorEntry], folder: 
     """Return the index of a model whose parameters have ``entries``.
 
     Raises:
-        CheckpointError: a parameter that has none, or one of another shape.
+        CheckpointError: a parameter of another shape.
     """
     tensors = {}
-    _require_stored(folder, model, entries)
     for name, parameter in model.named_parameters():
         entry = entries[name]
         if entry.shape != tuple(parameter.shape):

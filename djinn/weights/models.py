@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -69,12 +69,46 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     found = model_class(config)
     automatic = found is AutoModelForCausalLM
     make = partial(found.from_config, trust_remote_code=False) if automatic else found._from_config
-    with init_empty_weights(include_buffers=False):
+    # Not accelerate's init_empty_weights, which replaces a method of all modules, those of other threads too.
+    with building, torch.device("meta"):
         model: PreTrainedModel = make(config, dtype=dtype)
-    model.tie_weights()
+        model.tie_weights()
+    compute_buffers(model)
     if model.can_generate():
         model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Put buffers in host memory in the place of meta ones, and let the model compute them."""
+    for parameter in model.parameters():
+        vars(parameter)["_is_hf_initialized"] = True
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    with building:
+        model.initialize_weights()
+
+
+def computed(model: PreTrainedModel, name: str) -> torch.Tensor | None:
+    """Return the parameter called ``name``, in host memory, as the model computes it; None where it is left to chance.
+
+    The model's own parameter becomes another one on the meta device.
+    """
+    path, _, local = name.rpartition(".")
+    owner = model.get_submodule(path)
+    meta = owner._parameters[local]
+    assert meta is not None
+    results = []
+    for start in (0, 1):
+        made = owner._parameters[local] = nn.Parameter(torch.full_like(meta, start, device="cpu"), False)
+        with building, torch.random.fork_rng([]), torch.no_grad():
+            torch.manual_seed(start)
+            model._init_weights(owner)
+        results.append(made.data)
+    owner._parameters[local] = nn.Parameter(meta.data, False)
+    return results[0] if torch.equal(*results) else None
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -85,19 +119,27 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter
                 yield (f"{prefix}.{name}" if prefix else name), module, name, parameter
 
 
+building = threading.RLock()
+"""Held while transformers makes a model: it changes what all threads see (functions of its and torch's, log levels)."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence bars and warnings about loading for a while: nothing is loaded, and what is wrong is raised."""
+    """Silence bars and warnings about loading for a while: nothing is loaded, and what is wrong is raised.
+
+    One thread at a time, so that each puts back what was there before.
+    """
     accelerate = logging.getLogger("accelerate")
-    levels = hf_logging.get_verbosity(), accelerate.level
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    accelerate.setLevel(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(levels[0])
-        accelerate.setLevel(levels[1])
-        if bars:
-            hf_logging.enable_progress_bar()
+    with building:
+        levels = hf_logging.get_verbosity(), accelerate.level
+        bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        accelerate.setLevel(logging.ERROR)
+        hf_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(levels[0])
+            accelerate.setLevel(levels[1])
+            if bars:
+                hf_logging.enable_progress_bar()

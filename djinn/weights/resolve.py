@@ -58,7 +58,7 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
     if model.startswith(SYNTHETIC):
         name = model.removeprefix(SYNTHETIC)
         return synthesise(name, synthetic_folder(name, seed=seed, dtype=dtype), seed=seed, dtype=dtype)
-    folder = Path(model).expanduser()
+    folder = Path(model).expanduser().absolute()  # the working directory may change before it is read
     if folder.is_dir():
         _checked(folder)
         if is_synthetic(folder) and not is_packed(read_header(_shards(folder)[0])):

@@ -60,11 +60,11 @@ def read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[s
 
 
 def read_by_block(model: nn.Module) -> dict[str, list[str]]:
-    """Return for each parameter the outermost callable element of a module list that holds it, else the model."""
+    """Return for each parameter the outermost callable element of a list or sequence that holds it, else the model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     blocks: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(inside(name, block) for block in blocks):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not any(inside(name, block) for block in blocks):
             # Lists and dicts of modules are not called themselves, so no hook of theirs would run.
             blocks += [f"{name}.{key}" for key, block in module.named_children() if _is_callable(block)]
     readers: dict[str, list[str]] = {}

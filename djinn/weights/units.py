@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from djinn.errors import CheckpointError
 from djinn.weights.index import WeightIndex
 from djinn.weights.tensors import ALIGNMENT, PAGE, FileSpan, TensorEntry
 from djinn.weights.tracing import inside, read_by_block, read_by_module, traced_readers
@@ -93,11 +94,24 @@ class Unit:
 
 
 def find_units(index: WeightIndex) -> list[Unit]:
-    """Return the model's units in execution order; every tensor of the index is in exactly one."""
+    """Return the model's units in execution order; every tensor of the index is in exactly one.
+
+    Raises:
+        CheckpointError: a model that converts weights while it runs, and cannot be traced.
+    """
     if index.reads is not None:
-        readers = read_by_module(index.reads)
+        readers, tensors = read_by_module(index.reads), index.tensors
     else:
         readers = traced_readers(index.model)
+        # A pass may convert weights for good (a router in float32): then they are converted when they are loaded.
+        dtypes = {name: parameter.dtype for name, parameter in index.model.named_parameters()}
+        tensors = {name: entry.to(dtypes[name]) for name, entry in index.tensors.items()}
+        converted = [name for name, entry in tensors.items() if entry is not index.tensors[name]]
+        if converted and not readers:
+            raise CheckpointError(
+                f"{type(index.model).__name__} converts {converted[0]} to {dtypes[converted[0]]} while it runs, and "
+                f"which others cannot be traced; load it with dtype {dtypes[converted[0]]}"
+            )
         readers |= {name: by for name, by in read_by_block(index.model).items() if name not in readers}
     members = _group(readers)
     all_readers = {reader for each in members for reader in each}
@@ -105,12 +119,12 @@ def find_units(index: WeightIndex) -> list[Unit]:
         Unit(
             name="+".join(each) or "(root)",
             readers=each,
-            tensors=lay_out([(name, index.tensors[name]) for name in parameters]),
+            tensors=lay_out([(name, tensors[name]) for name in parameters]),
             held=any(other != reader and inside(other, reader) for reader in each for other in all_readers),
         )
         for each, parameters in members.items()
     ]
-    unread = [(name, entry) for name, entry in index.tensors.items() if name not in readers]
+    unread = [(name, entry) for name, entry in tensors.items() if name not in readers]
     return units + ([Unit(UNREAD, (), lay_out(unread), held=True)] if unread else [])
 
 

@@ -127,3 +127,40 @@ def test_an_adapter_with_base_weights_of_its_own_is_refused(folder: Path, adapte
     """PEFT saves a projection that an adapter has as a target, and would write it over the one that streams."""
     with pytest.raises(ConfigError, match=r"load_state_dict: .*lm_head\.base_layer\.weight streams"):
         peft.PeftModel.from_pretrained(streaming(folder), adapters["head"])
+
+
+def _lora(**options: Any) -> Any:
+    return peft.LoraConfig(r=4, target_modules=TARGETS["attention"], init_lora_weights=False, **options)
+
+
+READERS = {
+    "DoRA": lambda: _lora(use_dora=True),
+    "HRA": lambda: peft.HRAConfig(r=4, target_modules=TARGETS["attention"], init_weights=False),
+    "SHiRA": lambda: peft.ShiraConfig(r=4, target_modules=TARGETS["attention"], init_weights=False),
+    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS["attention"], init_weights=False),
+    "IA3": lambda: peft.IA3Config(
+        target_modules=TARGETS["attention"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_adapters_that_read_the_weights_beside_them(folder: Path, kind: str) -> None:
+    """In a forward of their own, where the layer that they wrap has run already, or never does."""
+    both = []
+    for model in (streaming(folder), resident(folder)):
+        torch.manual_seed(0)
+        both.append(peft.get_peft_model(model, READERS[kind]()).eval())
+    for _ in range(2):
+        assert_equal(*both)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_adapters_that_take_weights_apart_are_refused_by_name(folder: Path, kind: str) -> None:
+    model = streaming(folder)
+    before = logits(model)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS["attention"], init_lora_weights=kind)
+    with pytest.raises(ConfigError, match=r"model\.layers\.\d\.\S+\.weight streams and cannot be overwritten"):
+        peft.get_peft_model(model, config)
+    assert torch.equal(logits(model), before)

@@ -132,3 +132,20 @@ def test_a_model_that_fits_compiles_whole(short_checkpoint: Path) -> None:
     for layer in model.model.layers:
         layer.compile(backend="eager", fullgraph=True)
     assert torch.equal(logits(model, 7), wanted)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_that_reads_a_weight_without_its_module_reads_the_true_one(
+    short_checkpoint: Path, backend: str
+) -> None:
+    both = pair(short_checkpoint)
+    for model in both:
+        for layer in model.model.layers:
+            mlp = layer.mlp
+            mlp.forward = lambda x, own=mlp: own.down_proj(  # type: ignore[misc]
+                own.act_fn(own.gate_proj.forward(x)) * nn.functional.linear(x, own.up_proj.weight)
+            )
+    wanted = logits(both.resident, 7)
+    compiled = wrapped(both.streamed, backend)
+    for _ in range(2):
+        assert torch.equal(logits(compiled, 7), wanted)

@@ -376,11 +376,12 @@ def test_device_memory_is_within_the_budget_and_weights_are_in_memory_once(tiny_
     ring = engine_of(model).copier.ring
     assert ring.nbytes == made.ring_bytes
     streamed = {tensor.name for unit in made.streamed for tensor in unit.tensors}
-    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    assert len(storages) == 2
-    for name, parameter in model.named_parameters():
-        in_ring = ring.data_ptr() <= parameter.data_ptr() < ring.data_ptr() + ring.nbytes
-        assert in_ring == (name in streamed)
+    with torch._C.DisableTorchFunctionSubclass():  # what lies in a slot, be it there or not
+        storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        assert len(storages) == 2
+        for name, parameter in model.named_parameters():
+            in_ring = ring.data_ptr() <= parameter.data_ptr() < ring.data_ptr() + ring.nbytes
+            assert in_ring == (name in streamed)
 
 
 def test_memory_does_not_grow_while_passes_go_by(tiny_checkpoint: Tiny) -> None:

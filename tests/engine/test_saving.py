@@ -160,13 +160,10 @@ def test_files_that_are_gone_are_named(tiny_checkpoint: Tiny, tmp_path: Path) ->
 
 
 MOVES: dict[str, Callable[[nn.Module], object]] = {
-    "to": lambda model: model.to("cpu"),
     "to dtype": lambda model: model.to(torch.float16),
-    "cpu": lambda model: model.cpu(),
     "cuda": lambda model: model.cuda(),
     "half": lambda model: model.half(),
     "float": lambda model: model.float(),
-    "bfloat16": lambda model: model.bfloat16(),
     "double": lambda model: model.double(),
     "type": lambda model: model.type(torch.float16),
     "to_empty": lambda model: model.to_empty(device="cpu"),
@@ -210,6 +207,27 @@ def test_what_would_tear_weights_from_the_ring_is_refused(tiny_checkpoint: Tiny,
     djinn.detach(model)
     if name != "cuda":
         MOVES[name](model)
+
+
+STAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "to": lambda model: model.to("cpu"),
+    "to dtype": lambda model: model.to(torch.bfloat16),
+    "to all at once": lambda model: model.to("cpu", torch.bfloat16, non_blocking=True),
+    "cpu": lambda model: model.cpu(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "type": lambda model: model.type(torch.bfloat16),
+    "a part": lambda model: model.model.layers[1].to("cpu"),
+}
+
+
+@pytest.mark.parametrize("name", list(STAYS))
+def test_a_move_that_changes_nothing_does_nothing(tiny_checkpoint: Tiny, name: str) -> None:
+    model, whole = streaming(tiny_checkpoint("llama")), resident(tiny_checkpoint("llama"))
+    for buffers in (model, whole):  # so that nothing of it is in float32
+        for module in buffers.modules():
+            module._buffers = {key: each.bfloat16() for key, each in module._buffers.items() if each is not None}
+    assert STAYS[name](model) in set(model.modules())
+    assert torch.equal(logits(model), logits(whole))
 
 
 def test_a_state_dict_that_has_none_of_the_models_weights_is_loaded(tiny_checkpoint: Tiny) -> None:

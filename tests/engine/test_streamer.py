@@ -21,6 +21,7 @@ from torch import nn
 
 from djinn.engine import streamer as streamer_module
 from djinn.engine.coding import Scratch
+from djinn.engine.presence import Presence
 from djinn.engine.streamer import Streamer
 from djinn.errors import CheckpointError, PlanError
 from djinn.planning.ring import Slot, schedule
@@ -156,7 +157,8 @@ def streaming(sizes: list[int], ring_bytes: int, seed: int = 0) -> tuple[Streame
     device = SimulatedDevice(slots, ring_bytes, seed)
     stats = Stats(model_bytes=sum(sizes), resident_bytes=0, ring_bytes=ring_bytes, host_bytes=sum(sizes), disk_bytes=0)
     units = tuple(named_unit(number, size) for number, size in enumerate(sizes))
-    return Streamer(units, slots, device, stats, {}, Scratch(0, torch.device("cpu"))), device, stats
+    nothing = {unit.name: Presence(()) for unit in units}
+    return Streamer(units, slots, device, stats, {}, Scratch(0, torch.device("cpu")), nothing), device, stats
 
 
 def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,3 +264,30 @@ def test_the_table_names_every_place_and_its_size() -> None:
     made = make_plan(decoder(), budget=210 * PAGE, workspace_bytes=10 * PAGE, host_bytes=150 * PAGE)
     rows = [line.split()[0] for line in made.table().splitlines()]
     assert rows == ["model", "budget", "residents", "ring", "workspace", "pinned", "disk"]
+
+
+@st.composite
+def models_with_readers_in_common(draw: st.DrawFn) -> list[Unit]:
+    readers = [f"module{number}" for number in range(6)]
+    sizes = draw(st.lists(st.integers(1, 200), min_size=1, max_size=12))
+    return [
+        replace(unit(f"u{number}", size * 1000), readers=tuple(draw(st.sets(st.sampled_from(readers), min_size=1))))
+        for number, size in enumerate(sizes)
+    ]
+
+
+@given(models_with_readers_in_common(), st.integers(1, 4000), st.none() | st.integers(1, 700))
+def test_units_that_one_module_reads_together_do_not_stream_together(
+    units: list[Unit], budget: int, ring: int | None
+) -> None:
+    """Their slots could overlap, and then every pass would be refused; a refusal comes from the plan."""
+    options = {"workspace_bytes": 0, "host_bytes": 0, "ring_bytes": None if ring is None else ring * 1000}
+    try:
+        made = make_plan(units, budget=budget * 1000, **options)
+    except PlanError as error:
+        needed = re.search(r"need (\d+) bytes", str(error))
+        if needed is None:
+            return  # the ring
+        made = make_plan(units, budget=int(needed[1]), **options)
+    together = Counter(reader for unit in made.streamed for reader in unit.readers)
+    assert max(together.values(), default=0) <= 1

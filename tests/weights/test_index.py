@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -295,14 +296,19 @@ def test_another_shape_than_the_configs_is_refused(copy: Path) -> None:
     assert "mlp" in text
 
 
-def test_a_weight_that_the_model_makes_itself_is_named(tmp_path: Path) -> None:
+def test_a_weight_that_the_model_computes_is_computed(tmp_path: Path) -> None:
     sizes = {
         f"{part}_{what}": 4 for part in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")
     }
     config = MarianConfig(d_model=16, vocab_size=32, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, **sizes)
-    MarianMTModel(config).save_pretrained(tmp_path / "marian")
-    text = refusal(tmp_path / "marian")
-    assert "MarianMTModel computes model.encoder.embed_positions.weight, model.decoder.embed_positions.weight" in text
+    wanted = MarianMTModel(config)
+    wanted.save_pretrained(tmp_path / "marian")
+    (tmp_path / "spill").mkdir()
+    index = checkpoint_index(tmp_path / "marian", tmp_path / "spill")
+    for part in ("encoder", "decoder"):
+        name = f"model.{part}.embed_positions.weight"
+        assert name not in read_checkpoint(tmp_path / "marian")
+        assert torch.equal(value_of(index.tensors[name]), wanted.get_parameter(name))
 
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:
@@ -397,3 +403,47 @@ def test_sizes_count_ties_once() -> None:
     index = synthetic_index(empty_model(load_architecture("gpt2-tiny"), torch.float32), 0)
     assert isinstance(index, WeightIndex)
     assert index.nbytes == sum(parameter.nbytes for parameter in index.model.parameters())
+
+
+def test_weights_that_a_model_would_make_random_numbers_of_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"lm_head\.weight"], raising=False)
+    LlamaForCausalLM(TINY["llama"]).save_pretrained(tmp_path / "llama")
+    rewrite(tmp_path / "llama" / "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
+    assert "do not hold lm_head.weight, which LlamaForCausalLM would make random numbers of" in refusal(
+        tmp_path / "llama"
+    )
+
+
+def test_modules_that_others_make_meanwhile_are_ordinary(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """While models are made, nothing is replaced that other threads use; afterwards all is as it was."""
+    before = (torch.nn.Module.register_parameter, hf_logging.get_verbosity(), logging.getLogger("accelerate").level)
+    done = threading.Event()
+    made: list[bool] = []
+
+    def make() -> None:
+        while not done.is_set():
+            made.append(torch.nn.Linear(2, 2).weight.is_meta)
+
+    def index(number: int) -> None:
+        for _ in range(3):
+            empty_model(TINY["llama"], torch.float32)
+            spill = tmp_path / str(number)
+            spill.mkdir(exist_ok=True)
+            checkpoint_index(tiny_checkpoint("llama"), spill)
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    indexing = [threading.Thread(target=index, args=(number,)) for number in range(3)]
+    for thread in indexing:
+        thread.start()
+    for thread in indexing:
+        thread.join()
+    done.set()
+    maker.join()
+    assert made
+    assert not any(made)
+    assert before == (
+        torch.nn.Module.register_parameter, hf_logging.get_verbosity(), logging.getLogger("accelerate").level
+    )  # fmt: skip

@@ -302,3 +302,12 @@ def test_buffers_that_a_pass_replaces_or_adds_do_not_stay_on_the_meta_device() -
     find_units(index)
     assert torch.equal(model.steps, torch.arange(4.0))
     assert "mask" not in model._buffers
+
+
+def test_blocks_of_an_untraced_model_may_be_in_a_sequence() -> None:
+    """As in many vision and audio encoders."""
+    model = DataDependent(Config())
+    model.blocks = nn.Sequential(*model.blocks)  # type: ignore[assignment]
+    assert [unit.name for unit in find_units(index_of(model))] == [
+        "(root)", "blocks.0", "blocks.1", "blocks.2", "blocks.3",
+    ]  # fmt: skip
