@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from djinn.errors import ConfigError
-from djinn.places import CONFIG_DIR, plain_name
+from djinn.names import plain_name
+from djinn.places import CONFIG_DIR
 from djinn.reading import read_yaml
 from djinn.sizes import Bytes, format_bytes
 

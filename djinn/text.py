@@ -20,7 +20,8 @@ _FORMULA = ("=", "+", "-", "@")
 
 def printable(text: object) -> str:
     """Return the words with each character that a terminal would obey, or not show, as its escape; lines stay lines."""
-    return "".join(map(_shown, str(text)))
+    words = str(text)
+    return words if words.isprintable() else "".join(map(_shown, words))
 
 
 def one_line(text: object) -> str:

@@ -18,7 +18,8 @@ from djinn.bench.statistics import system_label
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine
-from djinn.places import from_root, local_folder
+from djinn.names import local_folder
+from djinn.places import from_root
 from djinn.profiles import Profile, load_profile, system_names
 from djinn.reading import read_json
 
