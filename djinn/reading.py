@@ -62,7 +62,9 @@ def read_csv(path: Path, kind: type[_Kind]) -> list[_Kind]:
     found = []
     try:
         for number, row in enumerate(rows, start=1):
-            cells = {str(column): cell or None for column, cell in row.items()}
+            if None in row or None in row.values():  # what DictReader makes of a row that is too long, or too short
+                raise ConfigError(f"{path}, row {number}: damaged: it has not one cell for each column")
+            cells = {column: cell or None for column, cell in row.items()}
             found.append(_valid(partial(adapter.validate_python, cells), f"{path}, row {number}"))
     except csv.Error as error:
         raise ConfigError(f"{path}: not a table: {error}") from None
