@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from djinn.errors import ConfigError, UnavailableError
+
+_NAME = re.compile(r"cpu|cuda(:[0-9]{1,2})?")
 
 
 def device_of(name: str | None) -> torch.device:
     """Return the device that a user means, which need not be here; None is a GPU where there is one.
 
     Raises:
-        ConfigError: neither cpu nor cuda, or cuda with an index that is no number.
+        ConfigError: neither cpu nor cuda, nor cuda with the number of a GPU.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise ConfigError(f"device {name!r}: the devices are cpu and cuda")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if _NAME.fullmatch(name) is None:
+        raise ConfigError(f"device {name!r}: the devices are cpu and cuda, and cuda:1 is the second GPU")
     return torch.device(name)
 
 
@@ -40,6 +44,8 @@ def require_here(device: torch.device) -> None:
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device cuda: this machine has no CUDA device that torch can use; device='cpu' works")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnavailableError(f"device {device}: the last GPU of this machine is cuda:{torch.cuda.device_count() - 1}")
 
 
 def free_device_memory(device: torch.device) -> tuple[int, int]:

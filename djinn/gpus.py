@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from djinn.sizes import Count
+
 
 class Gpu(BaseModel):
     """One GPU, in torch's order where torch sees GPUs. The link's generation may read low while it is idle."""
@@ -21,7 +23,7 @@ class Gpu(BaseModel):
 
     index: int
     name: str
-    memory_bytes: int
+    memory_bytes: Count
     compute_capability: str | None = None
     pcie_generation: int | None = None
     pcie_generation_max: int | None = None

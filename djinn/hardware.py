@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from djinn.gpus import Gpu, asked, gpus, numa_node_of, nvml
+from djinn.sizes import Count
 
 _NODES = Path("/sys/devices/system/node")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -38,7 +39,7 @@ class NumaNode(_Frozen):
 
     index: int
     cpus: str
-    memory_bytes: int
+    memory_bytes: Count
 
 
 class Machine(_Frozen):
@@ -52,10 +53,10 @@ class Machine(_Frozen):
     """Physical cores."""
     threads: int | None
     """Logical cores."""
-    ram_bytes: int
-    available_bytes: int
-    cgroup_limit_bytes: int | None
-    memlock_bytes: int | None
+    ram_bytes: Count
+    available_bytes: Count
+    cgroup_limit_bytes: Count | None
+    memlock_bytes: Count | None
     memlock_exempt: bool
     """Whether this process may lock memory past the limit (CAP_IPC_LOCK)."""
     numa_nodes: tuple[NumaNode, ...]
@@ -71,7 +72,7 @@ class Machine(_Frozen):
     transformers: str | None
     accelerate: str | None
     deepspeed: str | None
-    disk_free_bytes: int
+    disk_free_bytes: Count
 
     @property
     def ram_limit_bytes(self) -> int:

@@ -7,11 +7,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from djinn.errors import ConfigError
+from djinn.names import plain_name
 from djinn.places import CONFIG_DIR
+from djinn.reading import read_yaml
 from djinn.sizes import Bytes, format_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ SystemName = Annotated[str, AfterValidator(_known_system)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Sweep(_Frozen):
@@ -55,8 +56,8 @@ class Sweep(_Frozen):
 
     chunks: tuple[Bytes, ...] = ()
     rings: tuple[Bytes, ...] = ()
-    runs: int = Field(default=3, ge=1)
-    new_tokens: int = Field(default=2, ge=1)
+    runs: int = Field(default=3, ge=1, le=10**6)
+    new_tokens: int = Field(default=2, ge=1, le=10**6)
     coded: bool = False
     """Whether there is one point more, with losslessly coded weights."""
 
@@ -81,21 +82,21 @@ class Profile(_Frozen):
     chunk: Bytes
     coding: Literal["none", "lossless"] = "none"
     """Whether djinn codes bfloat16 weights without loss while it loads them, and decodes them on the device."""
-    prompt_tokens: int = Field(ge=1)
-    new_tokens: int = Field(ge=1)
-    batch: int = Field(default=1, ge=1)
-    runs: int = Field(ge=1)
-    warmups: int = Field(default=0, ge=0)
+    prompt_tokens: int = Field(ge=1, le=10**6)
+    new_tokens: int = Field(ge=1, le=10**6)
+    batch: int = Field(default=1, ge=1, le=10**6)
+    runs: int = Field(ge=1, le=10**6)
+    warmups: int = Field(default=0, ge=0, le=10**6)
     systems: tuple[SystemName, ...] = Field(min_length=1)
     interleave: bool = True
     """Keep every system loaded and take turns run by run, so that a drifting machine drifts for all alike."""
     sweep: Sweep = Sweep()
     disable_kv_swap: bool = True
     """True keeps the KV cache on the device; False uses transformers' offloaded cache (CUDA only)."""
-    seed: int = Field(default=0, ge=0)
-    timeout_s: float = Field(default=1800, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    timeout_s: float = Field(default=1800, gt=0, le=10**9)
     """Longest that one system may take for loading, or for one run, before it is recorded as a time-out."""
-    minutes: float = Field(gt=0)
+    minutes: float = Field(gt=0, le=10**6)
     """Estimate for all four notebooks on the machine that the profile is meant for."""
     min_ram: Bytes
     """Host memory the profile needs in all."""
@@ -103,6 +104,21 @@ class Profile(_Frozen):
     """Free disk the profile needs."""
     min_device: Bytes | None = None
     """Device memory the profile needs, as the driver reports it; None where the device is a budget of host memory."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_name(cls, name: str) -> str:
+        try:
+            return plain_name(name)  # it becomes the run directory's
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("model")
+    @classmethod
+    def _one_model(cls, model: str) -> str:
+        if not model or any(character < " " for character in model):
+            raise ValueError(f"{model!r} is no model; it is a folder, org/name@revision or synthetic:<name>")
+        return model
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -172,13 +188,11 @@ def load_profile(name: str | Path) -> Profile:
     Raises:
         ConfigError: no such profile, not a mapping, an unknown key or an impossible value; each is named.
     """
+    names = profile_names()
     path = Path(name) if str(name).endswith(".yaml") else CONFIG_DIR / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no profile {str(name)!r}; the profiles are {', '.join(profile_names())}")
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not (path.is_file() if path == Path(name) else name in names):
+        raise ConfigError(f"no profile {str(name)!r}; the profiles are {', '.join(names)}")
+    document = read_yaml(path)
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(document).__name__}")
     return _validated({"name": path.stem, **document}, str(path))

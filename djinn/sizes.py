@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from djinn.errors import ConfigError
 
@@ -20,6 +20,8 @@ _UNITS = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+_MOST = 10**15
+"""More than any machine that djinn runs on has of anything, bytes."""
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)\s*")
 
 
@@ -27,10 +29,11 @@ def parse_bytes(value: int | str) -> int:
     """Return the bytes that ``value`` names: a string with a unit ("24 GB", "64 MiB"), or an exact int.
 
     Raises:
-        ConfigError: a negative or zero size, an unknown or missing unit, or another type.
+        ConfigError: a negative or zero size, one of more than 1000 TB, an unknown or missing unit, or another type.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(f"size {value!r} is not a string with a unit, such as '24 GB' or '64 MiB'")
+    size: float
     if isinstance(value, int):
         size = value
     else:
@@ -38,10 +41,12 @@ def parse_bytes(value: int | str) -> int:
         if match is None:
             units = ", ".join(_UNITS)
             raise ConfigError(f"size {value!r} is not a positive number with a unit; the units are {units}")
-        size = round(float(match[1]) * _UNITS[match[2]])
-    if size <= 0:
+        size = float(match[1]) * _UNITS[match[2]]
+    if size > _MOST:  # not shown: it may have thousands of digits
+        raise ConfigError("the size is more than 1000 TB, which no machine has")
+    if round(size) <= 0:
         raise ConfigError(f"size {value!r} is not positive")
-    return size
+    return round(size)
 
 
 def format_bytes(size: float) -> str:
@@ -72,3 +77,6 @@ Bytes = Annotated[
     PlainSerializer(exact_bytes, return_type=str, when_used="json-unless-none"),
 ]
 """A field of a configuration file that holds a size: read and written as a string with a unit, kept as bytes."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+"""A field that holds bytes or another whole number in a file of results: no more than arrays and tables hold."""

@@ -92,6 +92,19 @@ def test_a_mistyped_parameter_stops_papermill(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_names_of_a_startup_file_are_nobodys_parameters(
+    fabricated_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    startup = tmp_path / "ipython" / "profile_default" / "startup" / "00.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("pi = 3.14\nnames = ['a', 'b']\nmodle = '70b'\n")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    given = ("-p", "profile", "smoke_13b", "-p", "run_dir", str(fabricated_run))
+    done = papermill("04_figures", tmp_path / "out.ipynb", *given)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_figures_are_drawn_from_partial_records_alone(fabricated_run: Path, tmp_path: Path):
     (fabricated_run / "results" / "sweep.jsonl").unlink()
     given = ("-p", "profile", "smoke_13b", "-p", "run_dir", str(fabricated_run))

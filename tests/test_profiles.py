@@ -87,3 +87,41 @@ def test_system_names_are_those_that_profiles_accept():
     names = system_names()
     assert {"djinn", "accelerate:disk", "deepspeed:nvme", "resident"} <= set(names)
     assert load_profile("smoke_tiny").override(systems=names).systems == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "../../x"}, "name: name '../../x'"),
+        ({"name": ""}, "name: name ''"),
+        ({"name": "/abs"}, "name: name '/abs'"),
+        ({"chunk": "1000000000 GB"}, "chunk: the size is more than 1000 TB"),
+        ({"budget": "9" * 500 + " GB"}, "budget: the size is more than 1000 TB"),
+        ({"seed": -1}, "seed: "),
+        ({"seed": 10**30}, "seed: "),
+        ({"minutes": float("inf")}, "minutes: "),
+        ({"runs": 10**12}, "runs: "),
+        ({"device": ""}, "device: "),
+        ({"device": "cpu:5"}, "device: "),
+        ({"model": ""}, "model: '' is no model"),
+        ({"model": "a\0b"}, "is no model"),
+    ],
+)
+def test_a_profile_that_means_nothing_is_refused_by_key(tmp_path, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        load_profile(write(tmp_path, **changes))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"title: \xff\xfe", b"title: " + b"[" * 20_000, b"title: 2020-13-45"])
+def test_a_profile_that_cannot_be_read_is_refused_by_name(tmp_path, data):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"mine\.yaml: not"):
+        load_profile(path)
+
+
+def test_a_profile_is_looked_up_by_its_name_alone():
+    for name in ("../configs/smoke_tiny", "./smoke_tiny", "", "/"):
+        with pytest.raises(ConfigError, match="no profile"):
+            load_profile(name)

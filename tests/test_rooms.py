@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "djinn"
-ROOT = ("errors", "sizes", "files", "spill", "places", "gpus", "hardware", "devices")
+ROOT = ("errors", "sizes", "text", "files", "spill", "reading", "names", "places", "gpus", "hardware", "devices")
 """Files at the package's root that every room may import; among themselves, from left to right."""
 ORDER = (
     *ROOT,

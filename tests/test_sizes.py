@@ -45,3 +45,9 @@ def test_exact_bytes_is_short(size, text):
 @pytest.mark.parametrize(("size", "text"), [(1_710_000_000, "1.71 GB"), (999, "999 B"), (0, "0 B"), (-2000, "-2 KB")])
 def test_sizes_are_read_in_decimal_units(size, text):
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize("value", ["9" * 500 + " GB", "9" * 5000 + " B", 10**5000, "1001 TB", 10**18], ids=range(5))
+def test_more_than_any_machine_has_is_refused(value):
+    with pytest.raises(ConfigError, match="more than 1000 TB"):
+        parse_bytes(value)

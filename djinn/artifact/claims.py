@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from djinn.artifact.metrics import METRICS, Evidence, NotMeasuredError, read_evidence
@@ -21,6 +20,7 @@ from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.places import CLAIMS_FILE
 from djinn.profiles import profile_names
+from djinn.reading import problems, read_json, read_yaml
 from djinn.sizes import Bytes, format_bytes
 
 Verdict = Literal["PASS", "FAIL", "NOT RUN"]
@@ -96,9 +96,9 @@ def load_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
         ConfigError: an unknown field or metric, or an id used twice; each is named.
     """
     try:
-        claims = TypeAdapter(list[Claim]).validate_python(yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path.name}: {error}") from None
+        claims = TypeAdapter(list[Claim]).validate_python(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path.name}: {problems(error)}") from None
     ids = [claim.id for claim in claims]
     if twice := {each for each in ids if ids.count(each) > 1}:
         raise ConfigError(f"{path.name}: more than one claim is called {', '.join(sorted(twice))}")
@@ -127,8 +127,12 @@ def write_claims(run_dir: Path) -> list[Outcome]:
 
 
 def read_claims(run_dir: Path) -> list[Outcome]:
-    """Return the outcomes that :func:`write_claims` wrote last."""
-    return TypeAdapter(list[Outcome]).validate_json((run_dir / "results" / "claims.json").read_text())
+    """Return the outcomes that :func:`write_claims` wrote last.
+
+    Raises:
+        ConfigError: there are none, or the file is damaged.
+    """
+    return read_json(run_dir / "results" / "claims.json", list[Outcome])
 
 
 def claims_frame(outcomes: list[Outcome], expected: Mapping[str, str] | None = None) -> pd.DataFrame:

@@ -7,10 +7,11 @@ cell leaves a notebook that looks finished. So ``begin`` refuses what it does no
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
@@ -25,6 +26,7 @@ from djinn import hardware
 from djinn.artifact.bundle import write_sums
 from djinn.artifact.provenance import git_state
 from djinn.artifact.reference import run_of
+from djinn.bench.ownership import owned
 from djinn.bench.run import Run
 from djinn.errors import ConfigError, DjinnError
 from djinn.figures.draw import PNG_DPI
@@ -33,6 +35,7 @@ from djinn.files import write_text
 from djinn.places import ROOT, RUNS_DIR, from_root
 from djinn.profiles import Profile, load_profile
 from djinn.sizes import format_bytes
+from djinn.text import one_line, printable
 
 SCREEN_DPI = 144
 """How large a figure appears in a notebook: half as large again as in print."""
@@ -56,7 +59,8 @@ PARAMETERS: dict[str, tuple[tuple[type, ...], str]] = {
 None means the profile's value, for all but ``profile`` itself.
 """
 
-_IPYTHON = {"In", "Out"}
+_INJECTED = "# Parameters\n"
+"""How the cell begins that papermill puts after the parameters cell."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,19 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
 
     Raises:
         ConfigError: a misspelt or mistyped parameter, an impossible value, a run directory that cannot be written
-            or that holds the results of another configuration.
+            that holds the results of another configuration, or in which another process measures.
     """
     parameters = _checked(namespace)
     profile = _profile(parameters)
     given = parameters["run_dir"]
     run_dir = ROOT / Path(given).expanduser() if given else RUNS_DIR / profile.name
-    Run.open(run_dir, profile).done_path(name).unlink(missing_ok=True)
+    run = Run.open(run_dir, profile)
+    with owned(run_dir):
+        run.done_path(name).unlink(missing_ok=True)
     pd.set_option("display.max_colwidth", None)  # reasons and remedies are shown whole
-    print(f"{name}: {profile.title}; all four notebooks take about {profile.minutes:g} minutes{_took(profile, name)}")
-    print(f"Results: {from_root(run_dir)}")
+    title = one_line(profile.title)
+    print(f"{name}: {title}; all four notebooks take about {profile.minutes:g} minutes{_took(profile, name)}")
+    print(f"Results: {printable(from_root(run_dir))}")
     return Session(name, profile, run_dir, parameters)
 
 
@@ -121,8 +128,9 @@ def finish(session: Session) -> None:
         "wall_s": round(wall_s, 3),
         **git_state(),
     }
-    write_text(Run(session.run_dir).done_path(session.name), json.dumps(document, indent=2) + "\n")
-    write_sums(session.run_dir)
+    with owned(session.run_dir):
+        write_text(Run(session.run_dir).done_path(session.name), json.dumps(document, indent=2) + "\n")
+        write_sums(session.run_dir)
     print(f"{session.name}: finished in {wall_s:.0f} s")
 
 
@@ -148,8 +156,8 @@ def machine_frame(machine: Mapping[str, Any]) -> pd.DataFrame:
 
 def _checked(namespace: Mapping[str, Any]) -> dict[str, Any]:
     allowed = "the parameters are " + ", ".join(PARAMETERS)
-    for name, value in namespace.items():
-        if name.startswith("_") or name in PARAMETERS or name in _IPYTHON or not _literal(value):
+    for name in _given(namespace.get("In", ())):
+        if name in PARAMETERS:
             continue
         near = difflib.get_close_matches(name, PARAMETERS, n=1)
         raise ConfigError(f"no parameter {name!r}{f'; did you mean {near[0]}?' if near else ''}; {allowed}")
@@ -165,13 +173,31 @@ def _checked(namespace: Mapping[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _literal(value: Any) -> bool:
-    """Return whether papermill could have injected ``value``: it is plain YAML. The rest was made by a cell."""
-    if isinstance(value, dict):
-        return all(map(_literal, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_literal, value))
-    return value is None or isinstance(value, str | int | float)
+def _given(cells: Sequence[str]) -> list[str]:
+    """Return the names that were given as parameters: by the last parameters cell, and by what papermill put after it.
+
+    ``cells`` are the sources of all cells so far, as IPython keeps them. Names from elsewhere, such as a startup file,
+    are nobody's parameters.
+    """
+    names: list[str] = []
+    for cell in reversed(cells):
+        own = _assigned(cell)
+        is_parameters = set(PARAMETERS) <= set(own)
+        if is_parameters or cell.startswith(_INJECTED):
+            names = own + names
+        if is_parameters:
+            break
+    return names
+
+
+def _assigned(cell: str) -> list[str]:
+    try:
+        lines = ast.parse(cell).body
+    except (SyntaxError, ValueError):  # IPython keeps what it could not run, too
+        return []
+    targets = [target for line in lines if isinstance(line, ast.Assign) for target in line.targets]
+    targets += [line.target for line in lines if isinstance(line, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _profile(parameters: Mapping[str, Any]) -> Profile:

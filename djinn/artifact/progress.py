@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from djinn.text import printable
+
 _TITLE_WIDTH = 13
 _BAR_WIDTH = 20
 
@@ -28,13 +30,14 @@ def shown(title: str, expected_s: float, *, verbose: bool = False) -> Iterator[N
         expected_s: about how many seconds it takes.
         verbose: show all that papermill and the cells print, in place of the bar.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     line = _Line(title, expected_s)
     live = console.is_terminal and not verbose
     if not live:
         console.print(f"{title:{_TITLE_WIDTH}} takes about {tqdm.format_interval(expected_s)}", soft_wrap=True)
     papermill = logging.getLogger("papermill")
     handler = logging.StreamHandler() if verbose else line
+    handler.setFormatter(_Printable())
     papermill.addHandler(handler)
     ended = "stopped after"
     try:
@@ -44,6 +47,14 @@ def shown(title: str, expected_s: float, *, verbose: bool = False) -> Iterator[N
     finally:
         papermill.removeHandler(handler)
         console.print(f"{title:{_TITLE_WIDTH}} {ended} {tqdm.format_interval(line.elapsed_s)}", soft_wrap=True)
+
+
+class _Printable(logging.Formatter):
+    """What cells print, with nothing in it that a terminal would obey; each state of a progress bar is a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message of ``record``."""
+        return printable(re.sub(r"\r\n?", "\n", super().format(record)))
 
 
 class _Line(logging.Handler):
@@ -63,11 +74,11 @@ class _Line(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the last line of what papermill logs: the cells' output, between lines about its own doing."""
-        message = record.getMessage().strip()
+        message = self.format(record).strip()
         if message.startswith(("Executing ", "Ending ")):
             self._printed = ""
         elif message:
-            self._printed = re.split(r"[\r\n]+", message)[-1]
+            self._printed = message.splitlines()[-1]
 
     def __rich__(self) -> Table:
         """Return the line as of now."""

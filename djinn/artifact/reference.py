@@ -14,6 +14,7 @@ from djinn.artifact.claims import evaluate, load_claims
 from djinn.artifact.metrics import read_evidence
 from djinn.bench.run import Run
 from djinn.places import REFERENCE_DIR
+from djinn.reading import read_json
 
 
 class Source(BaseModel):
@@ -45,9 +46,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a folder.
 
     Raises:
-        pydantic.ValidationError: it is not a manifest.
+        ConfigError: it is not a manifest.
     """
-    return Manifest.model_validate_json((folder / "manifest.json").read_text())
+    return read_json(folder / "manifest.json", Manifest)
 
 
 def runs(root: Path = REFERENCE_DIR) -> list[Path]:

@@ -13,7 +13,9 @@ from djinn.artifact.runner import execute, expected_s
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
 from djinn.files import write_text
+from djinn.names import local_folder
 from djinn.places import NOTEBOOK_DIR, RUNS_DIR, from_root
+from djinn.text import printable
 
 
 def replay(out: Path = RUNS_DIR) -> list[Path]:
@@ -27,7 +29,7 @@ def replay(out: Path = RUNS_DIR) -> list[Path]:
     """
     replayed = []
     for folder in runs():
-        run_dir = (out / f"replay-{folder.name}").absolute()
+        run_dir = (local_folder(out) / f"replay-{folder.name}").absolute()
         run = Run(run_dir)
         if run.replay_path.is_file():
             shutil.rmtree(run_dir)
@@ -39,6 +41,6 @@ def replay(out: Path = RUNS_DIR) -> list[Path]:
         parameters = {"profile": from_root(run.profile_path), "run_dir": from_root(run_dir)}
         with shown(folder.name, expected_s(run.profile, "04_figures")):
             execute(NOTEBOOK_DIR / "04_figures.ipynb", run_dir, parameters)
-        print(f"{folder.name}: {from_root(write_report(run_dir))}")
+        print(printable(f"{folder.name}: {from_root(write_report(run_dir))}"))
         replayed.append(run_dir)
     return replayed

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -17,13 +18,14 @@ from djinn.artifact.claims import claims_frame, write_claims
 from djinn.artifact.notebook import configuration_frame, machine_frame
 from djinn.artifact.reference import expected
 from djinn.bench.records import Record
-from djinn.bench.run import Run
+from djinn.bench.run import Done, Run
 from djinn.bench.statistics import summary_frame, tokens_agree
 from djinn.errors import ConfigError
 from djinn.figures import frames
 from djinn.figures.style import LANES, LOOKS
 from djinn.files import write_text
 from djinn.sizes import format_bytes
+from djinn.text import markdown, one_line
 
 FIGURES = {
     "bandwidth": "Link and effective bandwidth of each system against the link's ceiling",
@@ -65,6 +67,8 @@ def write_report(run_dir: Path) -> Path:
     if not run.has_profile:
         raise ConfigError(f"{run_dir} is not a run directory: it has no profile.yaml, which the notebooks write")
     context = _context(run)
+    # The page's templates escape what they insert. For Markdown nothing does, so that it gets harmless words alone.
+    contexts = {"report.md": _each(markdown, context), "index.html": _each(one_line, context)}
     templates = Environment(
         loader=PackageLoader("djinn.artifact"),
         autoescape=select_autoescape(["html.j2"]),
@@ -72,8 +76,8 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("report.md", "index.html"):
-        write_text(run_dir / name, templates.get_template(f"{name}.j2").render(context))
+    for name, words in contexts.items():
+        write_text(run_dir / name, templates.get_template(f"{name}.j2").render(words))
     write_sums(run_dir)
     return run_dir / "index.html"
 
@@ -82,9 +86,10 @@ def _context(run: Run) -> dict[str, Any]:
     run_dir, profile, provenance = run.folder, run.profile, run.provenance
     outcomes = write_claims(run_dir)
     counts = Counter(outcome.verdict for outcome in outcomes)
-    certified = run.certification.machine.model_dump(mode="json") if run.certification else {}
+    machine = provenance.get("machine") or (run.certification.machine if run.certification else None)
     return {
-        "profile": profile,
+        "title": profile.title,
+        "synthetic": profile.synthetic,
         "replayed": run.replayed,
         "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL", "NOT RUN")},
         "systems": _rows(systems_frame(run.baselines, list(profile.systems)).reset_index(names="")),
@@ -93,7 +98,7 @@ def _context(run: Run) -> dict[str, Any]:
         "missing_figures": [words for name, words in FIGURES.items() if not _png(run_dir, name).is_file()],
         "timelines": _timelines(run_dir),
         "notebooks": [_notebook(run_dir, name, done) for name, done in run.notebooks_done.items()],
-        "machine": machine_frame(provenance.get("machine") or certified)["value"].to_dict(),
+        "machine": machine_frame(machine.model_dump(mode="json") if machine else {})["value"].to_dict(),
         "configuration": configuration_frame(profile)["value"].to_dict(),
         "revision": provenance.get("revision"),
         "dirty": provenance.get("dirty"),
@@ -190,11 +195,20 @@ def _timelines(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _notebook(run_dir: Path, name: str, done: dict[str, Any]) -> dict[str, str]:
+def _each(harmless: Callable[[str], str], value: Any) -> Any:
+    """Return ``value`` with every string in it, however deep, made harmless."""
+    if isinstance(value, str):
+        return harmless(value)
+    if isinstance(value, Mapping):
+        return {harmless(str(key)): _each(harmless, each) for key, each in value.items()}
+    return [_each(harmless, each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _notebook(run_dir: Path, name: str, done: Done) -> dict[str, str]:
     executed, page = f"notebooks/{name}.ipynb", f"notebooks/{name}.html"
     return {
         "name": name,
-        "link": executed if (run_dir / executed).is_file() else "",
-        "page": page if (run_dir / page).is_file() else "",
+        "link": quote(executed) if (run_dir / executed).is_file() else "",
+        "page": quote(page) if (run_dir / page).is_file() else "",
         "seconds": f"{done['wall_s']:.0f}",
     }

@@ -18,17 +18,19 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
-from djinn.artifact import auto
+from djinn.artifact import auto, kernel
 from djinn.artifact.closing import verdict_of
 from djinn.artifact.progress import shown
 from djinn.artifact.provenance import write_provenance
 from djinn.artifact.reference import run_of
 from djinn.artifact.report import write_report
+from djinn.bench.ownership import owned
 from djinn.bench.run import Run
 from djinn.errors import ConfigError, DjinnError
-from djinn.files import write_text
+from djinn.files import naming, remedy, write_text
 from djinn.places import NOTEBOOK_DIR, ROOT, RUNS_DIR, from_root
 from djinn.profiles import Profile, load_profile
+from djinn.text import one_line, printable
 
 NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
 
@@ -54,7 +56,8 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, *, verbose: bo
 
     Raises:
         DjinnError: a notebook failed; it is kept as ``notebooks/<name>.failed.ipynb``.
-        ConfigError: an unknown profile, or a run directory that cannot be written or holds another configuration.
+        ConfigError: an unknown profile, or a run directory that cannot be written, holds another configuration or is
+            in use.
         UnavailableError: ``auto`` found no profile that fits.
     """
     if profile == "auto":
@@ -62,26 +65,26 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, *, verbose: bo
             profile = Run(run_dir).profile.name
         else:
             choice = auto.choose()
-            print(choice.text())
+            print(printable(choice.text()))
             profile = choice.profile.name
     chosen = load_profile(profile).override(**overrides)
     if run_dir is None:
         run_dir = RUNS_DIR / f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     run_dir = run_dir.absolute()
     Run.open(run_dir, chosen)
-    print(f"{chosen.title}: four notebooks, about {chosen.minutes:g} minutes; what they print goes to", end=" ")
-    print(from_root(run_dir / "logs"), flush=True)
+    title, logs = one_line(chosen.title), printable(from_root(run_dir / "logs"))
+    print(f"{title}: four notebooks, about {chosen.minutes:g} minutes; what they print goes to {logs}", flush=True)
     named = from_root(Path(profile)) if profile.endswith(".yaml") else profile
     parameters = {"profile": named, "run_dir": from_root(run_dir), **overrides}
-    for name in NOTEBOOKS:
-        with shown(name, expected_s(chosen, name), verbose=verbose):
-            execute(NOTEBOOK_DIR / f"{name}.ipynb", run_dir, parameters)
-        write_provenance(run_dir, chosen)
-    report = write_report(run_dir)
-    print(f"report    {from_root(report)}")
-    for folder in ("figures", "notebooks", "logs"):
-        print(f"{folder:10}{from_root(run_dir / folder)}")
-    print(verdict_of(run_dir))
+    with owned(run_dir):
+        for name in NOTEBOOKS:
+            with shown(name, expected_s(chosen, name), verbose=verbose):
+                execute(NOTEBOOK_DIR / f"{name}.ipynb", run_dir, parameters)
+            write_provenance(run_dir, chosen)
+        write_report(run_dir)
+    for what, path in (("report", "index.html"), ("figures",) * 2, ("notebooks",) * 2, ("logs",) * 2):
+        print(f"{what:10}{printable(from_root(run_dir / path))}")
+    print(printable(verdict_of(run_dir)))
     return run_dir
 
 
@@ -104,7 +107,7 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
         ConfigError: a parameter that its parameters cell does not have, which papermill would set to no effect.
     """
     name = source.stem
-    if unknown := parameters.keys() - papermill.inspect_notebook(source).keys():
+    if unknown := parameters.keys() - papermill.inspect_notebook(_literally(source)).keys():
         raise ConfigError(f"{name}: its cell with the tag 'parameters' has no {', '.join(sorted(unknown))}")
     executed = run_dir / "notebooks" / f"{name}.ipynb"
     unfinished, failed = (executed.with_suffix(f".{state}.ipynb") for state in ("running", "failed"))
@@ -114,10 +117,11 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     try:
         with _logged(run_dir / "logs" / f"{name}.log"):
             papermill.execute_notebook(
-                source,
-                unfinished,
+                _literally(source),
+                _literally(unfinished),
                 parameters,
-                kernel_name="python3",
+                kernel_name=kernel.NAME,
+                kernel_manager_class=kernel.ThisInterpreter,
                 cwd=ROOT,
                 log_output=True,
                 extra_arguments=["--log-level=CRITICAL"],  # the kernel writes its own log to the terminal
@@ -126,6 +130,10 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
             )
         cause = _shortcoming(unfinished, run_dir, name)
     except Exception as error:  # papermill, nbclient and the kernel each have their own ways to fail
+        if isinstance(error, OSError) and remedy(error):  # a full disk is no failure of the notebook's
+            _rename(unfinished, failed)
+            with naming(executed, unfinished):
+                raise
         cause = _short(error)
     except BaseException:
         _rename(unfinished, failed)
@@ -162,9 +170,22 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[-1]}"
 
 
+def _literally(path: Path) -> str:
+    """Return a path as papermill, which fills in what stands between braces, has to be told it."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _rename(source: Path, target: Path) -> None:
     if source.is_file():
         source.replace(target)
+
+
+class _Log(logging.FileHandler):
+    """Ends the notebook where its log cannot be written; logging alone would print a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """Let the error that is being handled go on."""
+        raise
 
 
 @contextmanager
@@ -172,7 +193,7 @@ def _logged(path: Path) -> Iterator[None]:
     """Keep what the cells print while they run in ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("papermill")
-    handler = logging.FileHandler(path, mode="w")
+    handler = _Log(path, mode="w")
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,11 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from djinn import hardware
+from djinn.bench.ownership import owned
 from djinn.bench.records import Record, append_record, latest, read_records
-from djinn.bench.worker_client import WorkerError, WorkerProcess
+from djinn.bench.worker_client import WorkerError, WorkerProcess, close
 from djinn.profiles import Profile
+from djinn.text import printable
 from djinn.weights.resolve import is_synthetic, resolve
 
 Experiment = Literal["baselines", "sweep", "benchmark"]
@@ -55,6 +58,7 @@ def run_baselines(profile: Profile, run_dir: Path) -> list[Record]:
     Runs that are already ``ok`` under the same configuration are not repeated.
 
     Raises:
+        ConfigError: another process measures in ``run_dir``.
         DjinnError: the checkpoint cannot be had, or the result file is damaged.
         OSError: ``run_dir`` cannot be written.
     """
@@ -86,15 +90,22 @@ class Bench:
         self._workers: dict[Lane, WorkerProcess] = {}
         self._loaded: dict[Lane, dict[str, Any]] = {}
         self._failed: dict[Lane, WorkerError] = {}
+        self._held = ExitStack()
 
     def __enter__(self) -> Bench:
+        self._held.enter_context(owned(self._run_dir))
         self._remove_scratch()  # of an earlier harness that was killed
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for lane in list(self._workers):
-            self._close(lane)
-        self._remove_scratch()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._held:
+            try:
+                if kind is None:
+                    close(list(self._workers.values()))
+            finally:  # who is interrupted waits for nobody
+                for worker in self._workers.values():
+                    worker.kill()
+                self._remove_scratch()
 
     def missing(self, lanes: Sequence[Lane], *, runs: int, order: Order) -> list[tuple[Lane, int]]:
         """Return the runs that have no ``ok`` record yet, in the order in which they are to be measured."""
@@ -121,7 +132,7 @@ class Bench:
                 progress.set_postfix_str(f"{lane.label}, run {run + 1}")
                 record = self._record(lane, run)
                 append_record(self.path, record)
-                progress.write(_line(record))
+                progress.write(printable(_line(record)))
         return [record for record in latest(read_records(self.path)) if record.config_digest == self.profile.digest]
 
     def _prepare(self) -> None:
@@ -209,7 +220,7 @@ class Bench:
         """End the lane's worker and delete its scratch space."""
         self._loaded.pop(lane, None)
         if (worker := self._workers.pop(lane, None)) is not None:
-            worker.close()
+            close([worker])
         shutil.rmtree(self._scratch(lane), ignore_errors=True)
 
     def _scratch(self, lane: Lane) -> Path:

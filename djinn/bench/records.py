@@ -7,16 +7,21 @@ a record too, with a status and a reason; its numbers are absent, never zero and
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from djinn.errors import ConfigError
+from djinn.files import naming
+from djinn.reading import read_json_lines
+from djinn.sizes import Count
 
+_Amount = Annotated[float, Field(ge=0, le=10**15)]
+"""Seconds, or a rate: no more than can be added up and drawn."""
+_Time = Annotated[float, Field(ge=1e-12, le=10**15)]
+"""Seconds that something took, so that a rate can be had by dividing."""
 Status = Literal["ok", "oom", "timeout", "unavailable", "error"]
 
 
@@ -35,36 +40,36 @@ class Record(BaseModel):
     coding: Literal["none", "lossless"] = "none"
     status: Status
     reason: str = ""
-    run: int = Field(ge=0)
-    budget_bytes: int = Field(gt=0)
-    model_bytes: int | None = Field(default=None, gt=0)
-    resident_bytes: int | None = Field(default=None, ge=0)
-    ring_bytes: int | None = Field(default=None, ge=0)
-    chunk_bytes: int | None = Field(default=None, gt=0)
-    prompt_tokens: int = Field(ge=1)
-    new_tokens: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    load_s: float | None = Field(default=None, ge=0)
-    ttft_s: float | None = Field(default=None, gt=0)
-    per_token_s: list[float] = []
+    run: Count
+    budget_bytes: Count = Field(gt=0)
+    model_bytes: Annotated[Count, Field(gt=0)] | None = None
+    resident_bytes: Count | None = None
+    ring_bytes: Count | None = None
+    chunk_bytes: Annotated[Count, Field(gt=0)] | None = None
+    prompt_tokens: Count = Field(ge=1)
+    new_tokens: Count = Field(ge=1)
+    batch: Count = Field(ge=1)
+    load_s: _Amount | None = None
+    ttft_s: _Time | None = None
+    per_token_s: list[_Amount] = []
     """Seconds from each token to the next, first token excluded: new_tokens - 1 samples."""
-    wall_s: float | None = Field(default=None, gt=0)
+    wall_s: _Time | None = None
     """From the call of generate() to its return."""
-    link_bytes: int | None = Field(default=None, ge=0)
+    link_bytes: Count | None = None
     """Bytes that crossed the link in wall_s: the disk's on a CPU, PCIe's on a GPU."""
     link: Literal["disk", "pcie"] | None = None
-    ceiling_gbps: float | None = Field(default=None, gt=0)
+    ceiling_gbps: Annotated[_Amount, Field(gt=0)] | None = None
     """The link's raw rate, measured beside this run."""
-    link_utilisation: float | None = Field(default=None, ge=0)
-    stall_s: float | None = Field(default=None, ge=0)
+    link_utilisation: _Amount | None = None
+    stall_s: _Amount | None = None
     """The part of wall_s in which compute waited for weights, where the system knows it."""
-    effective_gbps: float | None = Field(default=None, ge=0)
-    peak_device_bytes: int | None = Field(default=None, ge=0)
-    peak_host_bytes: int | None = Field(default=None, ge=0)
+    effective_gbps: _Amount | None = None
+    peak_device_bytes: Count | None = None
+    peak_host_bytes: Count | None = None
     """Peak resident set of the process, file pages included, in bytes."""
-    peak_anon_bytes: int | None = Field(default=None, ge=0)
+    peak_anon_bytes: Count | None = None
     """Peak anonymous memory of the process: what the machine cannot take back."""
-    tokens: list[int] = []
+    tokens: list[Count] = []
     """The generated ids of the first sequence, to compare systems token by token."""
     settings: dict[str, str | int | float | bool] = {}
     """The system's own settings for this run."""
@@ -96,19 +101,20 @@ def append_record(path: Path, record: Record) -> None:
     """Append ``record`` as one line, written and flushed in one call so that an interrupt cannot tear it.
 
     Raises:
-        OSError: the folder is not writable, or the disk is full; the file then ends with the record before.
+        OSError: the folder is not writable, or the disk is full; it names ``path``, which ends with the record before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = (record.model_dump_json() + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        end = os.fstat(descriptor).st_size
-        if os.write(descriptor, line) < len(line):
-            os.ftruncate(descriptor, end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            end = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -117,16 +123,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ConfigError: a line that is not a valid record, with its number and what is wrong.
     """
-    if not path.is_file():
-        return []
-    records = []
-    # Lines of bytes: text would also be split at characters that JSON leaves as they are, such as U+2028.
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            records.append(Record.model_validate(json.loads(line)))
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: not a valid record: {error}") from None
-    return records
+    return read_json_lines(path, Record) if path.is_file() else []
 
 
 def latest(records: Iterable[Record]) -> list[Record]:

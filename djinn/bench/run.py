@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import yaml
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from djinn.bench.certify.certification import Certification, read_certification
 from djinn.bench.records import Record, latest, read_records
+from djinn.bench.statistics import system_label
 from djinn.errors import ConfigError
 from djinn.files import write_text
+from djinn.hardware import Machine
+from djinn.names import local_folder
 from djinn.places import from_root
-from djinn.profiles import Profile, load_profile
+from djinn.profiles import Profile, load_profile, system_names
+from djinn.reading import read_json
+
+
+class Done(TypedDict):
+    """What a notebook that ended well has noted of itself; it notes more than is read here."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # type: ignore[misc]
+
+    wall_s: Annotated[float, Field(ge=0, le=10**9)]
+
+
+class Provenance(TypedDict, total=False):
+    """What is read of a ``provenance.json``, which holds more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # type: ignore[misc]
+
+    machine: Machine | None
+    revision: str | None
+    dirty: bool | None
+
+
+class Origin(TypedDict):
+    """Whose records a run replays."""
+
+    machine: str
+    date: str
 
 
 @dataclass(frozen=True)
@@ -30,17 +60,16 @@ class Run:
         """Make a run directory, check that it can be written, and bind it to ``profile``: its ``profile.yaml``.
 
         Raises:
-            ConfigError: it cannot be written, or holds another configuration; each difference is named.
+            ConfigError: a URL, not writable, or it holds another configuration; each difference is named.
         """
-        run = cls(folder)
+        run = cls(local_folder(folder))
         try:
             run.results.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=run.results):
                 pass
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir {from_root(folder)} cannot be written: {error.strerror}; choose another"
-            ) from None
+        except (OSError, ValueError) as error:  # a NUL in its name is a ValueError
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"run_dir {from_root(folder)} cannot be written: {why}; choose another") from None
         if not run.has_profile:
             write_text(run.profile_path, yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False))
             return run
@@ -82,18 +111,27 @@ class Run:
         """The latest record of every point of the comparison.
 
         Raises:
-            ConfigError: a damaged file.
+            ConfigError: a damaged file, or a system that no profile can list.
         """
-        return latest(read_records(self.results / "baselines.jsonl"))
+        path = self.results / "baselines.jsonl"
+        records = latest(read_records(path))
+        for record in records:
+            if (name := system_label(record)) not in system_names():
+                raise ConfigError(f"{path}: no system {name!r}; the systems are {', '.join(system_names())}")
+        return records
 
     @cached_property
     def sweep(self) -> list[Record]:
         """The latest record of every point of the sweep.
 
         Raises:
-            ConfigError: a damaged file.
+            ConfigError: a damaged file, or a system other than djinn.
         """
-        return latest(read_records(self.results / "sweep.jsonl"))
+        path = self.results / "sweep.jsonl"
+        records = latest(read_records(path))
+        if others := {record.system for record in records} - {"djinn"}:
+            raise ConfigError(f"{path}: a sweep is of djinn alone, and this one has records of {min(others)!r}")
+        return records
 
     @cached_property
     def certification(self) -> Certification | None:
@@ -111,30 +149,45 @@ class Run:
 
     @cached_property
     def replayed(self) -> str:
-        """Words that say whose records the run replays; none where they were measured for it."""
-        origin = _json(self.replay_path)
-        return f"replayed: {origin['machine']}, {origin['date']}" if origin else ""
+        """Words that say whose records the run replays; none where they were measured for it.
+
+        Raises:
+            ConfigError: a damaged file.
+        """
+        if not self.replay_path.is_file():
+            return ""
+        origin = read_json(self.replay_path, Origin)
+        return f"replayed: {origin['machine']}, {origin['date']}"
 
     @cached_property
-    def provenance(self) -> dict[str, Any]:
-        """What ``provenance.json`` holds."""
-        return _json(self.folder / "provenance.json")
+    def provenance(self) -> Provenance:
+        """What ``provenance.json`` holds; nothing where there is none.
+
+        Raises:
+            ConfigError: a damaged file.
+        """
+        path = self.folder / "provenance.json"
+        return read_json(path, Provenance) if path.is_file() else {}
 
     def done_path(self, notebook: str) -> Path:
         """Return the sentinel of a notebook: it is there once the notebook has ended well."""
         return self.results / f"{notebook}.done.json"
 
-    def done(self, notebook: str) -> dict[str, Any] | None:
-        """Return what a notebook that ended well has noted of itself, or None."""
-        return _json(self.done_path(notebook)) or None
+    def done(self, notebook: str) -> Done | None:
+        """Return what a notebook that ended well has noted of itself, or None.
+
+        Raises:
+            ConfigError: a damaged file.
+        """
+        path = self.done_path(notebook)
+        return read_json(path, Done) if path.is_file() else None
 
     @property
-    def notebooks_done(self) -> dict[str, dict[str, Any]]:
-        """What each notebook that ended well has noted of itself, by name."""
+    def notebooks_done(self) -> dict[str, Done]:
+        """What each notebook that ended well has noted of itself, by name.
+
+        Raises:
+            ConfigError: a damaged file.
+        """
         paths = sorted(self.results.glob("*.done.json"))
-        return {path.name.removesuffix(".done.json"): _json(path) for path in paths}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
+        return {path.name.removesuffix(".done.json"): read_json(path, Done) for path in paths if path.is_file()}

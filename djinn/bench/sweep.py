@@ -28,6 +28,7 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
     Runs that are already ``ok`` are not repeated.
 
     Raises:
+        ConfigError: another process measures in ``run_dir``.
         DjinnError: the checkpoint cannot be had, or the result file is damaged.
         OSError: ``run_dir`` cannot be written.
     """

@@ -15,10 +15,8 @@ or another status of a record with its reason. What libraries print is kept out 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -38,8 +36,8 @@ from djinn.bench.systems.common import deterministic_attention, skeleton, weight
 from djinn.errors import DjinnError, PlanError, UnavailableError
 from djinn.files import write_text
 from djinn.planning.workspace import CUDA_CONTEXT_BYTES
+from djinn.text import one_line
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _JOB = TypeAdapter(Job)
 
 
@@ -126,13 +124,12 @@ def status_of(error: Exception) -> Status:
 
 def reason_of(error: Exception) -> str:
     """Return one line that says what was raised; errors written for people speak for themselves."""
-    text = " ".join(str(error).split()) or "no message"
+    text = one_line(error) or "no message"
     return text if isinstance(error, DjinnError) else f"{type(error).__name__}: {text}"
 
 
 def main() -> None:
     """Serve commands until the last one, or until the harness is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     worker = Worker()
     with os.fdopen(int(sys.argv[1]), "w") as replies:
         for line in sys.stdin:
@@ -141,7 +138,3 @@ def main() -> None:
             print(json.dumps(worker.answer(command)), file=replies, flush=True)
             if last:
                 break
-
-
-if __name__ == "__main__":
-    main()

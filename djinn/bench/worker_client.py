@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from djinn.bench.records import Status
 from djinn.sizes import format_bytes
 
-COMMAND = (sys.executable, "-m", "djinn.bench.worker")
+COMMAND = (sys.executable, "-m", "djinn.bench.tethered")
 
 _LOOK_S = 0.2
 _CLOSE_S = 30.0
@@ -31,6 +32,18 @@ class WorkerError(Exception):
         self.reason = reason
 
 
+def close(workers: Sequence[WorkerProcess]) -> None:
+    """End workers, politely first and all at once: they have the same seconds to go in."""
+    deadline = time.monotonic() + _CLOSE_S
+    living = [worker for worker in workers if worker.alive]
+    for worker in living:
+        worker.send({"do": "close"})
+    for worker in living:
+        worker.wait(deadline)
+    for worker in workers:
+        worker.kill()
+
+
 class WorkerProcess:
     """A worker in a process group of its own; what it prints goes to ``log``."""
 
@@ -42,7 +55,7 @@ class WorkerProcess:
         self._replies, theirs = os.pipe()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*COMMAND, str(theirs)],
+                [*COMMAND, str(theirs), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -58,10 +71,7 @@ class WorkerProcess:
             WorkerError: the worker reported one, died, took longer than ``timeout_s``, or replied nonsense; unless it
                 reported, it is gone.
         """
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead: the missing reply says so
-            self._process.stdin.write(json.dumps(command).encode() + b"\n")
-            self._process.stdin.flush()
+        self.send(command)
         line = self._line(time.monotonic() + timeout_s)
         if line is None:
             self.kill()
@@ -78,13 +88,10 @@ class WorkerProcess:
             raise WorkerError("error", f"the worker's reply cannot be read: {line[:200]!r}") from None
         raise failure
 
-    def close(self) -> None:
-        """End the worker, politely first."""
-        if self._process.poll() is None:
-            with contextlib.suppress(WorkerError, subprocess.TimeoutExpired):
-                self.ask({"do": "close"}, _CLOSE_S)
-                self._process.wait(_CLOSE_S)
-        self.kill()
+    def wait(self, deadline: float) -> None:
+        """Wait until the worker has ended, or :func:`time.monotonic` says ``deadline``."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(deadline - time.monotonic(), 0))
 
     def kill(self) -> None:
         """End the worker and whatever it started."""
@@ -97,6 +104,18 @@ class WorkerProcess:
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.poll() is None
+
+    def send(self, command: dict[str, Any]) -> None:
+        """Send ``command`` and wait for nothing."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is dead: the missing reply says so
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
 
     def _line(self, deadline: float) -> bytes | None:
         """Return the next line; empty if the worker is dead, None if the deadline passes first."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from djinn.cli.options import OutputDir, RunDir
-from djinn.cli.show import exit_unless, print_paths, print_table
+from djinn.cli.show import exit_unless, print_paths, print_table, say
 
 
 def figures(run_dir: RunDir) -> None:
@@ -29,7 +29,7 @@ def report(run_dir: RunDir) -> None:
     frame = claims_frame(outcomes)[["claim", "verdict", "text", "target", "measured"]]
     print_table(list(frame.columns), frame.to_numpy().tolist())
     print_paths([page])
-    typer.echo(verdict_of(run_dir))
+    say(verdict_of(run_dir))
     exit_unless(all(outcome.verdict != "FAIL" for outcome in outcomes))
 
 
@@ -37,7 +37,7 @@ def verify(run_dir: RunDir) -> None:
     """Hold every file of a run, or of reference records, against its checksums."""
     from djinn.artifact import bundle
 
-    typer.echo(f"{run_dir}: {bundle.verify(run_dir)} files are what their checksums say")
+    say(f"{run_dir}: {bundle.verify(run_dir)} files are what their checksums say")
 
 
 def bundle(

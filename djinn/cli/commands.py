@@ -1,4 +1,4 @@
-"""The commands of ``djinn``, in the groups and the order that help shows; how each ends when it is refused."""
+"""The commands of ``djinn``, in the groups and the order that help shows; how each ends when it is refused or ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typer.core import TyperGroup
 
 import djinn
 from djinn.cli import artifact, measure, models
+from djinn.cli.ending import terminable
+from djinn.cli.show import say
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
+from djinn.files import remedy
+from djinn.text import one_line
 
 _BAD_INPUT = (ConfigError, CheckpointError, PlanError, UnavailableError)
 
@@ -22,7 +26,7 @@ EXTRAS = {
 """The packages that an extra brings, by the names that they are imported by."""
 
 
-def _remedy(error: ModuleNotFoundError) -> str | None:
+def _extra(error: ModuleNotFoundError) -> str | None:
     """Return what is missing and the extra that brings it; None for a module of none."""
     missing = (error.name or "").partition(".")[0]
     extra = next((extra for extra, modules in EXTRAS.items() if missing in modules), None)
@@ -34,20 +38,22 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
         except DjinnError as error:
-            typer.echo(f"djinn: {error}", err=True)
+            say(f"djinn: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from None
         except ModuleNotFoundError as error:
-            remedy = _remedy(error)
-            if remedy is None:
+            lacking = _extra(error)
+            if lacking is None:
                 raise
-            typer.echo(f"djinn: {ctx.invoked_subcommand} needs {remedy}", err=True)
+            say(f"djinn: {ctx.invoked_subcommand} needs {lacking}", err=True)
             raise typer.Exit(2) from None
+        except BrokenPipeError:
+            raise  # who read the output has left; click ends quietly
         except OSError as error:
-            if error.filename is None:  # not about a file that the user named
-                raise
-            typer.echo(f"djinn: {error.filename}: {error.strerror}", err=True)
+            parts = (error.filename, error.strerror or error, remedy(error))
+            say("djinn: " + one_line(": ".join(str(part) for part in parts if part)), err=True)
             raise typer.Exit(2) from None
 
 

@@ -23,8 +23,9 @@ from djinn.cli.options import (
     PromptTokens,
     Ring,
 )
-from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes, working
+from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes, say, working
 from djinn.errors import ConfigError
+from djinn.text import printable
 
 _IMPORTING = "importing torch and transformers"
 
@@ -109,7 +110,8 @@ def generate(
 
         def show(text: str) -> None:
             line.stop()
-            typer.echo(text, nl=False)
+            # A pipe gets the text as it is; a terminal would obey what is in it.
+            typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
 
         made = run(
             str(folder),
@@ -139,7 +141,7 @@ def synth(
 
     folder = synthesis.synthesise(architecture, output_dir, seed=seed, dtype=dtype)
     synthesis.verify(folder, full=verify)
-    typer.echo(folder)
+    say(folder)
 
 
 def pack(
@@ -167,4 +169,4 @@ def unpack(
     """Write the files that a packed checkpoint was made from, byte for byte."""
     import djinn
 
-    typer.echo(djinn.unpack(folder, out, device=device, progress=True))
+    say(djinn.unpack(folder, out, device=device, progress=True))

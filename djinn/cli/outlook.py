@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from djinn.cli.show import print_json, print_table
+from djinn.cli.show import print_json, print_table, say
 from djinn.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,24 +63,24 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
     if as_json:
         print_json(_as_json(forecast, there))
         return
-    typer.echo(forecast.plan.table())
+    say(forecast.plan.table())
     fits = (
         f"the largest batch that fits is {forecast.largest_batch}, the longest prompt {forecast.longest_prompt} tokens"
     )
     if forecast.predicted is None:
-        typer.echo(f"\n{fits}\nno times: {forecast.unknown}; {_CERTIFY}")
+        say(f"\n{fits}\nno times: {forecast.unknown}; {_CERTIFY}")
         return
     predicted = forecast.predicted
-    typer.echo(f"\npredicted for {there.name}, {_rates(there.rates)}:")
+    say(f"\npredicted for {there.name}, {_rates(there.rates)}:")
     print_table(
         ["batch", "first token s", "s per token", "tokens/s", "limit"],
         [_row(choice) for choice in forecast.batches],
     )
     if forecast.gain_s is not None:
-        typer.echo(f"one more GB of budget saves {forecast.gain_s:.3g} s of the {predicted.token_s:.3g} s per token")
-    typer.echo(fits)
+        say(f"one more GB of budget saves {forecast.gain_s:.3g} s of the {predicted.token_s:.3g} s per token")
+    say(fits)
     if predicted.blind:
-        typer.echo(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
+        say(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
 
 
 def draw(forecast: Forecast, there: Machine, model: str, path: Path) -> list[Path]:

@@ -13,8 +13,10 @@ import typer
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from djinn.sizes import format_bytes
+from djinn.text import one_line, printable
 
 if TYPE_CHECKING:
     from djinn.bench.generation import Generated
@@ -28,6 +30,11 @@ def working(on: str) -> Status:
     Until it is stopped, what is printed to standard output would go there too.
     """
     return Console(stderr=True).status(on, refresh_per_second=4)
+
+
+def say(words: object, *, err: bool = False) -> None:
+    """Print words that may come from a file: what a terminal would obey is shown as an escape."""
+    typer.echo(printable(words), err=err)
 
 
 def exit_unless(fine: bool) -> None:
@@ -58,7 +65,7 @@ def print_records(records: Sequence[Record], as_json: bool, hide: Sequence[str] 
         frame["link_utilisation_median"] = frame["link_utilisation_median"].map(percent)
         print_table(shown, frame[[columns[name] for name in shown]].to_numpy().tolist())
         for row in frame[frame["reason"] != ""].itertuples():
-            typer.echo(f"{row.label}: {row.status}: {row.reason}")
+            say(one_line(f"{row.label}: {row.status}: {row.reason}"))
     exit_unless(all(record.status == "ok" for record in records))
 
 
@@ -106,10 +113,11 @@ def percent(share: float) -> str:
     return "" if math.isnan(share) else f"{100 * share:.3g}%"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any) -> Text:
+    # Text, since rich would take "[red]" in a plain string for markup.
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.3g}"
-    return "" if value is None else str(value)
+        return Text("" if math.isnan(value) else f"{value:.3g}")
+    return Text("" if value is None else one_line(value))
 
 
 def print_json(value: Any) -> None:
@@ -120,4 +128,4 @@ def print_json(value: Any) -> None:
 def print_paths(paths: Iterable[Path]) -> None:
     """Print one path a line."""
     for path in paths:
-        typer.echo(path)
+        say(path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,7 +17,8 @@ from djinn.errors import DjinnError
 from djinn.figures import frames, plots
 from djinn.figures.perfetto import trace_events
 from djinn.figures.style import house_style, mark
-from djinn.files import unfinished, write_text
+from djinn.files import write_bytes, write_text
+from djinn.text import one_line, spreadsheet
 
 PNG_DPI = 220
 
@@ -37,7 +40,7 @@ def draw_all(run_dir: Path, reference: Path | None = None) -> list[Path]:
             figure = plot(frame)
             mark(figure, origin)
         except DjinnError as error:
-            print(f"{name}: not drawn: {error}")
+            print(f"{name}: not drawn: {one_line(error)}")
             continue
         written += save(figure, frame, run_dir / "figures" / name)
         if name.startswith("timeline"):
@@ -54,18 +57,23 @@ def _write_trace(intervals: pd.DataFrame, path: Path) -> Path:
 def save(figure: Figure, frame: pd.DataFrame, stem: Path) -> list[Path]:
     """Write ``figure`` to ``stem``.pdf and .png, and the frame it shows to ``stem``.csv, each whole or not at all."""
     # No date inside, so that the same records give the same bytes.
-    writers: dict[str, Callable[[Path], object]] = {
+    writers: dict[str, Callable[[BytesIO], object]] = {
         ".pdf": partial(figure.savefig, format="pdf", metadata={"CreationDate": None}),
         ".png": partial(figure.savefig, format="png", dpi=PNG_DPI),
-        ".csv": partial(frame.to_csv, index=False),
+        ".csv": partial(frame.map(_cell).to_csv, index=False),
     }
     paths = []
     for suffix, write in writers.items():
+        drawn = BytesIO()
+        write(drawn)
         path = stem.with_name(stem.name + suffix)
-        with unfinished(path) as part:
-            write(part)
+        write_bytes(path, drawn.getvalue())
         paths.append(path)
     return paths
+
+
+def _cell(value: Any) -> Any:
+    return spreadsheet(value) if isinstance(value, str) else value
 
 
 def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFrame, Callable[[pd.DataFrame], Figure]]]:

@@ -33,22 +33,26 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from djinn.bench.records import Record
 from djinn.bench.run import Run
 from djinn.bench.statistics import system_label
 from djinn.errors import ConfigError
-from djinn.sizes import parse_bytes
-from djinn.transport.stats import Interval
+from djinn.reading import read_csv, read_json_lines
+from djinn.sizes import Count, parse_bytes
+from djinn.transport.stats import Interval, Lane
 
 NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 _BITS = "bits "
 """How the settings of a record begin that djinn's adapter writes for each kind of coded tensor."""
+_MOST_BITS = 64
+"""Of a coded weight: what says more is no number of bits."""
 _WORDS = {"oom": "OOM", "timeout": "timed out", "unavailable": "unavailable", "error": "failed"}
 
 _COPIED = [
@@ -69,6 +73,39 @@ _COPIED = [
 ]
 _NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps"]
 RUN_COLUMNS = ["name", "run", "status", "reason", "words", "link", *_NUMBERS, "tokens"]
+_Number = Annotated[float, Field(ge=-(10**12), le=10**12)]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Span(_Line):
+    """A line of a timeline's file: an :class:`~djinn.transport.stats.Interval`."""
+
+    lane: Lane
+    unit: str
+    start_s: _Number
+    end_s: _Number
+    nbytes: Count
+    cause: str | None = None
+
+    @model_validator(mode="after")
+    def _forward(self) -> Self:
+        if self.end_s < self.start_s:
+            raise ValueError(f"it ends at {self.end_s} s, before it starts at {self.start_s} s")
+        return self
+
+
+class _Sample(_Line):
+    """A row of ``pcie.csv``, which :mod:`djinn.bench.pcie` writes."""
+
+    time_s: _Number
+    rx_gbps: _Number | None
+    tx_gbps: _Number | None
+    source: Literal["nvml", "dmon"]
+
+
 TIMELINE_COLUMNS = ["lane", "unit", "start_s", "end_s", "nbytes", "cause"]
 
 
@@ -83,11 +120,14 @@ def read_sweep(run_dir: Path) -> pd.DataFrame:
 
 
 def read_timeline(run_dir: Path, name: str = "timeline") -> pd.DataFrame:
-    """Return ``timeline`` of a run directory, or ``timeline_coded``; no rows where none was recorded."""
+    """Return ``timeline`` of a run directory, or ``timeline_coded``; no rows where none was recorded.
+
+    Raises:
+        ConfigError: a damaged line, with its number.
+    """
     path = Run(run_dir).results / f"{name}.jsonl"
-    if not path.is_file() or not path.stat().st_size:
-        return pd.DataFrame(columns=TIMELINE_COLUMNS)
-    return pd.read_json(path, lines=True).reindex(columns=TIMELINE_COLUMNS)
+    spans = read_json_lines(path, _Span) if path.is_file() else []
+    return pd.DataFrame([span.model_dump() for span in spans], columns=TIMELINE_COLUMNS)
 
 
 def timeline(intervals: Sequence[Interval]) -> pd.DataFrame:
@@ -96,11 +136,15 @@ def timeline(intervals: Sequence[Interval]) -> pd.DataFrame:
 
 
 def read_pcie(run_dir: Path) -> pd.DataFrame:
-    """Return ``pcie`` of a run directory; no rows where none was recorded."""
+    """Return ``pcie`` of a run directory; no rows where none was recorded.
+
+    Raises:
+        ConfigError: a damaged file.
+    """
     path = Run(run_dir).results / "pcie.csv"
-    if not path.is_file() or not path.stat().st_size:
-        return pd.DataFrame(columns=["time_s", "rx_gbps", "tx_gbps", "source"])
-    return pd.read_csv(path)
+    samples = read_csv(path, _Sample) if path.is_file() else []
+    frame = pd.DataFrame([sample.model_dump() for sample in samples], columns=list(_Sample.model_fields))
+    return frame.astype({"rx_gbps": float, "tx_gbps": float})
 
 
 def runs(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFrame:
@@ -148,7 +192,7 @@ def bits(records: Sequence[Record]) -> pd.DataFrame:
         {"name": system_label(record), "run": record.run, "kind": key.removeprefix(_BITS), "bits": value}
         for record in records
         for key, value in record.settings.items()
-        if key.startswith(_BITS)
+        if key.startswith(_BITS) and isinstance(value, int | float) and 0 <= value <= _MOST_BITS
     ]
     return pd.DataFrame(rows, columns=["name", "run", "kind", "bits"]).astype({"bits": float})
 

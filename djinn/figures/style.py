@@ -82,6 +82,8 @@ _RC: dict[Any, Any] = {
     # TrueType fonts embedded whole: what publishers ask for, and text stays text.
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
+    # A dollar sign in a name is a dollar sign.
+    "text.parse_math": False,
 }
 
 

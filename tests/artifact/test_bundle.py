@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -54,3 +56,58 @@ def test_the_same_run_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     with tarfile.open(first) as archive:
         archive.extractall(tmp_path / "out", filter="data")
     assert verify(tmp_path / "out" / "run") == 3
+
+
+def test_nothing_behind_a_link_is_bundled(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    (run / "results" / "linked.txt").symlink_to(tmp_path / "private" / "key")
+    (run / "linked").symlink_to(tmp_path / "private")
+    (run / "scratch" / "big").unlink()
+    write_sums(run)
+    with tarfile.open(bundle(run)) as archive:
+        assert not [name for name in archive.getnames() if "linked" in name]
+    (run / "results" / "a.jsonl").unlink()
+    (run / "results" / "a.jsonl").symlink_to(tmp_path / "private" / "key")
+    with pytest.raises(CheckpointError, match=r"a\.jsonl: missing"):
+        verify(run)
+
+
+def test_odd_names_verify_as_they_were_written(run: Path, tmp_path: Path) -> None:
+    for name in (b"a\nb", b"c\rd", b"e\\f", b"e\\nf", "g\u2028h".encode(), b"\xff\xfe", b" lead  ", "é".encode()):
+        Path(os.fsdecode(os.path.join(os.fsencode(run), name))).write_bytes(name)  # noqa: PTH118  bytes
+    write_sums(run)
+    assert verify(run) == 3 + 8
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=run, check=True)
+    with tarfile.open(bundle(run)) as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    assert verify(tmp_path / "out" / "run") == 3 + 8
+
+
+@pytest.mark.parametrize(
+    ("sums", "message"),
+    [
+        (b"\xff\xfe", "line 1: not a line of sha256sum"),
+        (b"nonsense\n", "line 1: not a line of sha256sum"),
+        (b"0" * 64 + b"  x\n\n", "line 2: not a line of sha256sum"),
+        (b"0" * 64 + b"  x\n" + b"1" * 64 + b"  x\n", "line 2: x is listed twice"),
+    ],
+)
+def test_checksums_that_are_none_are_bad_input(run: Path, sums: bytes, message: str) -> None:
+    (run / "SHA256SUMS").write_bytes(sums)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        verify(run)
+
+
+def test_names_that_are_not_there_reach_no_terminal_raw(run: Path) -> None:
+    (run / "SHA256SUMS").write_bytes(b"0" * 64 + b"  \x1b[31mred\xff\n")
+    with pytest.raises(CheckpointError) as refusal:
+        verify(run)
+    assert "\\x1b[31mred\\udcff: missing" in str(refusal.value)
+
+
+def test_the_folder_one_is_in_has_a_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run)
+    assert bundle(Path()) == run.with_name("run.tar.gz")
+    with pytest.raises(ConfigError, match="s3://"):
+        bundle(run, Path("s3://bucket/run.tar.gz"))

@@ -16,7 +16,11 @@ from djinn.profiles import load_profile
 
 
 def given(run_dir: Path | str | None, **changes: Any) -> dict[str, Any]:
-    return dict.fromkeys(notebook.PARAMETERS) | {"profile": "smoke_tiny", "run_dir": run_dir and str(run_dir)} | changes
+    """Return what a kernel's namespace holds after the parameters cell and the cell that papermill injects."""
+    cell = "\n".join(f"{name} = None" for name in notebook.PARAMETERS)
+    injected = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in changes.items())
+    names = dict.fromkeys(notebook.PARAMETERS) | {"profile": "smoke_tiny", "run_dir": run_dir and str(run_dir)}
+    return names | changes | {"In": ["", cell, injected]}
 
 
 def test_unset_parameters_keep_the_profiles_values(tmp_path: Path):
@@ -64,8 +68,33 @@ def test_a_missing_parameter_is_refused(tmp_path: Path):
         notebook.begin("02_baselines", namespace)
 
 
-def test_what_cells_make_is_not_taken_for_a_parameter(tmp_path: Path):
-    notebook.begin("x", given(tmp_path, json=json, begin=notebook.begin, In=["x"], Out={}, _i="x", records=[object()]))
+def test_what_nobody_gave_is_not_taken_for_a_parameter(tmp_path: Path):
+    startup = {
+        "json": json,
+        "begin": notebook.begin,
+        "Out": {},
+        "_i": "x",
+        "records": [object()],
+        "modle": "70b",
+        "e": 2.7,
+    }
+    namespace = given(tmp_path) | startup | {"e": 2.7}
+    namespace["In"] = ["", "modle = '70b'", "%pylab", *namespace["In"][1:], "e = 2.7"]  # the user's own cells
+    notebook.begin("x", namespace)
+
+
+def test_a_misspelt_parameter_is_forgotten_once_its_cell_is_mended(tmp_path: Path):
+    namespace = given(tmp_path)
+    before, mended = namespace["In"][1] + "\nmodle = '70b'", namespace["In"][1]
+    with pytest.raises(ConfigError, match="no parameter 'modle'"):
+        notebook.begin("x", namespace | {"modle": "70b", "In": ["", before]})
+    notebook.begin("x", namespace | {"modle": "70b", "In": ["", before, mended]})
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "hdfs://host/run", "/here/s3:/bucket"])
+def test_a_run_directory_elsewhere_is_refused_by_name(url: str):
+    with pytest.raises(ConfigError, match=r"(s3|gs|hdfs)://…: results go to a folder of this machine"):
+        notebook.begin("x", given(url))
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path):

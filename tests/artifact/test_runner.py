@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -9,6 +12,8 @@ import pytest
 from fabricated import fabricated
 
 from djinn.artifact import runner
+from djinn.bench import ownership
+from djinn.bench.ownership import owned
 from djinn.bench.records import append_record
 from djinn.errors import ConfigError, DjinnError
 from djinn.profiles import load_profile
@@ -25,13 +30,13 @@ Path(run_dir, "results", "probe.done.json").write_text('{"wall_s": 1}')
 def run(tmp_path: Path):
     """Execute a notebook of the given cells with the runner; return the run directory."""
 
-    def execute(*cells: str) -> Path:
+    def execute(*cells: str, name: str = "run") -> Path:
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (PARAMETERS, *cells)])
         notebook.cells[0].metadata["tags"] = ["parameters"]
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, tmp_path / "probe.ipynb")
-        runner.execute(tmp_path / "probe.ipynb", tmp_path / "run", {"run_dir": str(tmp_path / "run")})
-        return tmp_path / "run"
+        runner.execute(tmp_path / "probe.ipynb", tmp_path / name, {"run_dir": str(tmp_path / name)})
+        return tmp_path / name
 
     return execute
 
@@ -109,3 +114,41 @@ def test_a_notebook_is_expected_to_take_what_it_took_in_the_reference_run():
     alone = [runner.expected_s(load_profile("smoke_tiny"), name) for name in runner.NOTEBOOKS]
     assert sum(alone) == pytest.approx(2 * 60 + 4 * 5)
     assert min(alone) > 5
+
+
+@pytest.mark.parametrize("name", ["{}", "{x}", "a{0}b", "{{y}}", "100%"])
+def test_a_folders_name_is_no_template(run, tmp_path: Path, name: str):
+    assert run(SENTINEL, name=name) == tmp_path / name
+    assert (tmp_path / name / "notebooks" / "probe.ipynb").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "probe.ipynb"])
+
+
+def test_notebooks_run_in_this_interpreter_whatever_kernels_there_are(run, tmp_path: Path, monkeypatch):
+    kernels = tmp_path / "jupyter" / "kernels" / "python3"
+    kernels.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "another", "language": "python"}
+    (kernels / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    where = run("import sys\nprint('ran in', sys.executable)", SENTINEL)
+    assert f"ran in {sys.executable}" in (where / "logs" / "probe.log").read_text()
+
+
+def test_the_kernel_works_in_the_directory_that_its_parent_has(run, tmp_path: Path):
+    cell = "from pathlib import Path\nfrom djinn.bench.ownership import owned\nwith owned(Path(run_dir)): print('mine')"
+    with owned(tmp_path / "run"):
+        where = run(cell, SENTINEL)
+    assert "mine" in (where / "logs" / "probe.log").read_text()
+
+
+def test_a_second_reproduction_is_refused_before_anything_is_measured(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(ownership, "_line", lambda _: set())  # as another process would see it
+    with owned(tmp_path / "run"), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        runner.reproduce("smoke_tiny", tmp_path / "run")
+    assert not (tmp_path / "run" / "notebooks").exists()
+
+
+def test_a_log_that_cannot_be_written_ends_the_notebook(run, tmp_path: Path):
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "probe.log").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*probe\.ipynb'"):
+        run("print('x')", SENTINEL)

@@ -1,6 +1,8 @@
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -169,3 +171,72 @@ def test_a_real_worker_killed_while_it_works_is_out_of_memory(profile, tmp_path,
 def test_a_missing_checkpoint_stops_the_comparison(profile, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         run_baselines(profile.override(model="nowhere"), tmp_path)
+
+
+SLOW = """
+import os, sys, time
+replies = os.fdopen(int(sys.argv[1]), "w")
+for line in sys.stdin:
+    if "start" not in line:
+        time.sleep(600)  # hears nothing any more
+    print('{"status": "ok", "fields": {}}', file=replies, flush=True)
+"""
+
+
+def test_workers_have_the_same_seconds_to_go_in(monkeypatch, profile, tmp_path):
+    monkeypatch.setattr(worker_client, "COMMAND", (sys.executable, "-c", SLOW))
+    monkeypatch.setattr(worker_client, "_CLOSE_S", 1.0)
+    with Bench("baselines", profile, tmp_path, keep=True) as bench:
+        bench._start(lanes(profile, *"abcdef"))
+        assert len(children()) == 6
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+    assert not children()
+
+
+def test_who_is_interrupted_waits_for_no_worker(monkeypatch, profile, tmp_path):
+    monkeypatch.setattr(worker_client, "COMMAND", (sys.executable, "-c", SLOW))
+    bench = Bench("baselines", profile, tmp_path, keep=True).__enter__()
+    bench._start(lanes(profile, *"abc"))
+    began = time.monotonic()
+    bench.__exit__(KeyboardInterrupt, None, None)
+    assert time.monotonic() - began < 5
+    assert not children()
+
+
+TETHERED = """
+import sys, time, types
+worker = types.ModuleType("djinn.bench.worker")
+worker.main = lambda: print("importing", flush=True) or time.sleep(600)  # and hears nothing
+sys.modules["djinn.bench.worker"] = worker
+from djinn.bench import tethered
+tethered.main()
+"""
+HARNESS = """
+import sys, time
+from pathlib import Path
+from djinn.bench import worker_client
+worker_client.COMMAND = (sys.executable, "-c", sys.argv[1])
+worker = worker_client.WorkerProcess(Path(sys.argv[2]))
+print(worker._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_still_importing_dies_with_its_harness(tmp_path, number):
+    command = [sys.executable, "-c", HARNESS, TETHERED, str(tmp_path / "log")]
+    harness = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(harness.stdout.readline()))
+    while "importing" not in (tmp_path / "log").read_text():
+        time.sleep(0.05)
+    harness.send_signal(number)
+    harness.communicate()
+    psutil.wait_procs([worker], timeout=5)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_worker_is_tied_before_it_imports_anything_heavy():
+    code = "import sys; from djinn.bench import tethered; print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "transformers", "pydantic", "numpy"} & set(said.split())

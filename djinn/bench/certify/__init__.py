@@ -24,6 +24,7 @@ from djinn.bench.certify.certification import Certification
 from djinn.bench.certify.checks import check_all
 from djinn.bench.certify.findings import Findings, Package
 from djinn.bench.certify.proof import prove
+from djinn.bench.ownership import owned
 from djinn.bench.rates import compute, disk, link
 from djinn.engine.opened import outlined
 from djinn.errors import ConfigError
@@ -45,8 +46,14 @@ def certify(profile: Profile, run_dir: Path, *, progress: bool = True) -> Certif
     again.
 
     Raises:
+        ConfigError: another process measures in the run directory.
         OSError: the run directory cannot be written.
     """
+    with owned(run_dir):
+        return _certified(profile, run_dir, progress)
+
+
+def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification:
     target = run_dir / CERTIFICATION
     checkpoint = _checkpoint(profile)
     folder = CHECKPOINT_DIR if checkpoint else run_dir

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from djinn.bench.certify.findings import Check
 from djinn.bench.certify.proof import Proof
@@ -16,6 +16,7 @@ from djinn.errors import ConfigError
 from djinn.hardware import Machine
 from djinn.places import certification_path
 from djinn.planning.prediction import Rates
+from djinn.reading import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +92,6 @@ def read_certification(run_dir: Path) -> Certification | None:
     if path is None:
         return None
     try:
-        return Certification.model_validate_json(path.read_text())
-    except ValidationError as error:
-        raise ConfigError(f"{path}: not a certification: {error}; delete it and certify again") from None
+        return read_json(path, Certification)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; delete it and certify again") from None

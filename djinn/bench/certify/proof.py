@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import djinn
 from djinn.bench.systems.common import deterministic_attention
 from djinn.planning.workspace import Workload, workspace_bytes
+from djinn.sizes import Count
 from djinn.weights.synthetic_checkpoint import synthesise
 
 MODEL = "llama-tiny"
@@ -33,9 +34,9 @@ class Proof(BaseModel):
 
     model: str
     device: str
-    model_bytes: int
-    device_bytes: int
-    link_bytes: int
+    model_bytes: Count
+    device_bytes: Count
+    link_bytes: Count
     steps: int
     """Forward passes whose logits were compared: the prefill and the decode steps."""
     logits_equal: bool

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.functional import linear
 
 from djinn.planning import prediction as predict
@@ -42,8 +42,8 @@ class ComputeRate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: int
-    gbps: float
+    tokens: int = Field(gt=0, le=10**9)
+    gbps: float = Field(gt=0, le=10**9)
 
 
 class Compute(BaseModel):
@@ -53,14 +53,14 @@ class Compute(BaseModel):
 
     device: str
     rates: tuple[ComputeRate, ...]
-    module_s: float
+    module_s: float = Field(ge=0, le=10**9)
     """Host seconds of a module that has weights."""
-    pass_s: float | None = None
+    pass_s: float | None = Field(default=None, ge=0, le=10**9)
     """Host seconds of a pass of ``generate`` beside its modules'. None in records from before the two were told apart:
     there ``module_s`` is a pass over the modules of a model that has few."""
-    call_s: float = 0.0
+    call_s: float = Field(default=0.0, ge=0, le=10**9)
     """Host seconds of a call of ``generate`` before its first pass."""
-    last_token_gbps: float | None = None
+    last_token_gbps: float | None = Field(default=None, gt=0, le=10**9)
     """Bytes of weights by the last of several tokens in a second, in 10^9: the output projection of a prompt."""
 
     def rates_with(self, *, link: float | None, disk: float | None) -> Rates:

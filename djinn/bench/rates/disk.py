@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from djinn.errors import CheckpointError
 from djinn.transport.reader import THREADS, Buffer, Reader, allocate
@@ -38,7 +38,7 @@ class DiskRate(BaseModel):
     kind: Kind
     mode: Mode
     threads: int
-    gbps: float | None
+    gbps: float | None = Field(gt=0, le=10**9)
     reason: str = ""
 
 

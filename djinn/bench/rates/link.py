@@ -16,10 +16,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from djinn.errors import PlanError
+from djinn.sizes import Count
 from djinn.transport.arena import PinnedMemory
 
 Kind = Literal["pinned to device", "pageable to device", "device to pinned", "memcpy"]
@@ -37,8 +38,8 @@ class LinkRate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
-    chunk_bytes: int
-    gbps: float
+    chunk_bytes: Count
+    gbps: float = Field(gt=0, le=10**9)
 
 
 def rates(chunks: Sequence[int]) -> list[LinkRate]:
