@@ -19,4 +19,8 @@ def command(arguments: list[str], log: str) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.argv = ["djinn", *arguments]
-    main(arguments)
+    try:
+        main(arguments)
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(int(end.code or 0))  # a signal that comes later would find multiprocessing's own ending
