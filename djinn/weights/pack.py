@@ -258,4 +258,6 @@ def _claim(unfinished: Path, state: dict[str, Any]) -> None:
     if begun not in (None, state):
         raise CheckpointError(f"{unfinished}: was begun from another source, or from this one as it was; remove it")
     if begun is None:
+        for part in unfinished.glob(f".{_STATE}*"):  # of a process that was killed while it wrote the note
+            part.unlink()
         write_text(path, json.dumps(state))
