@@ -22,8 +22,8 @@ from djinn.files import unfinished
 def wait():
     with unfinished(Path(sys.argv[1])) as part:
         part.write_text("half")
-        print("begun", flush=True)
         try:
+            print("begun", flush=True)
             time.sleep(60)
         finally:
             time.sleep(0.5)  # cleaning up takes a while
