@@ -1,7 +1,7 @@
 """Checkpoints made at random: djinn gives what transformers does, bit for bit, or refuses; never anything else.
 
 Each is loaded by transformers, and by djinn streamed, resident and packed. Where transformers cannot load it, or makes
-up what the files lack, djinn has to refuse. ``DJINN_FAULTS_CASES`` says how many are made.
+up what the files lack, djinn has to refuse. ``DJINN_FAULTS_SCALE`` makes more of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import djinn
 from djinn.errors import DjinnError
 from djinn.weights.models import quiet
 
-CASES = int(os.environ.get("DJINN_FAULTS_CASES", "150"))
+CASES = round(150 * float(os.environ.get("DJINN_FAULTS_SCALE", "1")))
 WORK: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 4, "device": "cpu"}
 PROMPT = torch.arange(5, 11)[None]
 

@@ -1,6 +1,6 @@
 """Generated faults: hostile words in a run, damaged files, and processes that are killed, then asked again.
 
-By default a few hundred cases in about a minute; ``DJINN_FAULTS_CASES=10`` makes them ten times as many.
+By default a few hundred cases in about a minute; ``DJINN_FAULTS_SCALE=10`` makes them ten times as many.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ from djinn.figures import draw, draw_all
 from djinn.profiles import Profile, load_profile
 from djinn.weights.synthetic_checkpoint import synthesise
 
-SCALE = float(os.environ.get("DJINN_FAULTS_CASES", "1"))
+pytestmark = pytest.mark.slow
+
+SCALE = float(os.environ.get("DJINN_FAULTS_SCALE", "1"))
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _SPACED = r"""
 <script>alert(1)</script> <img/src=x/onerror=alert(1)> </td></tr></table> "><b> <!-- &lt; ' ![x](http://e.example/x.png)

@@ -1,6 +1,6 @@
 """What users do with a model that streams, at random: the resident model's output, or an error that says why not.
 
-Each case is a model, a budget and some acts, seeded by its number. ``DJINN_FAULTS_CASES`` says how many there are.
+Each case is a model, a budget and some acts, seeded by its number. ``DJINN_FAULTS_SCALE`` makes more of them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import djinn
 from djinn.engine.load import placement
 from djinn.errors import DjinnError
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
-CASES = int(os.environ.get("DJINN_FAULTS_CASES", "200"))
+CASES = round(100 * float(os.environ.get("DJINN_FAULTS_SCALE", "1")))
 GROUPS = 10
 """Tests that share the cases."""
 NAMES = ("llama", "gpt2", "opt", "phi3", "mixtral", "t5", "whisper", "bert", "albert", "vit", "clip", "llava")
