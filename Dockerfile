@@ -7,7 +7,5 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /djinn
-COPY requirements.lock pyproject.toml Makefile README.md LICENSE ./
-COPY djinn djinn
-RUN make env
 COPY . .
+RUN make env

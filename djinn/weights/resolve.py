@@ -29,8 +29,11 @@ SYNTHETIC = "synthetic:"
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WANTED_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
-_UNWANTED_FILES = ["*/*", "consolidated*"]  # other formats of the same weights
+_READ_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.tokenizer", "*.model", "*.tiktoken", "*.codes", "*.txt"]
+"""Weights, configs and every kind of vocabulary that transformers' tokenizers read."""
+WANTED_FILES = [*_READ_FILES, "*.jinja"]
+UNWANTED_FILES = ["consolidated*", *(f"*/{name}" for name in _READ_FILES)]
+"""Other formats of the same weights; in folders lie chat templates alone."""
 
 
 def synthetic_folder(architecture: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
@@ -138,7 +141,7 @@ def _write_header(hub: HfFileSystem, path: str, revision: str | None, target: Pa
 def _fetched(repo: str, revision: str | None) -> Path:
     with _hub_errors(repo, revision):
         return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES)
+            snapshot_download(repo, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
         )
 
 

@@ -14,11 +14,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
 from djinn.weights import resolve as checkpoint_module
 from djinn.weights import synthetic_checkpoint
-from djinn.weights.resolve import is_synthetic, outline, resolve
+from djinn.weights.resolve import UNWANTED_FILES, WANTED_FILES, is_synthetic, outline, resolve
 from djinn.weights.shards import read_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -204,3 +205,18 @@ def test_a_plan_without_a_connection_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UnavailableError, match="cannot be reached"):
         outline(f"org/name@{COMMIT}", tmp_path / "hollow")
+
+
+def test_what_is_fetched_is_what_transformers_reads() -> None:
+    read = [
+        "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
+        "merges.txt", "vocab.txt", "bpe.codes", "spiece.model", "sentencepiece.bpe.model", "prophetnet.tokenizer",
+        "qwen.tiktoken", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    others = [
+        "pytorch_model.bin", "model.gguf", "consolidated.safetensors", "consolidated.00.pth", "modeling_own.py",
+        "original/params.json", "original/tokenizer.model", "onnx/model.onnx", "fp16/model.safetensors", "README.md",
+    ]  # fmt: skip
+    kept = filter_repo_objects([*read, *others], allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
+    assert list(kept) == read
