@@ -20,7 +20,19 @@ _BAD_INPUT = (ConfigError, CheckpointError, PlanError, UnavailableError)
 
 
 EXTRAS = {
-    "artifact": ("IPython", "jinja2", "matplotlib", "nbconvert", "nbformat", "pandas", "papermill", "seaborn"),
+    "artifact": (
+        "IPython",
+        "ipykernel",
+        "jinja2",
+        "jupyter_client",
+        "matplotlib",
+        "nbclient",
+        "nbconvert",
+        "nbformat",
+        "pandas",
+        "papermill",
+        "seaborn",
+    ),  # fmt: skip
     "baselines": ("deepspeed", "ninja"),
 }
 """The packages that an extra brings, by the names that they are imported by."""
