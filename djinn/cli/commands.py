@@ -32,7 +32,7 @@ EXTRAS = {
         "pandas",
         "papermill",
         "seaborn",
-    ),  # fmt: skip
+    ),
     "baselines": ("deepspeed", "ninja"),
 }
 """The packages that an extra brings, by the names that they are imported by."""
