@@ -184,7 +184,6 @@ def test_a_missing_extra_is_named_in_one_line(missing: str, command: list[str], 
     assert finished.stdout == ""
 
 
-@pytest.mark.slow
 def test_plans_and_measurements_of_this_machine_need_no_extra(tmp_path: Path) -> None:
     """The core dependencies alone; what continuous integration installs in an environment of its own."""
     blocked = [name for names in EXTRAS.values() for name in names]

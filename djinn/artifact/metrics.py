@@ -9,9 +9,9 @@ from statistics import median
 import pandas as pd
 
 from djinn.bench.certify.proof import Proof
-from djinn.bench.records import Record
+from djinn.bench.records import Record, system_label
 from djinn.bench.run import Run
-from djinn.bench.statistics import reference_label, system_label, tokens_agree
+from djinn.bench.statistics import reference_label, tokens_agree
 from djinn.figures import frames
 from djinn.profiles import Profile
 

@@ -97,6 +97,11 @@ class Record(BaseModel):
         return None if self.link_bytes is None or self.wall_s is None else self.link_bytes / self.wall_s / 1e9
 
 
+def system_label(record: Record) -> str:
+    """Return ``system`` or ``system:variant``, as profiles write it."""
+    return f"{record.system}:{record.variant}" if record.variant else record.system
+
+
 def append_record(path: Path, record: Record) -> None:
     """Append ``record`` as one line, written and flushed in one call so that an interrupt cannot tear it.
 

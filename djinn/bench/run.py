@@ -13,8 +13,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from djinn.bench.certify.certification import Certification, read_certification
-from djinn.bench.records import Record, latest, read_records
-from djinn.bench.statistics import system_label
+from djinn.bench.records import Record, latest, read_records, system_label
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine

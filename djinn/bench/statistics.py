@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 
-from djinn.bench.records import Record, latest
+from djinn.bench.records import Record, latest, system_label
 from djinn.errors import ConfigError
 
 # 0.975 quantiles of Student's t for 1..30, 40, 60 and 120 degrees of freedom and for the normal distribution:
@@ -74,11 +74,6 @@ def summarise(samples: Sequence[float]) -> Summary:
         return Summary(n, mean, std, median, None, None)
     half = _T_975[max(df for df in _T_975 if df < n)] * std / math.sqrt(n)
     return Summary(n, mean, std, median, mean - half, mean + half)
-
-
-def system_label(record: Record) -> str:
-    """Return ``system`` or ``system:variant``, as profiles write it."""
-    return f"{record.system}:{record.variant}" if record.variant else record.system
 
 
 def summary_frame(records: Iterable[Record]) -> pd.DataFrame:

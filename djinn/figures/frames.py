@@ -39,9 +39,8 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from djinn.bench.records import Record
+from djinn.bench.records import Record, system_label
 from djinn.bench.run import Run
-from djinn.bench.statistics import system_label
 from djinn.errors import ConfigError
 from djinn.reading import read_csv, read_json_lines
 from djinn.sizes import Count, parse_bytes
