@@ -102,3 +102,34 @@ def test_two_hundred_passes_of_streams_of_any_speed_are_bit_stable(
             if chance.random() < 0.1:
                 djinn.cool(model)
             assert torch.equal(model(ids).logits, whole(ids).logits), number
+
+
+@pytest.mark.parametrize("coding", [None, "lossless"])
+def test_weights_read_between_passes_are_the_true_ones(codable_checkpoint: Path, coding: str | None) -> None:
+    """Streamed ones, from pinned memory and from disk, raw and coded; passes go on as before."""
+    planned = djinn.plan(codable_checkpoint, budget="80 GB", prompt_tokens=8, new_tokens=8, device="cuda")
+    model = djinn.load(
+        codable_checkpoint,
+        budget=planned.workspace_bytes + planned.model_bytes * 6 // 10,
+        ring="6 MB",
+        prompt_tokens=8,
+        new_tokens=8,
+        device="cuda",
+        host_memory="30 MB" if coding else "4 MB",
+        coding=coding,  # type: ignore[arg-type]
+    )
+    whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval().to("cuda")
+    plan = engine_of(model).plan
+    assert plan.streamed
+    assert coding or plan.disk_bytes
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(IDS.cuda()).logits, whole(IDS.cuda()).logits)
+            for (name, weight), (_, wanted) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+                assert weight.device.type == "cuda"
+                assert torch.equal(weight * 2, wanted * 2), name
+                assert torch.equal(weight[0], wanted[0]), name
+    state = model.state_dict()
+    assert all(torch.equal(state[name].cpu(), wanted.cpu()) for name, wanted in whole.state_dict().items())
+    djinn.detach(model)
+    assert torch.equal(model.cuda()(IDS.cuda()).logits, whole(IDS.cuda()).logits)
