@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM
 
 import djinn
 from djinn.bench.records import read_records
+from djinn.engine.heap import trim_heap
 from djinn.profiles import load_profile
 from djinn.transport.reader import Reader
 
@@ -80,9 +81,10 @@ def loads(tally: Tally, count: int, chance: random.Random) -> None:
     folder = djinn.resolve(f"synthetic:{SMALL}")
     process = psutil.Process()
 
-    def held() -> tuple[int, int, int]:
+    def held() -> tuple[int, int, int, int]:
         gc.collect()
-        return process.memory_info().rss, process.num_fds(), threading.active_count()
+        trim_heap()
+        return process.memory_info().rss, process.num_fds(), threading.active_count(), len(gc.get_objects())
 
     before = held()
     for number in range(count):
@@ -94,10 +96,12 @@ def loads(tally: Tally, count: int, chance: random.Random) -> None:
         if number == count // 10:
             before = held()
     after = held()
-    tally.expect(after[1:] == before[1:], f"files and threads {before[1:]} became {after[1:]}")
-    growth = (after[0] - before[0]) / max(count - count // 10, 1)
+    measured = max(count - count // 10, 1)
+    tally.expect(after[1:3] == before[1:3], f"files and threads {before[1:3]} became {after[1:3]}")
+    objects, growth = ((now - then) / measured for now, then in ((after[3], before[3]), (after[0], before[0])))
+    tally.expect(objects < 1, f"{objects:.1f} Python objects more for each load")
     tally.expect(growth < 4096, f"{growth:.0f} bytes more for each load")
-    tally.notes.append(f"{count} loads; resident memory grew by {growth:.0f} bytes a load")
+    tally.notes.append(f"{count} loads; resident memory grew by {growth:.0f} bytes a load, freed memory aside")
 
 
 def passes(tally: Tally, count: int, chance: random.Random) -> None:
