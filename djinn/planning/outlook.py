@@ -98,6 +98,9 @@ def outlook(
     predicted, more, unknown = None, None, ""
     try:
         predicted = predict_for(chosen, work)
+        if not predicted.token_s:
+            predicted = None
+            raise UnavailableError("all weights are resident, and how fast this machine computes has not been measured")
         more = choice(chosen.budget + MORE_BYTES, work)
         batches = [choice(chosen.budget, replace(work, batch=2**k)) for k in range(largest_batch.bit_length())]
         most = chosen.model_bytes + chosen.workspace_bytes + chosen.scratch_bytes + MORE_BYTES // 100

@@ -111,3 +111,12 @@ def test_a_hub_id_is_planned_as_its_checkpoint(
     here = forecast(codable_checkpoint, rates=RATES, **told)  # type: ignore[arg-type]
     assert hub.predicted == here.predicted
     assert (hub.plan.tiers, hub.plan.slots) == (here.plan.tiers, here.plan.slots)
+
+
+def test_a_resident_model_takes_no_time_that_is_known() -> None:
+    """Where only the link was measured."""
+    known = Rates(device="cuda", link=10e9)
+    found = forecast("synthetic:llama-tiny", budget="4 GB", device="cuda", rates=known, free=FREE, **WORK)
+    assert not found.plan.streamed
+    assert found.predicted is None
+    assert "all weights are resident" in found.unknown
