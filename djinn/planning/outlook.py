@@ -97,10 +97,10 @@ def outlook(
     budgets: list[Choice | None] = []
     predicted, more, unknown = None, None, ""
     try:
-        predicted = predict_for(chosen, work)
-        if not predicted.token_s:
-            predicted = None
+        times = predict_for(chosen, work)
+        if not times.token_s:
             raise UnavailableError("all weights are resident, and how fast this machine computes has not been measured")
+        predicted = times
         more = choice(chosen.budget + MORE_BYTES, work)
         batches = [choice(chosen.budget, replace(work, batch=2**k)) for k in range(largest_batch.bit_length())]
         most = chosen.model_bytes + chosen.workspace_bytes + chosen.scratch_bytes + MORE_BYTES // 100
