@@ -81,7 +81,11 @@ class Coder:
         Their errors are CheckpointError: a file that cannot be read, or a tensor that changed since it was packed.
         """
         done: list[Future[int]] = []
-        for tensor in unit.tensors:
+        if unit.experts:
+            for expert, start in zip(unit.experts, unit.expert_offsets, strict=True):
+                done += self.fill(expert, image[start : start + expert.image_bytes])
+            return done
+        for tensor in unit.stored:
             if isinstance(tensor.entry.source, Encoded | Decoded | Converted):
                 self._make(tensor, image[tensor.offset : tensor.offset + tensor.entry.nbytes])
                 done += self._landing
@@ -100,7 +104,7 @@ class Coder:
             CheckpointError: as for :meth:`fill`.
         """
         for unit in units:
-            if any(tensor.entry.crc32 is not None for tensor in unit.tensors):
+            if any(tensor.entry.crc32 is not None for part in unit.experts or (unit,) for tensor in part.stored):
                 settle(self.fill(unit, allocate(unit.image_bytes)))
 
     def close(self) -> None:

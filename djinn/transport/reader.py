@@ -56,7 +56,7 @@ class Piece:
 def pieces(unit: Unit, chunk_bytes: int) -> list[Piece]:
     """Cut a unit into pieces of at most ``chunk_bytes`` that no two reads share a page of."""
     cut = []
-    for tensor in unit.tensors:
+    for tensor in unit.stored:
         start = 0
         while start < tensor.entry.nbytes:
             # After the first piece, every cut is at the end of a page of the image.
@@ -112,7 +112,7 @@ class Reader:
                 shape=piece.entry.shape,
                 dtype=piece.entry.dtype,
                 seed=source.seed,
-                start=piece.start,
+                start=source.start + piece.start,
             )
         elif isinstance(source, InMemory):
             target = torch.from_numpy(image[piece.offset : piece.offset + piece.nbytes])

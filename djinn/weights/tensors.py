@@ -53,6 +53,8 @@ class Seeded:
 
     name: str
     seed: int
+    start: int = 0
+    """The first of the tensor's bytes that is meant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +62,24 @@ class InMemory:
     """Bytes of a parameter as they lie in memory, without gaps; for as long as it has not been bound elsewhere."""
 
     parameter: torch.Tensor
+    start: int = 0
+    """The first of its bytes that is meant."""
 
     @property
     def bytes(self) -> torch.Tensor:
-        """All of them: uint8, one dimension, on the parameter's device."""
+        """All of them from there on: uint8, one dimension, on the parameter's device."""
         weights = self.parameter.detach()
-        return weights.as_strided((weights.numel(),), (1,)).view(torch.uint8)
+        return weights.as_strided((weights.numel(),), (1,)).view(torch.uint8)[self.start :]
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Bytes of several stored tensors, one behind the other: experts that a checkpoint keeps apart.
+
+    Each expert has as many ``parts`` as every other, in their order: its gate, its up, then those of the next one.
+    """
+
+    parts: tuple[TensorEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class TensorEntry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: FileSpan | Seeded | InMemory | Encoded | Decoded | Converted
+    source: FileSpan | Seeded | InMemory | Encoded | Decoded | Converted | Stacked
     layout: Layout | None = None
     crc32: Mapping[str, int] | None = None
     """Of each section, where the checkpoint is packed: what is read is verified when it is loaded."""
@@ -124,6 +138,40 @@ class TensorEntry:
         if isinstance(self.source, Encoded):
             return TensorEntry(self.dtype, self.shape, self.source.raw, stride=self.stride)
         return self if self.layout is None else TensorEntry(self.dtype, self.shape, Decoded(self))
+
+    @property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        """The stored tensors that it consists of, one behind the other: itself, unless it is stacked."""
+        return self.source.parts if isinstance(self.source, Stacked) else (self,)
+
+    def is_stack_of(self, count: int) -> bool:
+        """Return whether its first dimension is ``count`` matrices whose bytes can be had one by one."""
+        stored = self.source.stored if isinstance(self.source, Converted) else self
+        alike = len(self.shape) >= 3 and self.shape[0] == count and self.stride is None
+        return alike and not stored.crc32 and isinstance(stored.source, FileSpan | Seeded | InMemory | Stacked)
+
+    def expert(self, number: int) -> tuple[TensorEntry, ...]:
+        """Return the stored tensors that, one behind the other, are the tensor at ``number`` of the first dimension.
+
+        Raises:
+            ValueError: a tensor that is coded as a whole.
+        """
+        shape, source = self.shape[1:], self.source
+        if isinstance(source, Stacked):
+            each = len(source.parts) // self.shape[0]
+            return source.parts[number * each : (number + 1) * each]
+        start = number * math.prod(shape) * self.dtype.itemsize
+        match source:
+            case FileSpan():
+                return (TensorEntry(self.dtype, shape, FileSpan(source.path, source.offset + start)),)
+            case Seeded():
+                return (TensorEntry(self.dtype, shape, Seeded(source.name, source.seed, source.start + start)),)
+            case InMemory():
+                return (TensorEntry(self.dtype, shape, InMemory(source.parameter, source.start + start)),)
+            case Converted():
+                return tuple(part.to(self.dtype) for part in source.stored.expert(number))
+            case _:
+                raise ValueError("a tensor that is coded as a whole has no parts")
 
     def to(self, dtype: torch.dtype) -> TensorEntry:
         """The tensor in ``dtype``, raw; itself where it is stored so."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 from djinn.errors import CheckpointError
 from djinn.weights.index import WeightIndex
@@ -30,22 +31,42 @@ class Unit:
 
     ``readers`` are the modules that read it, in order; ``held`` says that a reader runs other units while it needs
     this one, so that it cannot be streamed and stays on the device. Sizes are cached: hooks ask for them.
+
+    A module that computes only with the experts which its router picks has a unit with ``experts``, each a unit in
+    itself; their images, back to back, are its own, and ``tensors`` says what it would be made of as a :meth:`whole`.
     """
 
     name: str
     readers: tuple[str, ...]
     tensors: tuple[PlacedTensor, ...]
     held: bool = False
+    experts: tuple[Unit, ...] = ()
+    is_expert: bool = False
+
+    @cached_property
+    def stored(self) -> tuple[PlacedTensor, ...]:
+        """The tensors as they are stored: those that are stacked, part by part, where each part goes."""
+        placed = []
+        for tensor in self.tensors:
+            end = tensor.offset
+            for part in tensor.entry.parts:
+                placed.append(PlacedTensor(tensor.name, part, end))
+                end += part.nbytes
+        return tuple(placed)
 
     @cached_property
     def image_bytes(self) -> int:
         """Size of the image, whole pages."""
+        if self.experts:
+            return sum(expert.image_bytes for expert in self.experts)
         last = self.tensors[-1]
         return _round_up(last.offset + last.entry.nbytes, PAGE)
 
     @cached_property
     def weight_bytes(self) -> int:
         """Bytes of the tensors as they travel, without padding."""
+        if self.experts:
+            return sum(expert.weight_bytes for expert in self.experts)
         return sum(tensor.entry.nbytes for tensor in self.tensors)
 
     @cached_property
@@ -56,12 +77,20 @@ class Unit:
     @cached_property
     def on_disk(self) -> bool:
         """Whether the image is in files as it is, so that it can be read from them in every pass."""
-        return all(isinstance(tensor.entry.source, FileSpan) for tensor in self.tensors)
+        tensors = (tensor for unit in self.experts or (self,) for tensor in unit.stored)
+        return all(isinstance(tensor.entry.source, FileSpan) for tensor in tensors)
 
     @cached_property
     def coded(self) -> bool:
         """Whether the image has to be decoded before it is read."""
-        return any(tensor.entry.layout is not None for tensor in self.tensors)
+        tensors = (tensor for unit in self.experts or (self,) for tensor in unit.tensors)
+        return any(tensor.entry.layout is not None for tensor in tensors)
+
+    @cached_property
+    def expert_offsets(self) -> tuple[int, ...]:
+        """Where in the image each expert's begins."""
+        ends = accumulate((expert.image_bytes for expert in self.experts), initial=0)
+        return tuple(ends)[: len(self.experts)]
 
     @cached_property
     def decoded(self) -> tuple[PlacedTensor, ...]:
@@ -77,8 +106,8 @@ class Unit:
 
     @cached_property
     def decoded_bytes(self) -> int:
-        """Size of the decoded image; 0 where nothing is coded."""
-        if not self.coded:
+        """Size of the decoded image; 0 where nothing is coded, and of experts, which share no scratch."""
+        if self.experts or not self.coded:
             return 0
         last = self.decoded[-1]
         layout = last.entry.layout
@@ -86,7 +115,13 @@ class Unit:
 
     def with_entries(self, change: Callable[[TensorEntry], TensorEntry]) -> Unit:
         """Return the unit with ``change`` applied to each of its tensors, laid out anew."""
-        return replace(self, tensors=lay_out([(tensor.name, change(tensor.entry)) for tensor in self.tensors]))
+        place = lay_out_expert if self.is_expert else lay_out
+        tensors = place([(tensor.name, change(tensor.entry)) for tensor in self.tensors])
+        return replace(self, tensors=tensors, experts=tuple(expert.with_entries(change) for expert in self.experts))
+
+    def whole(self) -> Unit:
+        """Return the unit as one that always travels whole."""
+        return replace(self, experts=())
 
     def raw(self) -> Unit:
         """Return the unit with its tensors raw."""
@@ -143,6 +178,21 @@ def lay_out(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
             offset = _round_up(end, ALIGNMENT)
             end = offset + entry.nbytes
         placed.append(PlacedTensor(name, entry, offset))
+    return tuple(placed)
+
+
+def lay_out_expert(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:
+    """Place an expert's tensors, raw ones first, so that all experts of a module have those at the same places.
+
+    Each raw one begins on a page, but for those of one name, which are parts of one tensor and stand back to back.
+    """
+    placed: list[PlacedTensor] = []
+    end = 0
+    for name, entry in sorted(tensors, key=lambda tensor: tensor[1].layout is not None):
+        joined = entry.layout is None and placed and placed[-1].name == name
+        offset = end if joined else _round_up(end, PAGE if entry.layout is None else ALIGNMENT)
+        placed.append(PlacedTensor(name, entry, offset))
+        end = offset + entry.nbytes
     return tuple(placed)
 
 

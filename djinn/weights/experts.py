@@ -1,0 +1,66 @@
+"""Which modules compute only with the experts that their router picks, by the mark that transformers leaves on them.
+
+A class with ``use_experts_implementation`` is called with hidden states [tokens, hidden], the numbers of the experts
+that each token goes to, and their weights, both [tokens, picked]; one of a few functions does the rest, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from djinn.weights.units import Unit, lay_out, lay_out_expert
+
+_MARKS = ("is_transposed", "has_bias", "has_gate", "num_experts")
+PICKED_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+)
+"""What configs call the number of experts that a router picks for a token."""
+
+
+def routed_experts(module: nn.Module) -> int:
+    """Return how many experts a module has of which a router picks; 0 where it does not carry the mark.
+
+    With experts on several devices it counts its own alone, and is taken as a whole.
+    """
+    if not all(hasattr(module, name) for name in _MARKS) or getattr(module, "_is_expert_parallel", False):
+        return 0
+    return int(module.num_experts)  # type: ignore[arg-type]
+
+
+def picked_experts(config: object) -> int:
+    """Return how many experts a config's routers pick for each token; 1 where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = (getattr(text, name, None) for name in PICKED_NAMES)
+    return next((count for count in found if isinstance(count, int) and count > 0), 1)
+
+
+def by_expert(units: Iterable[Unit], model: nn.Module) -> list[Unit]:
+    """Return ``units``, those of routed experts by their experts, each behind what its module has of other tensors."""
+    return [part for unit in units for part in _by_expert(unit, model)]
+
+
+def _by_expert(unit: Unit, model: nn.Module) -> list[Unit]:
+    count = routed_experts(model.get_submodule(unit.readers[0])) if len(unit.readers) == 1 and not unit.held else 0
+    theirs = [tensor for tensor in unit.tensors if tensor.entry.is_stack_of(count)]
+    if count < 2 or not theirs:
+        return [unit]
+    others = [(tensor.name, tensor.entry) for tensor in unit.tensors if tensor not in theirs]
+    experts = tuple(
+        Unit(
+            name=f"{unit.name}[{number}]",
+            readers=unit.readers,
+            tensors=lay_out_expert([(tensor.name, part) for tensor in theirs for part in tensor.entry.expert(number)]),
+            is_expert=True,
+        )
+        for number in range(count)
+    )
+    tensors = lay_out([(tensor.name, tensor.entry) for tensor in theirs])
+    beside = [Unit(f"{unit.name} (beside its experts)", unit.readers, lay_out(others))] if others else []
+    return [*beside, Unit(unit.name, unit.readers, tensors, experts=experts)]
