@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from djinn.engine.binding import Weights, buffer_homes, move_buffers
 from djinn.engine.coding import Scratch, decoding
 from djinn.engine.device_memory import hold_workspace
+from djinn.engine.experts import Experts, Layer
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
 from djinn.engine.presence import presences
@@ -24,7 +25,9 @@ from djinn.transport.arena import Arena
 from djinn.transport.copier import Copier, Source
 from djinn.transport.cpu import CpuCopier
 from djinn.transport.cuda import CudaCopier
-from djinn.transport.reader import allocate
+from djinn.transport.fetcher import CpuFetcher, Fetcher
+from djinn.transport.fetcher_cuda import CudaFetcher
+from djinn.transport.reader import Reader, allocate
 from djinn.transport.residents import load_residents
 from djinn.transport.stats import Stats
 from djinn.weights.quantised import gather_states
@@ -46,6 +49,8 @@ class Engine:
     weights: Weights
     copier: Copier
     streamer: Streamer
+    experts: Experts | None
+    """What fetches routed experts, where there are any."""
     stats: Stats
     before: Before
     resources: ExitStack
@@ -103,12 +108,17 @@ def start(
         unit.name: copier.ring[slot.offset : slot.offset + slot.nbytes]
         for unit, slot in zip(planned.streamed, planned.slots, strict=True)
     }
+    if planned.routed:
+        fetcher = _fetcher(planned, copier, reader, stats, device)
+        undo.callback(fetcher.close)
     scratch = Scratch(planned.scratch_bytes, device)
     decodings = {}
+    for unit in planned.routed:
+        weights.bind_experts(unit, fetcher.pool)
     for unit in planned.units:
         image = slots.get(unit.name, weights.images.get(unit.name))
-        if image is None:
-            continue  # it stays where it is
+        if image is None or unit.experts:
+            continue  # it stays where it is, or comes when it is picked
         if unit.coded:
             decodings[unit.name] = decoding(unit, image, scratch)
             weights.bind(unit.decoded, scratch.buffer)
@@ -130,10 +140,26 @@ def start(
     undo.callback(streamer.detach)
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
+    experts = None
+    if planned.routed:
+        layers = [Layer.of(unit, arena.images.get(unit.name), fetcher.pool) for unit in planned.routed]
+        experts = Experts(layers, fetcher, planned.pool, stats, streamer.turns)
+        undo.callback(experts.detach)
+        experts.attach(model)
     undo.callback(model.register_forward_hook(explain, always_call=True).remove)
     for handle in itertools.chain(guard(model), save_from_store(model, planned, weights)):
         undo.callback(handle.remove)
-    return Engine(planned, weights, copier, streamer, stats, before, undo.pop_all())
+    return Engine(planned, weights, copier, streamer, experts, stats, before, undo.pop_all())
+
+
+def _fetcher(planned: Plan, copier: Copier, reader: Reader, stats: Stats, device: torch.device) -> Fetcher:
+    """Return what brings experts into a pool, which it allocates."""
+    shape = planned.pool.slots, planned.pool.slot_bytes
+    if isinstance(copier, CudaCopier):
+        pool = torch.empty(shape, dtype=torch.uint8, device=device)
+        on_disk = any(unit.experts for unit in planned.at(Tier.DISK))
+        return CudaFetcher(pool, reader, stats, on_disk=on_disk, zero=copier.zero)
+    return CpuFetcher(allocate(planned.pool.nbytes).reshape(shape), reader, stats)
 
 
 def note_state(model: nn.Module) -> Before:

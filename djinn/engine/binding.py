@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
-import numpy as np
 import torch
 from torch import nn
 
-from djinn.codec.decode import decode
 from djinn.engine.coding import Coder
 from djinn.engine.heap import trim_heap
-from djinn.errors import CheckpointError
+from djinn.engine.waiting import own, waiting_weights
 from djinn.transport.reader import Buffer, allocate, settle
 from djinn.weights.index import WeightIndex
 from djinn.weights.models import owners
-from djinn.weights.tensors import FileSpan, InMemory
+from djinn.weights.tensors import InMemory
 from djinn.weights.units import PlacedTensor, Unit
 
 TRIM_BYTES = 64 * 2**20
@@ -88,7 +86,7 @@ class Weights:
         """Note where the image of ``unit`` (uint8) is for good; nothing else holds its bytes from here on."""
         self.images[unit.name] = image
         for tensor in unit.tensors:
-            if tensor.entry.layout is None:
+            if tensor.entry.layout is None and not unit.experts:
                 self.bind([tensor], image)
             else:
                 for parameter in self.of(tensor):
@@ -97,10 +95,15 @@ class Weights:
     def bind(self, tensors: Sequence[PlacedTensor], image: torch.Tensor) -> None:
         """Make parameters views of ``image`` (uint8, raw weights at the tensors' places)."""
         for tensor in tensors:
-            self._bind(tensor, image[tensor.offset : tensor.offset + tensor.entry.raw_bytes])
+            self._bind(tensor, tensor.entry.view(image[tensor.offset : tensor.offset + tensor.entry.raw_bytes]))
 
-    def _bind(self, tensor: PlacedTensor, raw: torch.Tensor) -> None:
-        weights = tensor.entry.view(raw)
+    def bind_experts(self, unit: Unit, pool: torch.Tensor) -> None:
+        """Give parameters of routed experts their shape on the pool's device; what they show is nobody's weights."""
+        for tensor in unit.tensors:
+            element = pool.view(-1).view(tensor.entry.dtype)[:1]
+            self._bind(tensor, element.expand(tensor.entry.shape))
+
+    def _bind(self, tensor: PlacedTensor, weights: torch.Tensor) -> None:
         for parameter in self.of(tensor):
             with torch._C.DisableTorchFunctionSubclass():  # it may be away: see djinn.engine.presence
                 parameter.data = weights
@@ -130,42 +133,20 @@ class Weights:
             if unit.name in self.images:
                 for tensor in unit.tensors:
                     if not any(map(self.is_changed, self.of(tensor))):
-                        self._bind(tensor, stored_bytes(tensor, self.images[unit.name]))
+                        self._bind(tensor, waiting_weights(unit, tensor, self.images[unit.name]))
             elif unit.on_disk:
-                raw = unit.raw()
+                raw = unit.whole().raw()
                 image = allocate(raw.image_bytes)
                 settle(self.coder.fill(raw, image))
                 for tensor in raw.tensors:
-                    self._bind(tensor, _own(torch.from_numpy(image[tensor.offset :][: tensor.entry.nbytes])))
+                    stored = own(torch.from_numpy(image[tensor.offset :][: tensor.entry.nbytes]))
+                    self._bind(tensor, tensor.entry.view(stored))
 
     def go_home(self) -> None:
         """Move parameters to the device where each was, and let them ask for gradients again as they did."""
         for parameter, device, requires_grad in self._homes:
             parameter.data = parameter.data.to(device)
             parameter.requires_grad_(requires_grad)
-
-
-def stored_bytes(tensor: PlacedTensor, image: torch.Tensor | None) -> torch.Tensor:
-    """Return a tensor's raw bytes (uint8, one dimension) in host memory, in a storage of their own.
-
-    Copied are only those that lie on a GPU or are coded. Without an ``image`` they are a private map of their file.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-    entry = tensor.entry
-    if image is None:
-        assert isinstance(entry.source, FileSpan)
-        stored = _mapped(entry.source, entry.nbytes)
-    else:
-        stored = _own(image[tensor.offset : tensor.offset + entry.nbytes].cpu())
-    if entry.layout is None:
-        return stored
-    if stored.data_ptr() % 16:
-        stored = stored.clone()
-    raw = torch.empty(entry.layout.decoded_bytes, dtype=torch.uint8)
-    decode(stored, entry.layout, raw)
-    return _own(raw[: entry.raw_bytes])
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -223,17 +204,3 @@ def move_buffers(model: nn.Module, homes: Mapping[tuple[str, str], torch.device]
 
 def _was_in_memory(tensor: PlacedTensor) -> bool:
     return isinstance(tensor.entry.raw.source, InMemory)
-
-
-def _own(host: torch.Tensor) -> torch.Tensor:
-    """Return the same host memory as a storage of exactly these bytes, so that who saves it saves no more."""
-    return torch.from_numpy(host.numpy()) if host.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _mapped(source: FileSpan, nbytes: int) -> torch.Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    try:
-        return torch.from_numpy(np.memmap(source.path, np.uint8, "c", source.offset, (nbytes,)))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source.path}: cannot be read any more: {error}") from error

@@ -22,7 +22,7 @@ from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
 from djinn.planning.memory import require_device_memory
 from djinn.planning.placement import Plan
-from djinn.planning.request import Coding, Request
+from djinn.planning.request import Coding, Experts, Request
 from djinn.planning.workspace import Workload
 from djinn.sizes import format_bytes
 from djinn.spill import spill_folder
@@ -48,6 +48,7 @@ def load(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     coding: Coding | None = None,
+    experts: Experts = "routed",
     trace: bool = False,
     progress: bool = False,
 ) -> PreTrainedModel:
@@ -75,6 +76,9 @@ def load(
             their exact bits on the device. Weights coded here have to fit the device and host memory; those of a
             packed checkpoint are coded already, and stay on disk as they are. ``"none"`` decodes a packed checkpoint
             while it is loaded. By default weights stay as they are stored. A model that fits the budget is raw.
+        experts: ``"routed"`` fetches of a mixture of experts those that its routers pick, and keeps as many as there
+            is room for on the device; ``"whole"`` streams all of them in every pass, as is done with models whose
+            experts transformers does not mark.
         trace: keep a timeline of copies, compute and stalls in :func:`stats`.
         progress: show a bar while host memory is filled.
 
@@ -86,7 +90,7 @@ def load(
     """
     request = Request.of(
         budget=budget, device=device, ring=ring, host_memory=host_memory, chunk=chunk, dtype=dtype, coding=coding,
-        keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
+        experts=experts, keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
     )  # fmt: skip
     return load_requested(model, request, seed=seed, trace=trace, progress=progress)
 
@@ -133,19 +137,23 @@ def stats(model: nn.Module) -> Stats:
     """
     engine = engine_of(model)
     engine.copier.resolve_timeline()
+    if engine.experts is not None:
+        engine.experts.fetcher.resolve_timeline()
     return engine.stats
 
 
 def cool(model: nn.Module) -> None:
-    """Drop everything prefetched, so that the next pass begins with a cold ring.
+    """Drop everything prefetched, so that the next pass begins with a cold ring and an empty pool.
 
     Raises:
         ConfigError: not a model that streams, or called in the middle of a pass.
     """
-    streamer = engine_of(model).streamer
-    with streamer.turns.lock:
-        streamer.turns.refuse_while_running("cool")
-        streamer.cool()
+    engine = engine_of(model)
+    with engine.streamer.turns.lock:
+        engine.streamer.turns.refuse_while_running("cool")
+        engine.streamer.cool()
+        if engine.experts is not None:
+            engine.experts.cool()
 
 
 def detach(model: Model) -> Model:

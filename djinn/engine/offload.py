@@ -149,7 +149,7 @@ def _check_reads(
         name = names.get(id(tensor))
         if name is not None:
             unit = units[name]
-            if (unit.name in streamed or unit.coded) and not streamer.is_reading(unit.name):
+            if (unit.name in streamed or unit.coded) and not unit.experts and not streamer.is_reading(unit.name):
                 refuse(name, unit)
         elif storage_of(tensor) == storage_of(ring):  # a view of weights that a module has handed on
             at = tensor.data_ptr() - ring.data_ptr()

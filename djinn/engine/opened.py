@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from djinn.codec.layout import Layout
 from djinn.engine.coding import Coder
 from djinn.errors import PlanError
 from djinn.hardware import usable_ram
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, place_on
-from djinn.planning.request import Coding, Request
+from djinn.planning.request import Coding, Experts, Request
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, what_fits, workspace_bytes
 from djinn.spill import spill_folder
 from djinn.transport.reader import Reader
-from djinn.weights.coding import coded
+from djinn.weights.coding import LayoutOf, coded
+from djinn.weights.experts import by_expert, picked_experts
 from djinn.weights.index import WeightIndex
 from djinn.weights.opening import outline_of
 from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
@@ -92,6 +91,7 @@ class Opened:
             workspace_bytes=workspace_of(self.index, request),
             host_bytes=arena_bytes,
             ring_bytes=request.ring,
+            picked=picked_experts(getattr(self.index.model, "config", None)),
         )
 
     def _arena_bytes(self, request: Request, free: int) -> int:
@@ -113,6 +113,7 @@ def plan(
     batch: int = 1,
     dtype: torch.dtype | None = None,
     coding: Coding | None = None,
+    experts: Experts = "routed",
 ) -> Plan:
     """Return the plan that :func:`djinn.load` would follow with the same arguments; loads no weights.
 
@@ -123,7 +124,7 @@ def plan(
     """
     request = Request.of(
         budget=budget, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding,
-        keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
+        experts=experts, keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
     )  # fmt: skip
     return outlined(model, request).plan()
 
@@ -138,23 +139,25 @@ def outlined(model: str | Path, request: Request) -> Opened:
     try:
         with spill_folder() as spill:
             index = outline_of(model, spill, request.device, request.dtype)
-            return opened(index, request, Coder(reader, torch.device("cpu")).estimate)
+            return opened(index, request, Coder(reader, torch.device("cpu")).estimate, experts_alike=True)
     finally:
         reader.close()
 
 
-def opened(index: WeightIndex, request: Request, layout: Callable[[TensorEntry], Layout | None]) -> Opened:
+def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_alike: bool = False) -> Opened:
     """Return an index as an opened model: its tensors coded or raw as asked, raw in any case if it fits the budget.
 
-    ``layout`` is as for :func:`djinn.weights.coding.coded`.
+    ``layout`` and ``experts_alike`` are as for :func:`djinn.weights.coding.coded`.
     """
     units = find_units(index)
+    if request.experts == "routed":
+        units = by_expert(units, index.model)
     fits = index.nbytes + workspace_of(index, request) <= request.budget
     is_packed = any(entry.crc32 is not None for entry in index.tensors.values())
     if fits or request.coding == "none":
         units = [unit.raw() for unit in units]
     elif request.coding == "lossless" or is_packed:
-        units = coded(units, layout)
+        units = coded(units, layout, experts_alike=experts_alike)
     return Opened(index, request, tuple(units))
 
 

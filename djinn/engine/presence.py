@@ -19,11 +19,12 @@ from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from djinn.engine.binding import Weights, stored_bytes
+from djinn.engine.binding import Weights
+from djinn.engine.waiting import waiting_weights
 from djinn.errors import ConfigError
 from djinn.planning.placement import Plan, Tier
 from djinn.weights.tracing import storage_of
-from djinn.weights.units import PlacedTensor
+from djinn.weights.units import PlacedTensor, Unit
 
 _SETS_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _READS_NOTHING = {
@@ -72,7 +73,7 @@ def presences(model: nn.Module, planned: Plan, weights: Weights) -> dict[str, Pr
             for part in weights.of(tensor):
                 parameter = made_of.get(id(part), part)
                 quantised = parameter is not part or hasattr(parameter, "quant_state")
-                vars(parameter)["_elsewhere"] = _Elsewhere(tensor, image, quantised)
+                vars(parameter)["_elsewhere"] = _Elsewhere(unit, tensor, image, quantised)
                 parameters[id(parameter)] = parameter
         found[unit.name] = Presence(parameters.values())
         found[unit.name].end()
@@ -83,6 +84,7 @@ def presences(model: nn.Module, planned: Plan, weights: Weights) -> dict[str, Pr
 class _Elsewhere:
     """Where a weight waits: in an image or, without one, in its file."""
 
+    unit: Unit
     tensor: PlacedTensor
     image: torch.Tensor | None
     quantised: bool
@@ -100,7 +102,7 @@ class _Elsewhere:
                 "djinn.detach(model) first"
             )
         with torch.inference_mode(False), torch.no_grad():
-            waiting = self.tensor.entry.view(stored_bytes(self.tensor, self.image))
+            waiting = waiting_weights(self.unit, self.tensor, self.image)
             return _noted(waiting.to(device, copy=True), self.tensor.name)
 
 

@@ -19,17 +19,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from djinn.engine.binding import Weights, stored_bytes
+from djinn.engine.binding import Weights
+from djinn.engine.waiting import waiting_weights
 from djinn.errors import ConfigError
 from djinn.planning.placement import Plan, Tier
 from djinn.weights.tensors import FileSpan
-from djinn.weights.units import PlacedTensor
+from djinn.weights.units import PlacedTensor, Unit
 
 
 def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterator[RemovableHandle]:
     """Make state dicts of ``model`` complete; yield handles that undo it (but for its ``save_pretrained``)."""
     stored = {
-        id(parameter): (tensor, None if tier is Tier.DISK else weights.images[unit.name])
+        id(parameter): (unit, tensor, None if tier is Tier.DISK else weights.images[unit.name])
         for unit, tier in zip(planned.units, planned.tiers, strict=True)
         if tier is Tier.DISK or unit.name in weights.images
         for tensor in unit.tensors
@@ -62,7 +63,7 @@ def _refuse_state_dict(module: nn.Module, *_: object) -> NoReturn:
 
 
 def _complete(
-    own: dict[str, tuple[nn.Parameter | None, PlacedTensor, torch.Tensor | None]],
+    own: dict[str, tuple[nn.Parameter | None, Unit, PlacedTensor, torch.Tensor | None]],
     given: weakref.WeakValueDictionary[str, torch.Tensor],
     weights: Weights,
     module: nn.Module,
@@ -71,13 +72,13 @@ def _complete(
     _: object,
 ) -> None:
     """Replace what a module has put into a state dict; tied weights are one tensor in it, as ever."""
-    for name, (parameter, tensor, image) in own.items():
+    for name, (parameter, unit, tensor, image) in own.items():
         if parameter is None or module._parameters.get(name) is not parameter or weights.is_changed(parameter):
             continue  # it was replaced, and is no weight of ours any more
         if prefix + name in state:
             found = given.get(tensor.name)
             if found is None:
-                found = given[tensor.name] = tensor.entry.view(stored_bytes(tensor, image))
+                found = given[tensor.name] = waiting_weights(unit, tensor, image)
             state[prefix + name] = found
 
 

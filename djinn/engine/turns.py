@@ -33,7 +33,7 @@ class Turns:
         self.lock = threading.RLock()
         self.running = False
         """Whether a module is running; only the thread that holds the lock may read it."""
-        self._recover = recover
+        self.recoveries = [recover]
         self._forked = False
         self._taking: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         _alive.add(self)
@@ -60,7 +60,8 @@ class Turns:
             ConfigError: this process is a forked child of the one that loaded the model.
         """
         self._refuse_in_child()
-        self._recover()
+        for recover in self.recoveries:
+            recover()
 
     def _refuse_in_child(self) -> None:
         if self._forked:

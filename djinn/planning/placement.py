@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from djinn.errors import PlanError
+from djinn.planning.experts import Pool, pool_for
 from djinn.planning.ring import Slot, default_ring_bytes, ring_floor, schedule
 from djinn.sizes import format_bytes
 from djinn.weights.tensors import PAGE
@@ -47,12 +48,24 @@ class Plan:
     """Device memory kept for KV cache and activations."""
     scratch_bytes: int
     """Device memory that coded units are decoded into, one at a time."""
+    pool: Pool
+    """Where the experts are that routers have picked."""
     model_bytes: int
+
+    @property
+    def away(self) -> tuple[Unit, ...]:
+        """The units that are not resident, in order."""
+        return tuple(unit for unit, tier in zip(self.units, self.tiers, strict=True) if tier is not Tier.RESIDENT)
 
     @property
     def streamed(self) -> tuple[Unit, ...]:
         """The units that cross the link in every pass, in order."""
-        return tuple(unit for unit, tier in zip(self.units, self.tiers, strict=True) if tier is not Tier.RESIDENT)
+        return tuple(unit for unit in self.away if not unit.experts)
+
+    @property
+    def routed(self) -> tuple[Unit, ...]:
+        """The units of which passes fetch the experts that routers pick, in order."""
+        return tuple(unit for unit in self.away if unit.experts)
 
     def at(self, tier: Tier) -> tuple[Unit, ...]:
         """The units of one tier, in order."""
@@ -70,13 +83,13 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes read from disk in every pass."""
+        """Bytes of weights that are read from disk, in every pass or when a router picks them."""
         return self._bytes(Tier.DISK)
 
     @property
     def device_bytes(self) -> int:
         """Device memory in all."""
-        return self.resident_bytes + self.ring_bytes + self.scratch_bytes + self.workspace_bytes
+        return self.resident_bytes + self.ring_bytes + self.scratch_bytes + self.pool.nbytes + self.workspace_bytes
 
     @property
     def oversubscription(self) -> float:
@@ -86,10 +99,12 @@ class Plan:
     @property
     def is_coded(self) -> bool:
         """Whether any unit is coded."""
-        return self.scratch_bytes > 0
+        return any(unit.coded for unit in self.units)
 
     def table(self) -> str:
         """Return the plan for people: a line per place."""
+        when = "each pass" if not self.routed else "each pass, but for experts"
+        pool_words = f"{self.pool.slots} of {self.pool.experts} experts; what else a router picks is fetched"
         rows = [
             ("model", self.model_bytes, f"{len(self.units)} units, {self.oversubscription:.2f}x the budget"),
             ("budget", self.budget, "device memory, of which:"),
@@ -99,10 +114,14 @@ class Plan:
                 f"{len(self.at(Tier.RESIDENT))} units that never cross the link again",
             ),
             ("  ring", self.ring_bytes, "streamed units on their way"),
-            *([("  scratch", self.scratch_bytes, "where coded units are decoded, one at a time")] * self.is_coded),
+            *(
+                [("  scratch", self.scratch_bytes, "where coded units are decoded, one at a time")]
+                * bool(self.scratch_bytes)
+            ),
+            *([("  pool", self.pool.nbytes, pool_words)] * bool(self.pool.slots)),
             ("  workspace", self.workspace_bytes, "KV cache, activations, libraries"),
-            ("pinned", self.pinned_bytes, f"{len(self.at(Tier.PINNED))} units in host memory, streamed each pass"),
-            ("disk", self.disk_bytes, f"{len(self.at(Tier.DISK))} units read each pass"),
+            ("pinned", self.pinned_bytes, f"{len(self.at(Tier.PINNED))} units in host memory, streamed {when}"),
+            ("disk", self.disk_bytes, f"{len(self.at(Tier.DISK))} units read {when}"),
         ]
         return "\n".join(f"{name:<12}{format_bytes(size):>9}  {what}" for name, size, what in rows)
 
@@ -118,11 +137,13 @@ def place_on(
     workspace_bytes: int,
     host_bytes: int,
     ring_bytes: int | None,
+    picked: int = 1,
 ) -> Plan:
     """Place ``units`` with the default ring that suits a kind of device; otherwise as :func:`make_plan`."""
     make = partial(
-        make_plan, units, budget=budget, workspace_bytes=workspace_bytes, host_bytes=host_bytes, ring_bytes=ring_bytes
-    )
+        make_plan, units, budget=budget, workspace_bytes=workspace_bytes, host_bytes=host_bytes, ring_bytes=ring_bytes,
+        picked=picked,
+    )  # fmt: skip
     if device.type == "cpu":
         made = make()
         if not made.disk_bytes:  # copies out of host memory cost the cores as much, however far ahead they are made
@@ -138,6 +159,7 @@ def make_plan(
     host_bytes: int,
     ring_bytes: int | None = None,
     ring_floor: int = 0,
+    picked: int = 1,
 ) -> Plan:
     """Place ``units``; see the module's text.
 
@@ -148,18 +170,26 @@ def make_plan(
         host_bytes: the largest arena.
         ring_bytes: ring size; by default three of the largest streamed unit.
         ring_floor: what the default ring is made at least, if the streamed units are more than that.
+        picked: experts that a router picks for a token, where units have experts.
 
     Raises:
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
     """
-    tiny = TINY_SHARE * max((unit.weight_bytes for unit in units), default=0)
-    scratch = max((unit.decoded_bytes for unit in units), default=0)
-    all_fit = _total(units) + scratch + workspace_bytes <= budget  # then there is no need of a ring either
-    must_stay = [unit for unit in units if all_fit or unit.held or unit.weight_bytes < tiny]
-    must_stay = _with_companions(units, _names(must_stay))
+    whole = [unit.whole() for unit in units]
+    if _total(whole) + _scratch(whole) + workspace_bytes <= budget:  # then there is no need of a ring and a pool
+        units = whole
+    routed = [unit for unit in units if unit.experts]
+    dense = [unit for unit in units if not unit.experts]
+    floor = pool_for(routed, picked, 0)
+    scratch = _scratch(dense)
+    fixed = workspace_bytes + scratch + floor.nbytes
+    all_fit = _total(dense) + fixed <= budget
+    tiny = TINY_SHARE * max((unit.weight_bytes for unit in dense), default=0)
+    must_stay = [unit for unit in dense if all_fit or unit.held or unit.weight_bytes < tiny]
+    must_stay = _with_companions(dense, _names(must_stay))
     chosen = _names(must_stay)
-    streamable = [unit for unit in units if unit.name not in chosen]
-    fixed = _total(must_stay) + workspace_bytes + scratch
+    streamable = [unit for unit in dense if unit.name not in chosen]
+    fixed += _total(must_stay)
 
     def ring_without(unit: Unit) -> int:
         others = (other for other in streamable if other.name not in chosen and other is not unit)
@@ -173,26 +203,32 @@ def make_plan(
         chosen.add(fits[0].name)
         fixed += fits[0].image_bytes
         waiting.remove(fits[0])
-    rest = [unit for unit in units if unit.name not in chosen]
+    rest = [unit for unit in dense if unit.name not in chosen]
     ring = ring_bytes or min(_default_ring(rest, ring_floor), max(budget - fixed, 0))
-    _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch)
+    _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch, floor)
     chosen |= _spread(rest, budget - fixed - ring)
-    streamed = [unit for unit in units if unit.name not in chosen]
-    made = [unit for unit in streamed if not unit.on_disk]
+    streamed = [unit for unit in dense if unit.name not in chosen]
+    ring = ring // PAGE * PAGE if streamed else 0
+    used = _total(unit for unit in dense if unit.name in chosen) + workspace_bytes + scratch + ring
+    pool = pool_for(routed, picked, budget - used)
+    away = [unit for unit in units if unit.name not in chosen]
+    made = [unit for unit in away if not unit.on_disk]
     if _total(made) > host_bytes:
         raise PlanError(
             f"host memory: streamed weights that are made, converted or coded in memory have no disk tier and need "
             f"{format_bytes(_total(made))}, but {format_bytes(host_bytes)} are allowed; raise host_memory or budget"
         )
+    # What is read in every pass waits in host memory before what a router may pick.
     filed = [unit for unit in streamed if unit.on_disk]
     pinned = _names(made) | _spread(filed, host_bytes - _total(made))
+    room = host_bytes - _total(unit for unit in away if unit.name in pinned)
+    pinned |= _spread([unit for unit in routed if unit.on_disk], room)
 
     def tier(unit: Unit) -> Tier:
         if unit.name in chosen:
             return Tier.RESIDENT
         return Tier.PINNED if unit.name in pinned else Tier.DISK
 
-    ring = ring // PAGE * PAGE if streamed else 0
     return Plan(
         units=tuple(units),
         tiers=tuple(map(tier, units)),
@@ -201,12 +237,13 @@ def make_plan(
         ring_bytes=ring,
         workspace_bytes=workspace_bytes,
         scratch_bytes=scratch,
+        pool=pool,
         model_bytes=sum(unit.raw_bytes for unit in units),
     )
 
 
 def _check(
-    streamed: Sequence[Unit], ring: int, asked_ring: int | None, fixed: int, budget: int, workspace: int
+    streamed: Sequence[Unit], ring: int, asked_ring: int | None, fixed: int, budget: int, workspace: int, pool: Pool
 ) -> None:
     """Refuse a ring that its largest unit does not fit, and a budget that ring and fixed needs do not fit."""
     largest = max(streamed, key=lambda unit: unit.image_bytes, default=None)
@@ -221,9 +258,11 @@ def _check(
         ring_text = format_bytes(needed)
         if largest is not None and asked_ring is None:
             ring_text += f" (unit {largest.name})"
+        pool_text = f", {pool.slots} experts of {format_bytes(pool.slot_bytes)}" if pool.slots else ""
         raise PlanError(
             f"budget: {format_bytes(budget)} is too small: workspace {format_bytes(workspace)}, weights that cannot be "
-            f"streamed {format_bytes(fixed - workspace)} and a ring of {ring_text} need {fixed + needed} bytes"
+            f"streamed {format_bytes(fixed - workspace - pool.nbytes)}{pool_text} and a ring of {ring_text} need "
+            f"{fixed + needed} bytes"
         )
 
 
@@ -274,6 +313,10 @@ def _spread(units: Sequence[Unit], capacity: int) -> set[str]:
 
 def _default_ring(units: Iterable[Unit], floor: int) -> int:
     return default_ring_bytes([unit.image_bytes for unit in units], floor)
+
+
+def _scratch(units: Iterable[Unit]) -> int:
+    return max((unit.decoded_bytes for unit in units), default=0)
 
 
 def _total(units: Iterable[Unit]) -> int:

@@ -13,6 +13,7 @@ from djinn.planning.workspace import Workload
 from djinn.sizes import parse_bytes
 
 Coding = Literal["none", "lossless"]
+Experts = Literal["routed", "whole"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HOST_SHARE = 0.8
 """Share of the host memory that is free now which streamed weights may take, if no other limit is given."""
@@ -31,6 +32,7 @@ class Request:
     chunk: int
     dtype: torch.dtype | None
     coding: Coding | None
+    experts: Experts = "routed"
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Request:
         chunk: int | str = "64 MiB",
         dtype: torch.dtype | None = None,
         coding: Coding | None = None,
+        experts: Experts = "routed",
     ) -> Self:
         """Return the request that a user's words make. The device need not be here.
 
@@ -54,6 +57,8 @@ class Request:
             raise ConfigError(f"dtype {dtype}: it is {', '.join(map(str, DTYPES))}, or None for the checkpoint's own")
         if coding not in (*get_args(Coding), None):
             raise ConfigError(f"coding {coding!r}: it is none or lossless")
+        if experts not in get_args(Experts):
+            raise ConfigError(f"experts {experts!r}: it is {' or '.join(get_args(Experts))}")
         if isinstance(keep, Workload):
             _check(keep)
         return cls(
@@ -65,6 +70,7 @@ class Request:
             chunk=parse_bytes(chunk),
             dtype=dtype,
             coding=coding,
+            experts=experts,
         )
 
     def asking(self, *, budget: int | None = None, work: Workload | None = None) -> Self:

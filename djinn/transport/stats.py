@@ -33,9 +33,9 @@ class Stats:
     resident_bytes: int
     ring_bytes: int
     host_bytes: int
-    """Bytes of weights streamed from host memory in every pass."""
+    """Bytes of weights streamed from host memory: in every pass, or experts when a router picks them."""
     disk_bytes: int
-    """Bytes of weights streamed from disk in every pass."""
+    """Bytes of weights streamed from disk, as those."""
     traced: bool = False
     """Whether copies and compute are put on the timeline."""
     page_locked: bool = True
@@ -51,6 +51,16 @@ class Stats:
     """Units that were prefetched but that the pass did not read."""
     reloads: int = 0
     """Visits outside the recorded order, for which the pipeline had to start anew."""
+    expert_hits: int = 0
+    """Experts that a router picked and that were in the pool."""
+    expert_misses: int = 0
+    """Those that were fetched."""
+    routed_layers: int = 0
+    """Layers whose experts were fetched as their router picked them."""
+    whole_layers: int = 0
+    """Layers of passes of many tokens, which take all experts."""
+    index_wait_s: float = 0.0
+    """Host time until routers' answers were there, the compute before them included."""
     stall_s: float = 0.0
     """Time that compute waited for a unit (on CUDA: known for traced passes only)."""
     hook_s: float = 0.0

@@ -6,28 +6,61 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from djinn.codec.layout import Layout
+from djinn.codec.layout import TILE_BYTES, Layout
 from djinn.weights.tensors import Converted, Encoded, FileSpan, InMemory, Seeded, TensorEntry
-from djinn.weights.units import Unit
+from djinn.weights.units import Unit, lay_out_expert
+
+LayoutOf = Callable[[TensorEntry], Layout | None]
+"""Says of a raw tensor what its code would be, None where raw is better."""
 
 
-def coded(units: Sequence[Unit], layout: Callable[[TensorEntry], Layout | None]) -> list[Unit]:
+def coded(units: Sequence[Unit], layout: LayoutOf, *, experts_alike: bool = False) -> list[Unit]:
     """Return ``units`` with every tensor coded that gains by it and can be decoded just before it is read.
 
-    ``layout`` says of a raw tensor what its code would be, None where raw is better. What is packed is never coded
-    anew: it stays as it is stored, or becomes raw where it cannot be decoded just before it is read.
+    What is packed is never coded anew: it stays as it is stored, or becomes raw where it cannot be decoded just before
+    it is read. With ``experts_alike`` one expert's code stands for those of all of its module.
     """
+    uses = Counter(reader for unit in units if not unit.experts for reader in unit.readers)
 
-    def encoded(entry: TensorEntry) -> TensorEntry:
-        if not entry.codable:
-            return entry
-        assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
-        found = layout(entry)
-        return entry if found is None else replace(entry, source=Encoded(entry.source), layout=found)
+    def of(unit: Unit) -> Unit:
+        if unit.experts:
+            return _coded_by_expert(unit, layout, unit.experts[:1] if experts_alike else unit.experts)
+        # Scratch holds one unit: what is read around or beside others has to lie elsewhere.
+        if unit.held or any(uses[reader] > 1 for reader in unit.readers):
+            return unit.raw()
+        return unit.with_entries(lambda entry: _with_code(entry, layout(entry) if entry.codable else None))
 
-    uses = Counter(reader for unit in units for reader in unit.readers)
-    # Scratch holds one unit: what is read around or beside others has to lie elsewhere.
-    return [
-        unit.raw() if unit.held or any(uses[reader] > 1 for reader in unit.readers) else unit.with_entries(encoded)
-        for unit in units
+    return [of(unit) for unit in units]
+
+
+def _coded_by_expert(unit: Unit, layout: LayoutOf, asked: Sequence[Unit]) -> Unit:
+    """Return a unit of experts with each of its tensors raw in all of them, or coded in all, by whole tiles."""
+    codes = [
+        [
+            layout(part.entry) if part.entry.codable and part.entry.raw_bytes % TILE_BYTES == 0 else None
+            for part in expert.tensors
+        ]
+        for expert in asked
     ]
+    names = [part.name for part in unit.experts[0].tensors]
+    raw = {name for found in codes for name, code in zip(names, found, strict=True) if code is None}
+    experts = tuple(
+        replace(
+            expert,
+            tensors=lay_out_expert(
+                [
+                    (part.name, _with_code(part.entry, None if part.name in raw else code))
+                    for part, code in zip(expert.tensors, codes[number % len(asked)], strict=True)
+                ]
+            ),
+        )
+        for number, expert in enumerate(unit.experts)
+    )
+    return replace(unit, experts=experts)
+
+
+def _with_code(entry: TensorEntry, code: Layout | None) -> TensorEntry:
+    if code is None:
+        return entry
+    assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
+    return replace(entry, source=Encoded(entry.source), layout=code)

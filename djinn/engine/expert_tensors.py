@@ -1,0 +1,76 @@
+"""A tensor of all experts of a module, as the pool holds it: raw, seen through all slots at once; or coded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from djinn.codec.decode import decode
+from djinn.weights.units import Unit
+
+
+class ExpertTensor:
+    """One named tensor of the experts of ``unit``; ``local`` is its name in its module.
+
+    Args:
+        pool: uint8 [slots, slot_bytes] on the device.
+    """
+
+    def __init__(self, unit: Unit, name: str, pool: torch.Tensor) -> None:
+        whole = next(tensor.entry for tensor in unit.tensors if tensor.name == name)
+        self.name = name
+        self.local = name.rpartition(".")[2]
+        self.shape = whole.shape[1:]
+        self.dtype = whole.dtype
+        self.device = pool.device
+        self._pool = pool
+        self._parts = [[part for part in expert.tensors if part.name == name] for expert in unit.experts]
+        first = self._parts[0][0]
+        self.coded = first.entry.layout is not None
+        self.address = pool.data_ptr() + first.offset
+        if not self.coded:
+            elements = pool.view(self.dtype)
+            strides = [elements.stride(0), *_row_major(self.shape)]
+            size = [len(pool), *self.shape]
+            self.slots = elements.as_strided(size, strides, first.offset // self.dtype.itemsize)
+            """Raw: a view of every slot as if it held this tensor, [slots, ...]."""
+
+    @property
+    def one_of_shape(self) -> torch.Tensor:
+        """A tensor without elements' memory that has an expert's shape."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def empty(self, count: int) -> torch.Tensor:
+        """Return memory for this tensor of ``count`` experts."""
+        return torch.empty(count, *self.shape, dtype=self.dtype, device=self.device)
+
+    def one(self, expert: int, slot: int) -> torch.Tensor:
+        """Return the weights of ``expert``, which is in ``slot``."""
+        if not self.coded:
+            return self.slots[slot]
+        out = self.empty(1)
+        self.gather([(expert, slot)], out, [0])
+        return out[0]
+
+    def gather(self, places: Sequence[tuple[int, int]], out: torch.Tensor, rows: Sequence[int]) -> None:
+        """Put the weights of experts, each with its slot, into these ``rows`` of ``out``."""
+        if not self.coded:
+            slots = torch.tensor([slot for _, slot in places], device=self.device)
+            out[torch.tensor(rows, device=self.device)] = self.slots[slots]
+            return
+        for (expert, slot), row in zip(places, rows, strict=True):
+            target = out[row].reshape(-1).view(torch.uint8)
+            for part in self._parts[expert]:
+                layout = part.entry.layout
+                assert layout is not None
+                blob = self._pool[slot, part.offset : part.offset + layout.nbytes]
+                decode(blob, layout, target[: layout.decoded_bytes])
+                target = target[layout.decoded_bytes :]
+
+
+def _row_major(shape: Sequence[int]) -> list[int]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return strides

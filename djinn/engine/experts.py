@@ -1,0 +1,259 @@
+"""Experts on demand: a hook on each experts module sees what the router picked, and fetches what is not in the pool.
+
+The module then runs as ever, with objects in the place of its weights that know where each expert is
+(:mod:`djinn.engine.handed`). Asking the device for the router's answer also proves that every layer before has been
+computed, so a slot may be filled anew at once. A pass of many tokens asks nothing: it takes whole layers, each of which
+arrives in a window of the pool while the one before is computed. See :mod:`djinn.planning.experts`.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import disable as opaque
+
+from djinn.engine.expert_tensors import ExpertTensor
+from djinn.engine.handed import Call, HandedWeights
+from djinn.engine.turns import Turns
+from djinn.planning.expert_cache import ExpertCache
+from djinn.planning.experts import Pool
+from djinn.transport.copier import Source
+from djinn.transport.fetcher import Arrival, Fetch, Fetcher
+from djinn.transport.stats import Stats
+from djinn.weights.units import Unit
+
+Picked = Callable[[int, Sequence[int]], None]
+"""Told of every routed layer, by its number, and the experts that were picked there."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One unit of experts: where each one waits, and what their module's tensors are."""
+
+    unit: Unit
+    sources: tuple[Source, ...]
+    tensors: tuple[ExpertTensor, ...]
+
+    @classmethod
+    def of(cls, unit: Unit, image: Any, pool: torch.Tensor) -> Layer:
+        """``image``: of the unit, in host memory; None where it is on disk."""
+        places = zip(unit.experts, unit.expert_offsets, strict=True)
+        sources = tuple(
+            Source(expert, None if image is None else image[start : start + expert.image_bytes])
+            for expert, start in places
+        )
+        return cls(unit, sources, tuple(ExpertTensor(unit, tensor.name, pool) for tensor in unit.tensors))
+
+    def only(self, expert: int, name: str) -> Source:
+        """Return the source of one tensor of an expert."""
+        source = self.sources[expert]
+        tensors = tuple(tensor for tensor in source.unit.tensors if tensor.name == name)
+        return Source(replace(source.unit, tensors=tensors), source.image)
+
+
+class Experts:
+    """Runs the pool: one instance per model that has routed experts away from the device."""
+
+    def __init__(self, layers: Sequence[Layer], fetcher: Fetcher, pool: Pool, stats: Stats, turns: Turns) -> None:
+        self._layers = layers
+        self.fetcher = fetcher
+        self._pool = pool
+        self._stats = stats
+        self._turns = turns
+        self._cache = ExpertCache(pool.slots, len(layers))
+        self._whole_from = pool.whole_from(self._measured_link())
+        self._coming: dict[int, Fetch] = {}
+        """By layer, what a whole pass has fetched of it and nobody has waited for."""
+        self._released: dict[int, Any] = {}
+        """By window, the end of the compute that read it, in this whole pass."""
+        self._torn = False
+        self._handles: list[Any] = []
+        self._handed: list[tuple[weakref.ref[nn.Module], Layer]] = []
+        self.picked: Picked | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook every experts module."""
+        for number, layer in enumerate(self._layers):
+            name = layer.unit.readers[0]
+            around = [name[:end] for end, letter in enumerate(name) if letter == "."]
+            self._turns.cover(model.get_submodule(path) for path in ("", *around, name))
+            module = model.get_submodule(name)
+            enter, leave = opaque(partial(self._enter, number)), opaque(partial(self._leave, number))
+            self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        self._turns.recoveries.append(self.recover)
+
+    def detach(self) -> None:
+        """Take every hook off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._take_away()
+
+    def cool(self) -> None:
+        """Empty the pool."""
+        self.fetcher.settle()
+        self._cache.forget()
+        self._coming.clear()
+        self._released.clear()
+        self._torn = False
+
+    def recover(self) -> None:
+        """Mend what an interrupt (not an Exception) has left: it ran no hook, and nothing is read any more."""
+        self._take_away()
+        if self._torn:
+            self.cool()
+
+    def _take_away(self) -> None:
+        for reference, layer in self._handed:
+            module = reference()
+            if module is not None:
+                for tensor in layer.tensors:
+                    vars(module).pop(tensor.local, None)
+        self._handed.clear()
+
+    def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        layer = self._layers[number]
+        begin, waited = time.perf_counter(), self._stats.stall_s + self._stats.index_wait_s
+        self._torn = True
+        try:
+            index = _index(layer, args, kwargs)
+            whole = self._whole_from is not None and len(index) >= self._whole_from
+            given = self._whole(number, index) if whole else self._routed(number, index)
+        except BaseException:
+            self.cool()  # so that the next pass asks for all of it again
+            raise
+        self._handed.append((weakref.ref(module), layer))
+        vars(module).update(given)
+        self._torn = False
+        self._stats.hook_s += time.perf_counter() - begin - (self._stats.stall_s + self._stats.index_wait_s - waited)
+
+    def _leave(self, number: int, *_: object) -> None:
+        if self._pool.windows and number % self._pool.windows in self._released:
+            self._released[number % self._pool.windows] = self.fetcher.mark()
+        self._take_away()
+
+    def _routed(self, number: int, index: torch.Tensor) -> dict[str, Any]:
+        """Return what stands for the weights once all that was picked is there, or will come in rounds."""
+        layer, cache = self._layers[number], self._cache
+        while self._coming:
+            self.fetcher.wait(self._coming.popitem()[1])
+        self._released.clear()
+        cache.take_back()
+        call = Call(len(layer.sources), index, None, self._no_rounds)
+        begin = time.perf_counter()
+        wanted = call.wanted
+        self._stats.index_wait_s += time.perf_counter() - begin
+        self._stats.routed_layers += 1
+        if self.picked is not None:
+            self.picked(number, wanted)
+        if len(wanted) > cache.slots:
+            cache.lend(range(cache.slots))
+            call.bring = partial(self._round, layer)
+            self._stats.expert_misses += len(wanted)
+        else:
+            call.places = self._bring(number, wanted)
+        return {tensor.local: HandedWeights(call, tensor) for tensor in layer.tensors}
+
+    def _bring(self, number: int, wanted: Sequence[int]) -> dict[int, int]:
+        """Fetch what is not in the pool of the experts ``wanted``; return the slots of all."""
+        cache, sources = self._cache, self._layers[number].sources
+        places = cache.use(number, wanted)
+        missing = [expert for expert in wanted if expert not in places]
+        self._stats.expert_hits += len(places)
+        self._stats.expert_misses += len(missing)
+        if missing:
+            coming = {expert: cache.make_room(number, wanted) for expert in missing}
+            fetch = self.fetcher.fetch([Arrival(sources[expert], slot) for expert, slot in coming.items()], [])
+            for expert, slot in coming.items():
+                cache.enter(number, expert, slot)
+            self.fetcher.wait(fetch)
+            places |= coming
+        return places
+
+    def _round(self, layer: Layer, name: str, experts: Sequence[int]) -> dict[int, int]:
+        """Fetch one tensor of the first of ``experts``, as many as there are slots; return their slots."""
+        coming = dict(zip(experts, range(self._cache.slots), strict=False))
+        arrivals = [Arrival(layer.only(expert, name), slot) for expert, slot in coming.items()]
+        self.fetcher.wait(self.fetcher.fetch(arrivals, []))
+        return coming
+
+    @staticmethod
+    def _no_rounds(name: str, experts: Sequence[int]) -> dict[int, int]:
+        raise AssertionError(f"{name}: experts {experts} were not picked")
+
+    def _whole(self, number: int, index: torch.Tensor) -> dict[str, Any]:
+        """Return the weights of all experts, which are in their window, and let the next layer's come."""
+        layer = self._layers[number]
+        self._stats.whole_layers += 1
+        if number not in self._coming:
+            self._begin_whole_pass()
+            self._fetch_whole(number)
+        self.fetcher.wait(self._coming.pop(number))
+        window = number % self._pool.windows
+        self._released.setdefault(window, None)
+        if self._pool.windows > 1 and number + 1 < len(self._layers):
+            self._fetch_whole(number + 1)
+        first = window * self._pool.widest
+        slots = range(first, first + len(layer.sources))
+        call = Call(len(slots), index, dict(enumerate(slots)), self._no_rounds)
+        return {
+            tensor.local: HandedWeights(call, tensor) if tensor.coded else tensor.slots[slots.start : slots.stop]
+            for tensor in layer.tensors
+        }
+
+    def _begin_whole_pass(self) -> None:
+        while self._coming:
+            self.fetcher.wait(self._coming.popitem()[1])
+        self._released.clear()
+        self._cache.take_back()
+        self._cache.lend(range(self._pool.windows * self._pool.widest))
+
+    def _fetch_whole(self, number: int) -> None:
+        """Let all experts of a layer come into its window: those in the pool from there, and leave these there."""
+        cache, sources = self._cache, self._layers[number].sources
+        window = number % self._pool.windows
+        first = window * self._pool.widest
+        cache.lend(range(first, first + self._pool.widest))
+        within = cache.held(number)
+        missing = [expert for expert in range(len(sources)) if expert not in within]
+        places = {expert: first + expert for expert in missing}
+        # While the pool has free slots, some of what passes by stays in one for the tokens to come.
+        for expert in missing[: cache.free // (len(self._layers) - number)]:
+            slot = cache.take_free() if sources[expert].image is not None else None
+            if slot is not None:
+                places[expert] = within[expert] = slot
+        copies = [(slot, first + expert) for expert, slot in within.items()]
+        arrivals = [Arrival(sources[expert], slot) for expert, slot in places.items()]
+        self._coming[number] = self.fetcher.fetch(arrivals, copies, self._released.get(window))
+        for expert, slot in places.items():
+            cache.enter(number, expert, slot)
+
+    def _measured_link(self) -> float:
+        """Return how fast experts come, bytes/s, from bringing some into the pool, which then has them."""
+        sources = self._layers[0].sources
+        count = min(self._pool.slots, len(sources), max(MEASURED_BYTES // self._pool.slot_bytes, 1))
+        arrivals = [Arrival(sources[expert], expert) for expert in range(count)]
+        self.fetcher.wait(self.fetcher.fetch(arrivals[:1], []))
+        begin = self.fetcher.clock()
+        self.fetcher.wait(self.fetcher.fetch(arrivals, []))
+        seconds = self.fetcher.clock() - begin
+        return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / max(seconds, 1e-9)
+
+
+MEASURED_BYTES = 2**30
+
+
+def _index(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the numbers of the experts that each token picked, [tokens, picked]; of all, where the call shows none."""
+    found = args[1] if len(args) > 1 else kwargs.get("top_k_index")
+    if isinstance(found, torch.Tensor) and found.dim() == 2 and not found.is_floating_point():
+        return found
+    return torch.arange(len(layer.sources))[None]

@@ -1,0 +1,203 @@
+"""What an experts module gets in the place of its weights: objects that know in which slot each expert is.
+
+transformers runs experts in three ways, and all of them take expert ``i`` of ``n`` as ``weight[i]``, gather
+``weight[ids]``, or multiply by groups with ``F.grouped_mm(rows, weight, offs)``. The objects here answer these three
+from the pool, with the bits that a resident model's weights would give, because each product is of the same shapes:
+
+- an index gives a view of the expert's slot, a gather copies the same bytes from other places;
+- on a GPU the kernel of a grouped product is chosen by the number of rows, of groups, and the rows per group. Rows are
+  brought into the order of slots and all slots are passed as groups, with idle rows behind them such that rows per
+  group stay the same; or one expert at a time is passed as each of the groups, with as many rows as ever, of which only
+  its own are multiplied. On a processor each group is a product by itself.
+
+Numbers of experts stay as they are, and so does the order in which a token's outputs are summed. Where a layer needs
+more experts than there are slots they come in rounds, tensor by tensor: between two products nothing is summed. Any
+other use of the weights gets all of them, put together in memory of their own: right, and slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from djinn.engine.expert_tensors import ExpertTensor
+
+Bring = Callable[[str, Sequence[int]], dict[int, int]]
+"""Brings a tensor (by its name) of the first of some experts, as many as there is room for; returns their slots."""
+
+
+@dataclass
+class Call:
+    """One call of an experts module. ``index``: the numbers of the experts that each token picked."""
+
+    experts: int
+    index: torch.Tensor
+    places: dict[int, int] | None
+    """The slot of every expert that was picked; None where they come in rounds."""
+    bring: Bring
+
+    @cached_property
+    def picks(self) -> list[int]:
+        """The picked experts, token by token, on the host."""
+        picks: list[int] = self.index.reshape(-1).tolist()
+        return picks
+
+    @cached_property
+    def wanted(self) -> list[int]:
+        """The experts that were picked, in ascending order."""
+        return sorted(set(self.picks))
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How often each expert was picked: int64 [experts]."""
+        return np.bincount(self.picks, minlength=self.experts)
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """By expert, its slot: int64 [experts] on the device; 0 for those that were not picked."""
+        assert self.places is not None
+        slots = [self.places.get(expert, 0) for expert in range(self.experts)]
+        return torch.tensor(slots, device=self.index.device)
+
+    def ids(self, key: torch.Tensor) -> list[int]:
+        """Return what ``key`` asks for, without asking the device again where that is the picks themselves."""
+        same = key.data_ptr() == self.index.data_ptr() and key.numel() == self.index.numel()
+        found: list[int] = self.picks if same and key.is_contiguous() and self.index.is_contiguous() else key.tolist()
+        return found
+
+    @cached_property
+    def by_slot(self) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """The rows of a grouped product, which come by expert, in the order of slots; and (slot, end) of each group."""
+        assert self.places is not None
+        ends = np.cumsum(self.counts)
+        order = sorted(self.wanted, key=self.places.__getitem__)
+        rows = np.concatenate([np.arange(ends[expert] - self.counts[expert], ends[expert]) for expert in order])
+        groups = zip((self.places[expert] for expert in order), np.cumsum(self.counts[order]).tolist(), strict=True)
+        return torch.from_numpy(rows).to(self.index.device), list(groups)
+
+
+class HandedWeights:
+    """One tensor of all of a module's experts, as far as it is there: [experts, ...]."""
+
+    def __init__(self, call: Call, tensor: ExpertTensor, *, transposed: bool = False) -> None:
+        self._call = call
+        self._tensor = tensor
+        self._transposed = transposed
+        self._round: dict[int, int] = {}
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.shape = torch.Size([call.experts, *self._turned(tensor.one_of_shape).shape])
+        self.ndim = len(self.shape)
+
+    def transpose(self, first: int, second: int) -> HandedWeights:
+        """Return the weights with each expert's matrix transposed."""
+        if {first % self.ndim, second % self.ndim} != {self.ndim - 2, self.ndim - 1}:
+            raise IndexError(f"transpose({first}, {second}): only an expert's own two dimensions can be exchanged")
+        return HandedWeights(self._call, self._tensor, transposed=not self._transposed)
+
+    def data_ptr(self) -> int:
+        """Return an address with the alignment that the weights have."""
+        return self._tensor.address
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape, or one of its numbers."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        if isinstance(key, int) or (isinstance(key, torch.Tensor) and key.dim() == 0):
+            return self._turned(self._one(int(key)))
+        if isinstance(key, torch.Tensor) and key.dtype in (torch.int32, torch.int64):
+            return self._turned(self._gathered(key))
+        return self._all()[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._all(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "grouped_mm" in getattr(func, "__name__", "") and isinstance(args[1], HandedWeights) and "offs" in kwargs:
+            return args[1]._grouped(func, args[0], kwargs["offs"])
+        whole = [arg._all() if isinstance(arg, HandedWeights) else arg for arg in args]
+        named = {name: arg._all() if isinstance(arg, HandedWeights) else arg for name, arg in kwargs.items()}
+        return func(*whole, **named)
+
+    def _turned(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.transpose(-2, -1) if self._transposed else weights
+
+    def _slots(self, experts: Sequence[int]) -> dict[int, int]:
+        """Return the slots of ``experts``, of those first among them that fit at once."""
+        if self._call.places is not None:
+            return self._call.places
+        if experts[0] not in self._round:
+            after = [expert for expert in self._call.wanted if expert > experts[0] and expert not in experts]
+            self._round = self._call.bring(self._tensor.name, [*experts, *after])
+        return self._round
+
+    def _one(self, expert: int) -> torch.Tensor:
+        return self._tensor.one(expert, self._slots([expert])[expert])
+
+    def _gathered(self, key: torch.Tensor) -> torch.Tensor:
+        call, tensor = self._call, self._tensor
+        if call.places is not None and not tensor.coded:
+            return tensor.slots[call.table[key]]
+        ids = call.ids(key.reshape(-1))
+        out = tensor.empty(len(ids))
+        left = sorted(set(ids))
+        while left:
+            slots = self._slots(left)
+            here = [(row, expert) for row, expert in enumerate(ids) if expert in slots and expert in left]
+            tensor.gather([(expert, slots[expert]) for _, expert in here], out, [row for row, _ in here])
+            left = [expert for expert in left if expert not in slots]
+        return out.view(*key.shape, *tensor.shape)
+
+    def _grouped(self, func: Any, rows: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        """Return the grouped product of ``rows`` [P, in], which come by expert, each expert's up to its ``offs``."""
+        call, total = self._call, len(rows)
+        out = rows.new_empty(total, self.shape[-1])
+        ends = np.cumsum(call.counts)
+        if ends[-1] != total:
+            return func(rows, self._all(), offs=offs)  # rows that are no expert's
+        if rows.device.type != "cpu" and call.places is not None and not self._tensor.coded:
+            slots = len(self._tensor.slots)
+            padded = max(total, total // call.experts * slots)
+            if padded // slots == total // call.experts:
+                return self._by_slot(func, rows, padded, slots, out)
+        several = rows.device.type != "cpu"
+        reach = torch.cat([rows, torch.empty_like(rows)]) if several else rows
+        for expert in call.wanted:
+            begin, end = int(ends[expert] - call.counts[expert]), int(ends[expert])
+            weights = self._turned(self._one(expert))[None]
+            groups = call.experts if several else 1
+            mine = reach[begin : begin + total] if several else rows[begin:end]
+            made = func(mine, weights.expand(groups, -1, -1), offs=offs.new_full((groups,), end - begin))
+            out[begin:end] = made[: end - begin]
+        return out
+
+    def _by_slot(self, func: Any, rows: torch.Tensor, padded: int, slots: int, out: torch.Tensor) -> torch.Tensor:
+        order, groups = self._call.by_slot
+        ends = np.zeros(slots + 1, np.int32)
+        for slot, end in groups:
+            ends[slot] = end
+        offs = torch.from_numpy(np.maximum.accumulate(ends[:slots])).to(rows.device)
+        sorted_rows = rows.new_empty(padded, rows.shape[1])
+        torch.index_select(rows, 0, order, out=sorted_rows[: len(rows)])
+        made = func(sorted_rows, self._turned(self._tensor.slots), offs=offs)
+        out[order] = made[: len(rows)]
+        return out
+
+    def _all(self) -> torch.Tensor:
+        """Return all experts' weights, of which only those that were picked are there; the others are zero."""
+        tensor = self._tensor
+        found = tensor.empty(self._call.experts).zero_()
+        for expert in self._call.wanted:
+            found[expert] = self._one(expert)
+        return self._turned(found)

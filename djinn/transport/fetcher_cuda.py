@@ -1,0 +1,142 @@
+"""Fetching experts into a pool on a CUDA device: a copy stream of its own, and an event behind each call's copies.
+
+All copies of a call that come from host memory are issued at once. The ring's copies have another stream, so that an
+expert that is needed now does not queue behind what will be needed later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from djinn.transport.compute_stream import ComputeStream
+from djinn.transport.disk_stream import DiskStream
+from djinn.transport.fetcher import Arrival, Fetch
+from djinn.transport.memcpy import Command, prepare
+from djinn.transport.reader import Reader
+from djinn.transport.stats import Interval, Stats
+
+
+@dataclass
+class _Ready:
+    """Behind which event each of a call's copies ends."""
+
+    link: torch.cuda.Event
+    disk: list[torch.cuda.Event]
+
+
+class CudaFetcher:
+    """Copies experts from the arena, and from disk, into a pool on a CUDA device.
+
+    Args:
+        pool: uint8 [slots, slot_bytes] on the device.
+        reader: reads experts on disk.
+        on_disk: whether any expert is.
+        zero: of the timeline; None where none is kept.
+    """
+
+    def __init__(
+        self, pool: torch.Tensor, reader: Reader, stats: Stats, *, on_disk: bool, zero: torch.cuda.Event | None
+    ) -> None:
+        self.pool = pool
+        self.stream = torch.cuda.Stream(pool.device)
+        self._compute = ComputeStream(pool.device)
+        self._stats = stats
+        self._zero = zero
+        self._disk = DiskStream(pool.device, reader) if on_disk else None
+        self._arrived: list[tuple[Fetch, tuple[torch.cuda.Event, ...]]] = []
+
+    def fetch(
+        self, arrivals: Sequence[Arrival], within: Sequence[tuple[int, int]], after: torch.cuda.Event | None = None
+    ) -> Fetch:
+        after = after or self.mark()
+        self.stream.wait_event(after)
+        ready = _Ready(torch.cuda.Event(), [])
+        fetch = Fetch(arrivals, within, ready)
+        if self._zero is not None:
+            fetch.begin = torch.cuda.Event(enable_timing=True)
+            fetch.begin.record(self.stream)
+            ready.link = torch.cuda.Event(enable_timing=True)
+        commands = [command for arrival in arrivals for command in self._commands(arrival)]
+        if commands:
+            prepare(commands, page_locked=self._stats.page_locked)(self.stream.cuda_stream)
+        for arrival in arrivals:
+            if arrival.source.image is None:
+                assert self._disk is not None
+                ready.disk.append(torch.cuda.Event())
+                self._disk.submit(arrival.source.unit, self.pool[arrival.slot], ready.disk[-1], after)
+        if within:
+            with torch.cuda.stream(self.stream):
+                for source, target in within:
+                    self.pool[target].copy_(self.pool[source], non_blocking=True)
+        ready.link.record(self.stream)
+        return fetch
+
+    def _commands(self, arrival: Arrival) -> list[Command]:
+        """Return one command for each stretch of the image that holds tensors."""
+        (unit, image), slot = (arrival.source.unit, arrival.source.image), self.pool[arrival.slot]
+        if image is None:
+            return []
+        start, host = slot.data_ptr(), image.ctypes.data
+        first, last = unit.tensors[0], unit.tensors[-1]
+        return [(start + first.offset, host + first.offset, last.offset + last.entry.nbytes - first.offset)]
+
+    def wait(self, fetch: Fetch) -> None:
+        compute, ready = self._compute.stream(), fetch.done
+        if self._disk is not None:
+            for arrival in fetch.arrivals:
+                if arrival.source.image is None:
+                    self._disk.wait(arrival.source.unit)
+        marks = None
+        if fetch.begin is not None:
+            marks = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            marks[0].record(compute)
+        for event in (ready.link, *ready.disk):
+            compute.wait_event(event)
+        if marks is not None:
+            marks[1].record(compute)
+            if fetch.arrivals:
+                self._arrived.append((fetch, marks))
+        fetch.count(self._stats)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(self._compute.stream())
+        return event
+
+    def clock(self) -> float:
+        if self._disk is not None:
+            self._disk.settle()
+        torch.cuda.synchronize(self.pool.device)
+        return time.perf_counter()
+
+    def settle(self) -> None:
+        if self._disk is not None:
+            self._disk.settle()
+            self.stream.wait_stream(self._disk.stream)
+        self.stream.wait_stream(self._compute.stream())
+
+    def resolve_timeline(self) -> None:
+        """Turn the events recorded so far into intervals; waits for the device."""
+        if self._zero is None:
+            return
+        torch.cuda.synchronize(self.pool.device)
+        zero = self._zero
+        for fetch, marks in self._arrived:
+            events = (fetch.begin, fetch.done.link, *marks)
+            begin, end, asked, there = (zero.elapsed_time(event) / 1e3 for event in events)
+            self._stats.add(Interval("copy", fetch.name, begin, end, fetch.nbytes))
+            self._stats.stall_s += there - asked
+            self._stats.add(Interval("stall", fetch.name, asked, there, fetch.nbytes, fetch.cause))
+        self._arrived.clear()
+
+    def close(self) -> None:
+        if self._disk is not None:
+            self._disk.settle()
+        torch.cuda.synchronize(self.pool.device)
+        if self._disk is not None:
+            self._disk.close()
+        self.pool = torch.empty(0, dtype=torch.uint8)
