@@ -16,11 +16,11 @@ from djinn.hardware import usable_ram
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, place_on
 from djinn.planning.request import Coding, Experts, Request
-from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, what_fits, workspace_bytes
+from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, routed_bytes, what_fits, workspace_bytes
 from djinn.spill import spill_folder
 from djinn.transport.reader import Reader
 from djinn.weights.coding import LayoutOf, coded
-from djinn.weights.experts import by_expert, picked_experts
+from djinn.weights.experts import by_expert, picked_experts, widest_experts
 from djinn.weights.index import WeightIndex
 from djinn.weights.opening import outline_of
 from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
@@ -164,7 +164,10 @@ def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_al
 def workspace_of(index: WeightIndex, request: Request) -> int:
     """Return the device memory to keep free of weights, bytes."""
     if isinstance(request.keep, Workload):
-        needed = workspace_bytes(index.model.config, index.model.dtype, request.device, request.keep)
+        config, dtype = index.model.config, index.model.dtype
+        expert, picked = widest_experts(index.model), picked_experts(config)
+        routed = routed_bytes(expert, picked, dtype, request.device, request.keep)
+        needed = workspace_bytes(config, dtype, request.device, request.keep, routed)
     else:
         needed = request.keep + (CUDA_OVERHEAD_BYTES if request.device.type == "cuda" else 0)
     return needed + index.kept_bytes

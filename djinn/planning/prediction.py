@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 
 from djinn.errors import UnavailableError
+from djinn.planning.experts import LAYER_IDLE_S
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.workspace import Workload, attention_flops, kv_cache_bytes
 from djinn.weights.index import WeightIndex
@@ -138,8 +139,11 @@ def work_of(index: WeightIndex, units: Sequence[Unit], workload: Workload) -> Wo
     )
 
 
-def predict(plan: Plan, rates: Rates, work: Work) -> Prediction:
+def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None) -> Prediction:
     """Return how fast ``plan`` generates on a machine with these rates.
+
+    ``hit_rate`` is the share of picked experts that decode finds in the pool; by default what routers give that pick
+    evenly, with no locality: the share of all experts that the pool holds. A prefill finds none there.
 
     Raises:
         UnavailableError: the plan streams over a link or a disk whose rate is not known.
@@ -150,8 +154,8 @@ def predict(plan: Plan, rates: Rates, work: Work) -> Prediction:
         known["last token"] = rates.last_token
     peak = rates.compute[-1].rate * rates.compute[-1].tokens if rates.compute else float("inf")
     memory = rates.compute[0].rate if rates.compute else float("inf")
-    prefill = _visits(plan, rates, work, load.prompt_tokens * load.batch, work.attention_flops / peak)
-    decode = _visits(plan, rates, work, load.batch, work.cache_bytes / memory)
+    prefill = _visits(plan, rates, work, load.prompt_tokens * load.batch, work.attention_flops / peak, 0.0)
+    decode = _visits(plan, rates, work, load.batch, work.cache_bytes / memory, hit_rate)
     return Prediction(
         ttft_s=rates.call_s + _end(plan, [prefill]),
         token_s=_end(plan, [decode] * DECODE_PASSES) / DECODE_PASSES,
@@ -172,6 +176,8 @@ class _Visit:
     link_s: float
     compute_s: float
     host_s: float
+    asked: bool = False
+    """Whether its copy begins only when compute has come to it: experts that a router has just picked."""
     in_order: bool
     """Whether link and host take the cores' time, as on a CPU."""
 
@@ -183,8 +189,12 @@ class _Visit:
         return max(self.compute_s, self.host_s)
 
 
-def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float) -> list[_Visit]:
+def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, hit_rate: float | None) -> list[_Visit]:
     """Return a pass's visits; ``tokens`` of all sequences go through it, ``extra_s`` is its compute beside weights."""
+    pool = plan.pool
+    whole_from = pool.whole_from(_expert_rate(plan, rates)) if plan.routed else None
+    is_whole = whole_from is not None and tokens >= whole_from
+    hits = pool.share if hit_rate is None else hit_rate
     visits: list[_Visit] = []
     on_cpu = rates.device == "cpu"
     for unit, tier in zip(plan.units, plan.tiers, strict=True):
@@ -193,13 +203,18 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float) -
         compute_s = _multiply_s(unit.raw_bytes, rows, work.shares.get(unit.name, 1.0), rates.compute)
         if on_cpu and unit.name in work.head and rows < tokens and rates.last_token:
             compute_s = rows * unit.raw_bytes / rates.last_token
+        nbytes = unit.image_bytes
+        if unit.experts and tier is not Tier.RESIDENT:
+            needed = 1.0 if is_whole else pool.distinct(tokens) / pool.widest
+            nbytes = round(nbytes * needed * (1 - hits))
         over_link = tier is Tier.PINNED or (on_disk and not on_cpu)
         visits.append(
             _Visit(
-                disk_s=unit.image_bytes / _known("disk", rates.disk) if on_disk else 0.0,
-                link_s=unit.image_bytes / _known("link", rates.link) if over_link else 0.0,
+                disk_s=nbytes / _known("disk", rates.disk) if on_disk else 0.0,
+                link_s=nbytes / _known("link", rates.link) if over_link else 0.0,
                 compute_s=compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
                 host_s=rates.module_s + (0.0 if visits else rates.pass_s),
+                asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
             )
         )
@@ -228,7 +243,16 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
     before = [tuple(slot.sharing) for slot in plan.slots]
     for visits in passes:
         streamed = iter(range(len(plan.slots)))
-        for visit, tier in zip(visits, plan.tiers, strict=True):
+        for visit, tier, unit_of in zip(visits, plan.tiers, plan.units, strict=True):
+            if tier is not Tier.RESIDENT and unit_of.experts:
+                # What a router picks is fetched when it is known; whole layers come while the one before is computed.
+                begin = now_s if visit.asked else 0.0
+                if visit.disk_s:
+                    begin = disk_s = max(disk_s, begin) + visit.disk_s
+                if visit.link_s and not visit.in_order:
+                    begin = link_s = max(link_s, begin) + visit.link_s
+                now_s = max(now_s, begin) + visit.busy_s + (LAYER_IDLE_S if visit.asked and not visit.in_order else 0.0)
+                continue
             if tier is not Tier.RESIDENT:
                 unit = next(streamed)
                 free_s = max(ended[other] for other in before[unit])
@@ -243,6 +267,12 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
             if tier is not Tier.RESIDENT:
                 ended[unit] = now_s
     return now_s
+
+
+def _expert_rate(plan: Plan, rates: Rates) -> float:
+    """Return how fast experts come into the pool: from disk, if any of them wait there, else over the link."""
+    on_disk = any(unit.experts for unit in plan.at(Tier.DISK))
+    return _known("disk", rates.disk) if on_disk else _known("link", rates.link)
 
 
 def _known(what: str, rate: float | None) -> float:

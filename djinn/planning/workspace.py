@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,14 +77,36 @@ def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workloa
     return work.batch * (max(widths) * dtype.itemsize + logits)
 
 
-def workspace_bytes(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, work: Workload) -> int:
-    """Return the device memory to keep free of weights.
+def routed_bytes(
+    expert: Mapping[str, tuple[int, ...]], picked: int, dtype: torch.dtype, device: torch.device, work: Workload
+) -> int:
+    """Return what a layer of routed experts needs of memory beside the weights; ``expert`` says one's shapes.
+
+    In a prefill that is, for each token and each of the experts ``picked`` for it, a row for what every product reads
+    and gives, in the order of experts and back. In decode, where a device is no CPU, transformers copies the weights
+    of every sequence's experts side by side (its ``batched_mm``): all of an expert's at once.
+    """
+    # Each matrix reads rows of one length and writes rows of the other; both stay until the next product is done.
+    widths = 3 * sum(sum(shape) for shape in expert.values() if len(shape) == 2)
+    prefill = work.batch * work.prompt_tokens * picked * widths
+    gathered = work.batch * picked * sum(map(math.prod, expert.values())) if device.type != "cpu" else 0
+    return max(prefill, gathered) * dtype.itemsize
+
+
+def workspace_bytes(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    work: Workload,
+    routed: int = 0,
+) -> int:
+    """Return the device memory to keep free of weights; ``routed`` is what :func:`routed_bytes` says.
 
     A CPU's torch (2.13) copies the output projection for every sequence whose last position alone goes through it,
     as it does in ``generate``; a tenth more is for what the C library keeps around such copies and other tensors, once
     it maps large ones by themselves (:func:`djinn.engine.heap.map_large_blocks`).
     """
-    tensors = kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work)
+    tensors = kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work) + routed
     if device.type == "cuda":
         return CUDA_OVERHEAD_BYTES + round((1 + _FRAGMENTS_SHARE) * tensors)
     text = next(dimensions(config))

@@ -6,6 +6,7 @@ that each token goes to, and their weights, both [tokens, picked]; one of a few 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from torch import nn
@@ -32,6 +33,16 @@ def routed_experts(module: nn.Module) -> int:
     if not all(hasattr(module, name) for name in _MARKS) or getattr(module, "_is_expert_parallel", False):
         return 0
     return int(module.num_experts)  # type: ignore[arg-type]
+
+
+def widest_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the largest expert that a model's routers pick from; nothing without any."""
+    found = [
+        {name: tuple(parameter.shape[1:]) for name, parameter in module.named_parameters(recurse=False)}
+        for module in model.modules()
+        if routed_experts(module) > 1
+    ]
+    return max(found, key=lambda shapes: sum(map(math.prod, shapes.values())), default={})
 
 
 def picked_experts(config: object) -> int:
