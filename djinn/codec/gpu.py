@@ -89,7 +89,8 @@ def batch_decoder(
         # Page-locked by torch's allocator, which gives the table's memory out again only once its copy has been read.
         # Tables of our own in turn would need an event each, too, and would let the host be only as many calls ahead
         # of the device as there are tables. On the device, memory freed here is given out in the order of this stream.
-        table = torch.tensor([blob.data_ptr() for blob, _ in blobs], dtype=torch.int64, pin_memory=True)
+        table = torch.empty(len(blobs), dtype=torch.int64, pin_memory=True)
+        table.numpy()[:] = [blob.data_ptr() for blob, _ in blobs]  # torch would look at each number for longer
         on_device = table.to(device, non_blocking=True)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         kernel[tiles, len(blobs), 1](on_device.data_ptr(), out.data_ptr(), *starts, stream=stream)

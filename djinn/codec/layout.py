@@ -92,7 +92,7 @@ class Layout:
             end = offsets[name] + nbytes
         return offsets
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the blob."""
         return self.offsets["esc"] + self.escapes
@@ -129,7 +129,9 @@ def check_blob(blob: torch.Tensor, layout: Layout) -> None:
     Raises:
         ValueError: a tensor that cannot be a blob of this layout.
     """
-    if blob.dtype != torch.uint8 or blob.shape != (layout.nbytes,) or not blob.is_contiguous():
+    # Shapes, compared, would take twice as long; this is asked of each of many blobs for every token.
+    right = blob.dtype == torch.uint8 and blob.dim() == 1 and blob.numel() == layout.nbytes and blob.is_contiguous()
+    if not right:
         raise ValueError(f"a blob is contiguous uint8 [{layout.nbytes}], not {blob.dtype} {list(blob.shape)}")
 
 
