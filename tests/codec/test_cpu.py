@@ -220,7 +220,7 @@ def test_rows_that_are_not_whole_tiles_are_refused(elements: int) -> None:
 def test_unsuitable_tensors_are_refused_among_many() -> None:
     one, other = coded(normal(TILE)), coded(normal(2 * TILE))
     good = one.blob, one.layout
-    out = torch.empty(2, TILE, dtype=torch.bfloat16)
+    out = torch.ones(2, TILE, dtype=torch.bfloat16)
     run = BatchDecoder(TILE, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"2 blobs of 4096 weights need bfloat16 or uint8 of 16384 bytes, not .* 8192"):
         run([good, good], out[:1])
@@ -241,3 +241,4 @@ def test_unsuitable_tensors_are_refused_among_many() -> None:
     shifted = torch.cat([torch.zeros(8, dtype=torch.uint8), one.blob])[8:]
     with pytest.raises(ValueError, match=r"blob 1 must have .* at a multiple of 16 bytes"):
         run([good, (shifted, one.layout)], out)
+    assert (out == 1).all(), "all are looked at before one is decoded"
