@@ -5,7 +5,8 @@
 On a GPU: bfloat16 decoded per second, by size and tuning, and the bytes that this reads and writes against those of a
 plain copy on the device, which is the least time it could take; encoding; the host's time for a call. Small tensors
 are decoded in turn from and to so many places that the cache does not hold them, and in a CUDA graph, so that the
-host is not what is measured. On a CPU: rates of one thread and of one thread per core, each with a tensor of its own.
+host is not what is measured. Several blobs in one kernel, as routed experts are decoded: GB/s, and the host's time for
+a call. On a CPU: rates of one thread and of one thread per core, each with a tensor of its own.
 On both: bits per weight by distribution.
 
 A case that fails is recorded with its reason, and the others go on. Takes less than a minute.
@@ -33,7 +34,7 @@ import torch
 
 from djinn.codec.backends import backend
 from djinn.codec.checksums import checksums
-from djinn.codec.decode import Decoder
+from djinn.codec.decode import BatchDecoder, Decoder
 from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import ALIGNMENT, Layout, sections
 
@@ -52,6 +53,8 @@ SIZES = {
 WARPS = (1, 2, 4, 8)
 COLD_BYTES = 128 * 2**20
 """What a small tensor's copies come to, coded and decoded: more than twice the cache of an H100."""
+BATCHES = ((8, 3_145_728), (2, 117_440_512))
+"""Blobs decoded in one kernel, and the weights of each: routed experts of a layer for a token."""
 CALLS = 64
 """Decoded in a row, at least."""
 ROUNDS = 5
@@ -242,6 +245,35 @@ def issue_on_gpu() -> Result:
     }
 
 
+def batch_on_gpu(blobs: int, elements: int) -> Result:
+    """Decode several blobs in one kernel, each call from and to other places; time the device's and the host's part."""
+    weights = make("normal", blobs, elements, "cuda")
+    made = [forced(row) for row in weights]
+    moved_bytes = weights.nbytes + sum(layout.nbytes for _, layout in made)
+    copies = 1 + COLD_BYTES // moved_bytes
+    sets = [[(blob.clone(), layout) for blob, layout in made] for _ in range(copies)]
+    outs = torch.zeros(copies, blobs, elements, dtype=torch.bfloat16, device="cuda")
+    decoder = BatchDecoder(elements, outs.device)
+    calls = list(zip(sets, outs, strict=True)) * -(-CALLS // copies)
+
+    def run() -> None:
+        for coded, out in calls:
+            decoder(coded, out)
+
+    seconds = device_seconds(run, len(calls))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()  # fewer calls than a device queues, so that the host waits for none
+    issued = time.perf_counter() - start
+    return {
+        "gbps": weights.nbytes / seconds / 1e9,
+        "moved_gbps": moved_bytes / seconds / 1e9,
+        "us": seconds * 1e6,
+        "call_us": issued / len(calls) * 1e6,
+        "exact": all(is_exact(out.view(-1).view(torch.uint8), weights) for out in outs),
+    }
+
+
 def measure_gpu(cases: Cases) -> None:
     """Measure everything on the current GPU."""
     floor_gbps = cases.add(copy_on_gpu, what="copy").get("moved_gbps", math.nan)
@@ -254,6 +286,8 @@ def measure_gpu(cases: Cases) -> None:
             cases.add(partial(decode, "normal", size, warps=warps), what="decode", size=size, warps=warps)
         cases.add(partial(encode_on_gpu, size), what="encode", size=size)
     cases.add(issue_on_gpu, what="issue", size="16 KiB")
+    for blobs, elements in BATCHES:
+        cases.add(partial(batch_on_gpu, blobs, elements), what="batch", blobs=blobs, elements=elements)
     for name in DISTRIBUTIONS:
         cases.add(partial(decode, name, "134 MB"), what="decode", size="134 MB", weights=name)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from djinn.codec.layout import TILE
+from djinn.codec import reference
+from djinn.codec.layout import TILE, Layout, sections
 
 Make = Callable[[torch.Generator, int, int], torch.Tensor]
 
@@ -92,3 +94,61 @@ CASES: dict[str, torch.Tensor] = {
     "normal, three tiles": normal(3 * TILE),
 }
 """Weights that a codec may get wrong; at most 65,536 of them."""
+
+
+class Coded(NamedTuple):
+    """Weights and their blob."""
+
+    weights: torch.Tensor
+    blob: torch.Tensor
+    layout: Layout
+
+
+def coded(weights: torch.Tensor) -> Coded:
+    """Encode, whatever it costs."""
+    return Coded(weights, *reference.encode(weights))
+
+
+def all_escapes(weights: torch.Tensor) -> Coded:
+    """Return a blob that no encoder makes, since the commonest exponents of a tile always have codes; whole tiles."""
+    layout = Layout(len(weights), len(weights))
+    blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    parts = sections(blob, layout)
+    in_order = (bits(weights).long() & 0xFFFF).view(-1, TILE)[:, reference.WEIGHT_AT]
+    parts.sm[:] = in_order >> 8 & 0x80 | in_order & 0x7F
+    parts.planes[:] = 0xFF
+    parts.off[:] = TILE * torch.arange(layout.tiles + 1)
+    parts.esc[:] = (in_order >> 7 & 0xFF).view(-1, 8, TILE // 8).transpose(1, 2).reshape(-1)
+    return Coded(weights, blob, layout)
+
+
+def with_strays(strays: int, tiles: int = 1) -> torch.Tensor:
+    """Return whole tiles of seven exponents, but for as many strays: these are the escapes."""
+    exponents = 120 + torch.arange(tiles * TILE) % 7
+    at = torch.arange(strays) * 997 % (tiles * TILE)
+    exponents[at] = 10 + at % 100
+    return of_exponents(exponents)
+
+
+def _repeated() -> list[Coded]:
+    first, second = coded(normal(2 * TILE, 1)), coded(normal(2 * TILE, 2))
+    return [first, second, first, first]
+
+
+BATCHES: dict[str, Callable[[], list[Coded]]] = {
+    "one blob": lambda: [coded(normal(3 * TILE))],
+    "seventeen blobs": lambda: [coded(with_strays(strays)) for strays in range(0, 17 * 13, 13)],
+    "the same blob again": _repeated,
+    "every bit pattern": lambda: [coded(part) for part in CASES["every bit pattern, mixed"].split(2 * TILE)],
+    "no escapes, some, all": lambda: [
+        coded(with_strays(0, tiles=2)),
+        all_escapes(random_bits(2 * TILE, 1)),
+        coded(CASES["NaN payloads"][:4500].repeat(2)[: 2 * TILE]),
+        coded(CASES["a tile nearly of escapes"].repeat(2)),
+        coded(CASES["escapes at both ends of tiles"][: 2 * TILE]),
+        coded(random_bits(2 * TILE, 2)),
+        coded(torch.zeros(2 * TILE, dtype=torch.bfloat16)),
+        coded(with_strays(1, tiles=2)),
+    ],
+}
+"""Blobs that are decoded together, by name: all of a batch have equally many weights, and their escapes differ."""

@@ -1,4 +1,4 @@
-"""Which code runs on which device. A backend is a module with `survey`, `write` and `decoder`."""
+"""Which code runs on which device. A backend is a module with `survey`, `write`, `decoder` and `batch_decoder`."""
 
 from __future__ import annotations
 

@@ -6,14 +6,14 @@ code several tensors at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from djinn.codec.layout import TABLE, TILE, Sections
+from djinn.codec.layout import TABLE, TILE, TILE_BYTES, Layout, Sections, sections
 
 BLOCK = 128
 """Tiles worked on at once: few enough for the cache, and enough that threads seldom meet at the interpreter lock."""
@@ -67,6 +67,20 @@ def write(weights: torch.Tensor, parts: Sections) -> None:
 def decoder(parts: Sections, out: torch.Tensor) -> Callable[[], None]:
     """Return a function that decodes ``parts`` into ``out`` (uint8 [decoded_bytes], contiguous)."""
     return partial(_decode, parts, out)
+
+
+def batch_decoder(
+    elements: int, device: torch.device
+) -> Callable[[Sequence[tuple[torch.Tensor, Layout]], torch.Tensor], None]:
+    """Return a function that decodes blobs of ``elements`` weights into the rows of a tensor, one after the other."""
+    row_bytes = elements // TILE * TILE_BYTES
+
+    def run(blobs: Sequence[tuple[torch.Tensor, Layout]], out: torch.Tensor) -> None:
+        rows = out.view(-1).view(torch.uint8).split(row_bytes)
+        for (blob, layout), row in zip(blobs, rows, strict=True):
+            _decode(sections(blob, layout), row)
+
+    return run
 
 
 def _decode(parts: Sections, out: torch.Tensor) -> None:

@@ -1,11 +1,13 @@
-"""Decoding: exact bits into a buffer of whole tiles."""
+"""Decoding: exact bits into whole tiles, of one blob at one address or of many wherever they are."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from djinn.codec.backends import backend
-from djinn.codec.layout import Layout, sections
+from djinn.codec.layout import TILE, TILE_BYTES, Layout, check_blob, sections
 
 
 class Decoder:
@@ -46,3 +48,60 @@ class Decoder:
 def decode(blob: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
     """Decode ``blob`` into ``out`` once; tensors and errors as for `Decoder`."""
     Decoder(layout, blob, out)()
+
+
+class BatchDecoder:
+    """Decodes several blobs of equally many weights, at addresses that change from call to call, in one kernel.
+
+    The kernel is compiled and loaded at construction. A call copies the blobs' addresses to the device and starts the
+    kernel, both on the device's current stream, and returns; on a CPU it returns when the bits are there. Calls may
+    follow each other on any stream and as fast as the host makes them. They cannot be captured in a CUDA graph: a
+    replay would copy the addresses from memory that has been given out again.
+    """
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        """Prepare for blobs of ``elements`` weights, whole tiles, on ``device``.
+
+        Raises:
+            ValueError: weights that are not whole tiles.
+            UnavailableError: a GPU without Triton.
+        """
+        if elements < 1 or elements % TILE:
+            raise ValueError(
+                f"blobs are decoded together if their weights are whole tiles, a multiple of {TILE}, not {elements}; "
+                "decode these one by one"
+            )
+        self.elements = elements
+        self.device = torch.empty(0, device=device).device  # with an index, as tensors have it
+        self._row_bytes = elements // TILE * TILE_BYTES
+        self._run = backend(self.device).batch_decoder(elements, self.device)
+
+    def __call__(self, blobs: Sequence[tuple[torch.Tensor, Layout]], out: torch.Tensor) -> None:
+        """Decode ``blobs``, each uint8 [layout.nbytes], into the rows of ``out``, bfloat16 or uint8 of any shape.
+
+        All are contiguous, on the device, at addresses that are multiples of 16. A blob may come several times. As for
+        any kernel, a tensor that another stream frees or writes has to wait for this one. Verify blobs that may be
+        damaged before they are decoded: a kernel reads escapes from wherever a blob says.
+
+        Raises:
+            ValueError: tensors other than these.
+        """
+        nbytes = len(blobs) * self._row_bytes
+        if out.dtype not in (torch.bfloat16, torch.uint8) or out.nbytes != nbytes:
+            raise ValueError(
+                f"{len(blobs)} blobs of {self.elements} weights need bfloat16 or uint8 of {nbytes} bytes, "
+                f"not {out.dtype} of {out.nbytes}"
+            )
+        if out.device != self.device or not out.is_contiguous():
+            raise ValueError(f"the decoded weights must be contiguous on {self.device}, not on {out.device}")
+        if out.data_ptr() % 16:
+            raise ValueError("the decoded weights must be at an address that is a multiple of 16")
+        for number, (blob, layout) in enumerate(blobs):
+            check_blob(blob, layout)
+            if layout.elements != self.elements or blob.device != self.device or blob.data_ptr() % 16:
+                raise ValueError(
+                    f"blob {number} must have {self.elements} weights on {self.device} at a multiple of 16 bytes, not "
+                    f"{layout.elements} weights on {blob.device} at {blob.data_ptr():#x}"
+                )
+        if blobs:
+            self._run(blobs, out)

@@ -7,13 +7,13 @@ tile has 4096 weights, 1024 words of ``sm``, 3 planes of 128 words, 2048 words d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from djinn.codec.layout import TILE, Sections
+from djinn.codec.layout import TILE, Layout, Sections
 
 ENCODE_WARPS = 4
 DECODE_WARPS = 4
@@ -69,6 +69,39 @@ def decode_arguments(parts: Sections, out: torch.Tensor) -> list[torch.Tensor]:
     """Return the tensors that the decoding kernel takes; its grid is the number of tiles."""
     as_words = [tensor.view(torch.uint32) for tensor in (parts.sm, parts.planes, parts.lut)]
     return [*as_words, parts.off, parts.esc, out.view(torch.uint32)]
+
+
+def batch_decoder(
+    elements: int, device: torch.device, warps: int = DECODE_WARPS
+) -> Callable[[Sequence[tuple[torch.Tensor, Layout]], torch.Tensor], None]:
+    """Return a function that decodes blobs of ``elements`` weights into the rows of a tensor, on the current stream.
+
+    It launches as :func:`decoder` does. The kernel is compiled for addresses that are multiples of 16, before there
+    are any: those that come later have to be.
+    """
+    starts = section_starts(elements)
+    tiles = elements // TILE
+    with torch.cuda.device(device):
+        kernel = _decode_batch.warmup(torch.int64, torch.uint32, *starts, grid=(tiles, 1), num_warps=warps)
+        kernel[tiles, 1, 1]  # loads it here and now: loading may wait for the device
+
+    def run(blobs: Sequence[tuple[torch.Tensor, Layout]], out: torch.Tensor) -> None:
+        # Page-locked by torch's allocator, which gives the table's memory out again only once its copy has been read.
+        # Tables of our own in turn would need an event each, too, and would let the host be only as many calls ahead
+        # of the device as there are tables. On the device, memory freed here is given out in the order of this stream.
+        table = torch.empty(len(blobs), dtype=torch.int64, pin_memory=True)
+        table.numpy()[:] = [blob.data_ptr() for blob, _ in blobs]  # torch would look at each number for longer
+        on_device = table.to(device, non_blocking=True)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        kernel[tiles, len(blobs), 1](on_device.data_ptr(), out.data_ptr(), *starts, stream=stream)
+
+    return run
+
+
+def section_starts(elements: int) -> list[int]:
+    """Return where sections begin in every blob of ``elements`` weights, as the kernel for many blobs takes them."""
+    offsets = Layout(elements, 0).offsets
+    return [offsets[name] for name in ("planes", "lut", "off", "esc")]
 
 
 @triton.jit
@@ -142,8 +175,48 @@ def _decode(
     esc: tl.tensor,
     out: tl.tensor,
 ) -> None:
+    """Decode a tile of one blob; arguments as for `_decode_tile`."""
+    _decode_tile(tl.program_id(0).to(tl.int64), sm, planes, lut, off, esc, out)
+
+
+@triton.jit
+def _decode_batch(
+    blobs: tl.tensor,
+    out: tl.tensor,
+    planes: tl.tensor,
+    lut: tl.tensor,
+    off: tl.tensor,
+    esc: tl.tensor,
+) -> None:
+    """Decode a tile of one of several blobs. blobs: int64, their addresses; out: uint32; the others: bytes into a blob.
+
+    Blobs are at multiples of 16 bytes, and so are their sections. The compiler loses sight of that where a number
+    becomes a pointer, and has to be told: otherwise it loads ``sm`` word by word.
+    """
+    blob = tl.load(blobs + tl.program_id(1))
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) * 2048
+    _decode_tile(
+        tl.program_id(0).to(tl.int64),
+        tl.multiple_of(blob.to(tl.pointer_type(tl.uint32)), 16),
+        (blob + planes).to(tl.pointer_type(tl.uint32)),
+        (blob + lut).to(tl.pointer_type(tl.uint32)),
+        (blob + off).to(tl.pointer_type(tl.int32)),
+        (blob + esc).to(tl.pointer_type(tl.uint8)),
+        out + row,
+    )
+
+
+@triton.jit
+def _decode_tile(
+    tile: tl.tensor,
+    sm: tl.tensor,
+    planes: tl.tensor,
+    lut: tl.tensor,
+    off: tl.tensor,
+    esc: tl.tensor,
+    out: tl.tensor,
+) -> None:
     """Decode a tile, four weights to a word. sm, planes, lut, out: uint32; off: int32; esc: uint8."""
-    tile = tl.program_id(0).to(tl.int64)
     bit = tl.arange(0, 8)[:, None]
     word = tl.arange(0, 128)
     place = 128 * bit + word[None, :]  # in the words of sm

@@ -31,6 +31,7 @@ one by one, and every load and store is contiguous.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -81,9 +82,9 @@ class Layout:
             "esc": self.escapes,
         }
 
-    @property
+    @cached_property
     def offsets(self) -> dict[str, int]:
-        """Byte of the blob at which every section starts."""
+        """Byte of the blob at which every section starts: by the number of weights alone, since ``esc`` is last."""
         offsets = {}
         end = 0
         for name, nbytes in self.section_bytes.items():
@@ -91,7 +92,7 @@ class Layout:
             end = offsets[name] + nbytes
         return offsets
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the blob."""
         return self.offsets["esc"] + self.escapes
@@ -122,14 +123,25 @@ class Sections(NamedTuple):
     """uint8 [escapes]"""
 
 
+def check_blob(blob: torch.Tensor, layout: Layout) -> None:
+    """Check what a tensor tells of itself without a look at its bytes.
+
+    Raises:
+        ValueError: a tensor that cannot be a blob of this layout.
+    """
+    # Shapes, compared, would take twice as long; this is asked of each of many blobs for every token.
+    right = blob.dtype == torch.uint8 and blob.dim() == 1 and blob.numel() == layout.nbytes and blob.is_contiguous()
+    if not right:
+        raise ValueError(f"a blob is contiguous uint8 [{layout.nbytes}], not {blob.dtype} {list(blob.shape)}")
+
+
 def sections(blob: torch.Tensor, layout: Layout) -> Sections:
     """Return views of the sections of ``blob`` (uint8 [layout.nbytes], contiguous).
 
     Raises:
         ValueError: a tensor that cannot be a blob of this layout.
     """
-    if blob.dtype != torch.uint8 or blob.shape != (layout.nbytes,) or not blob.is_contiguous():
-        raise ValueError(f"a blob is contiguous uint8 [{layout.nbytes}], not {blob.dtype} {list(blob.shape)}")
+    check_blob(blob, layout)
     sizes, offsets = layout.section_bytes, layout.offsets
     parts = {name: blob[offsets[name] : offsets[name] + nbytes] for name, nbytes in sizes.items()}
     return Sections(

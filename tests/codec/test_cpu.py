@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from codec_cases import CASES, DISTRIBUTIONS, bits, normal, of_exponents, random_bits, spread
+from codec_cases import BATCHES, CASES, DISTRIBUTIONS, bits, coded, normal, of_exponents, random_bits, spread
 from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn.codec import reference
 from djinn.codec.cpu import BLOCK
-from djinn.codec.decode import Decoder, decode
+from djinn.codec.decode import BatchDecoder, Decoder, decode
 from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import MIN_GAIN, TILE, Layout, sections
 
@@ -187,3 +187,58 @@ def test_unsuitable_tensors_are_refused() -> None:
         decode(blob, layout, out.view(torch.float16))
     with pytest.raises(ValueError, match="multiples of 16"):
         decode(blob, layout, torch.empty(layout.decoded_bytes + 8, dtype=torch.uint8)[8:])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("name", BATCHES)
+def test_many_blobs_are_decoded_into_rows(name: str, dtype: torch.dtype) -> None:
+    batch = BATCHES[name]()
+    elements = batch[0].layout.elements
+    rows = torch.full((len(batch) + 2, elements), 0x5A5A, dtype=torch.int16)
+    run = BatchDecoder(elements, torch.device("cpu"))
+    run([(one.blob, one.layout) for one in batch], rows[1:-1].view(dtype))
+    assert torch.equal(rows[1:-1], torch.stack([bits(one.weights) for one in batch]))
+    assert set(rows[[0, -1]].view(-1).tolist()) == {0x5A5A}
+
+
+def test_a_decoder_of_many_takes_other_blobs_and_rows_every_time() -> None:
+    batch = BATCHES["seventeen blobs"]()
+    run = BatchDecoder(TILE, torch.device("cpu"))
+    for some in (batch[:3], batch[9:], batch[3:2:-1], []):
+        out = torch.empty(len(some), 64, 64, dtype=torch.bfloat16)
+        run([(one.blob, one.layout) for one in some], out)
+        for one, row in zip(some, out, strict=True):
+            assert torch.equal(bits(row), bits(one.weights))
+
+
+@pytest.mark.parametrize("elements", [-TILE, 0, 1, TILE + 1])
+def test_rows_that_are_not_whole_tiles_are_refused(elements: int) -> None:
+    with pytest.raises(ValueError, match=f"a multiple of 4096, not {elements}; decode these one by one"):
+        BatchDecoder(elements, torch.device("cpu"))
+
+
+def test_unsuitable_tensors_are_refused_among_many() -> None:
+    one, other = coded(normal(TILE)), coded(normal(2 * TILE))
+    good = one.blob, one.layout
+    out = torch.ones(2, TILE, dtype=torch.bfloat16)
+    run = BatchDecoder(TILE, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"2 blobs of 4096 weights need bfloat16 or uint8 of 16384 bytes, not .* 8192"):
+        run([good, good], out[:1])
+    with pytest.raises(ValueError, match=r"not torch\.float16"):
+        run([good, good], out.view(torch.float16))
+    with pytest.raises(ValueError, match="contiguous on cpu"):
+        run([good, good], torch.empty(TILE, 2, dtype=torch.bfloat16).T)
+    with pytest.raises(ValueError, match="contiguous on cpu, not on meta"):
+        run([good, good], out.to("meta"))
+    with pytest.raises(ValueError, match="at an address that is a multiple of 16"):
+        run([good], torch.empty(TILE + 4, dtype=torch.bfloat16)[4:])
+    with pytest.raises(ValueError, match="a blob is contiguous uint8"):
+        run([good, (one.blob[:-1], one.layout)], out)
+    with pytest.raises(ValueError, match=r"blob 1 must have 4096 weights .* not 8192 weights on cpu"):
+        run([good, (other.blob, other.layout)], out)
+    with pytest.raises(ValueError, match=r"blob 0 must have .* on cpu at .* on meta"):
+        run([(one.blob.to("meta"), one.layout), good], out)
+    shifted = torch.cat([torch.zeros(8, dtype=torch.uint8), one.blob])[8:]
+    with pytest.raises(ValueError, match=r"blob 1 must have .* at a multiple of 16 bytes"):
+        run([good, (shifted, one.layout)], out)
+    assert (out == 1).all(), "all are looked at before one is decoded"

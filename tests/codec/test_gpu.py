@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from codec_cases import CASES, bits, of_exponents
-from codec_interpreter import code
+from codec_cases import BATCHES, CASES, bits, of_exponents
+from codec_interpreter import code, decode_batch
 
 from djinn.codec import reference
 from djinn.codec.layout import TILE
@@ -37,6 +37,16 @@ def test_a_plane_word_of_escapes_only(interpreter: ProcessPoolExecutor) -> None:
     at_word_0 = (torch.arange(32) % 4 % 2 * (TILE // 2)) + 256 * (torch.arange(32) // 4) + torch.arange(32) % 4 // 2
     exponents[at_word_0] = 20 + torch.arange(32)
     check(interpreter, of_exponents(exponents))
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_kernel_for_many_blobs_restores_every_bit(interpreter: ProcessPoolExecutor, name: str) -> None:
+    batch = BATCHES[name]()
+    elements = batch[0].layout.elements
+    arrays = {id(one.blob): one.blob.numpy() for one in batch}  # a blob that comes again is at the same address there
+    decoded = interpreter.submit(decode_batch, [arrays[id(one.blob)] for one in batch], elements).result()
+    assert torch.equal(torch.from_numpy(decoded[:-1]), torch.stack([bits(one.weights) for one in batch]))
+    assert set(decoded[-1]) == {0x5A5A}
 
 
 def check(interpreter: ProcessPoolExecutor, weights: torch.Tensor) -> None:

@@ -24,6 +24,13 @@ def test_sections_are_aligned_and_apart(elements: int, share: float) -> None:
     assert layout.decoded_bytes == 2 * TILE * layout.tiles
 
 
+@given(st.integers(1, 2**36), st.floats(0, 1))
+def test_sections_of_equally_many_weights_begin_at_the_same_bytes(elements: int, share: float) -> None:
+    layout = Layout(elements, min(int(share * elements), 2**32 - 1))
+    assert layout.offsets == Layout(elements, 0).offsets
+    assert layout.offsets is layout.offsets, "asked for each of many blobs, for every token"
+
+
 def test_a_tensor_of_more_than_2_to_the_31_weights() -> None:
     layout = Layout(128256 * 8192 * 4, 3 * 10**9)
     blob = torch.empty(layout.nbytes, dtype=torch.uint8, device="meta")
