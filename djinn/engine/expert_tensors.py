@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from djinn.codec.decode import decode
+from djinn.codec.decode import BatchDecoder
+from djinn.codec.layout import Layout
 from djinn.weights.units import Unit
 
 
@@ -29,7 +30,9 @@ class ExpertTensor:
         first = self._parts[0][0]
         self.coded = first.entry.layout is not None
         self.address = pool.data_ptr() + first.offset
-        if not self.coded:
+        if first.entry.layout is not None:
+            self._decode = BatchDecoder(first.entry.layout.elements, pool.device)
+        else:
             elements = pool.view(self.dtype)
             strides = [elements.stride(0), *_row_major(self.shape)]
             size = [len(pool), *self.shape]
@@ -59,14 +62,19 @@ class ExpertTensor:
             slots = torch.tensor([slot for _, slot in places], device=self.device)
             out[torch.tensor(rows, device=self.device)] = self.slots[slots]
             return
-        for (expert, slot), row in zip(places, rows, strict=True):
-            target = out[row].reshape(-1).view(torch.uint8)
-            for part in self._parts[expert]:
-                layout = part.entry.layout
-                assert layout is not None
-                blob = self._pool[slot, part.offset : part.offset + layout.nbytes]
-                decode(blob, layout, target[: layout.decoded_bytes])
-                target = target[layout.decoded_bytes :]
+        if len(rows) == len(out) and list(rows) == list(range(len(rows))):
+            self._decode([blob for place in places for blob in self._blobs(*place)], out)
+            return
+        for place, row in zip(places, rows, strict=True):
+            self._decode(self._blobs(*place), out[row])
+
+    def _blobs(self, expert: int, slot: int) -> list[tuple[torch.Tensor, Layout]]:
+        found = []
+        for part in self._parts[expert]:
+            layout = part.entry.layout
+            assert layout is not None
+            found.append((self._pool[slot, part.offset : part.offset + layout.nbytes], layout))
+        return found
 
 
 def _row_major(shape: Sequence[int]) -> list[int]:

@@ -1,0 +1,149 @@
+"""Mixtures of experts on one GPU: whole layers, routed, coded, all in the pool, resident; the same tokens from all.
+
+    python benchmarks/experts.py qwen3-30b-a3b --budget "24 GB" --modes whole routed coded --output experts.jsonl
+
+Synthetic weights, whose routers pick evenly and without locality: the worst case of a cache. ``--steer 0.3,0.7`` also
+steers them, for single tokens, by a seeded process: reuse probability, Zipf exponent (djinn.bench.steering). A line of
+JSON for each mode and each steering has every token's seconds, what crossed the link, hits, and waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+import djinn
+from djinn.bench.steering import SteeredRouting
+from djinn.engine.experts import Experts
+from djinn.engine.load import engine_of, placement
+from djinn.sizes import parse_bytes
+from djinn.transport.fetcher import Arrival
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token is there, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Return False for every sequence; see ``transformers.StoppingCriteria``."""
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[float], list[int]]:
+    """Return seconds of each token, and the tokens."""
+    clock = Clock()
+    ids = model.generate(
+        prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, stopping_criteria=[clock]
+    )
+    times = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    return times, ids[0, prompt.shape[1] :].tolist()
+
+
+def bare_gbps(experts: Experts) -> float:
+    """Return the rate at which randomly chosen experts come, one call's copies behind the other's."""
+    chance = random.Random(0)
+    sources = [source for layer in experts._layers for source in layer.sources if source.image is not None]
+    slots = range(min(experts._cache.slots, 64))
+    arrivals = [Arrival(source, slots[n % len(slots)]) for n, source in enumerate(chance.sample(sources, 200))]
+    begin = experts.fetcher.clock()
+    for start in range(0, len(arrivals), 8):
+        experts.fetcher.wait(experts.fetcher.fetch(arrivals[start : start + 8], []))
+    seconds = experts.fetcher.clock() - begin
+    experts.cool()
+    return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / seconds / 1e9
+
+
+def measure(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Load in one mode and generate; return a record for each steering."""
+    work = {"prompt_tokens": options.prompt, "new_tokens": options.new_tokens, "batch": 1}
+    budget = parse_bytes("200 GB" if mode == "resident" else options.budget)
+    name = f"synthetic:{options.model}"
+    if mode == "pool":
+        whole = djinn.plan(name, budget=parse_bytes("1 TB"), device="cuda", host_memory="2 TB", **work)
+        budget = whole.device_bytes - whole.model_bytes // 1000
+    begin = time.perf_counter()
+    model: Any = djinn.load(
+        name, budget=budget, device="cuda", host_memory=options.host_memory, trace=mode in ("routed", "coded"),
+        experts="whole" if mode == "whole" else "routed", coding="lossless" if mode == "coded" else None, **work,
+    )  # fmt: skip
+    loaded = time.perf_counter() - begin
+    planned, experts = placement(model), engine_of(model).experts
+    zero = None
+    if experts is not None:
+        zero, experts.fetcher._zero = getattr(experts.fetcher, "_zero", None), None  # type: ignore[attr-defined]
+    prompt = torch.randint(10, 20000, (1, options.prompt), generator=torch.Generator().manual_seed(0)).cuda()
+    shared = {
+        "model": options.model, "mode": mode, "device": torch.cuda.get_device_name(), "budget": budget,
+        "load_s": loaded, "pool_slots": planned.pool.slots, "experts": planned.pool.experts,
+        "slot_bytes": planned.pool.slot_bytes, "host_bytes": planned.pinned_bytes, "torch": torch.__version__,
+        "bare_gbps": bare_gbps(experts) if experts else None, "whole_from": experts and experts._whole_from,
+    }  # fmt: skip
+    found = []
+    for steer in [None, *options.steer]:
+        reuse, zipf = map(float, steer.split(",")) if steer else (0.0, 0.0)
+        with SteeredRouting(model, reuse=reuse, zipf=zipf) if steer else nullcontext():
+            generate(model, prompt, min(options.new_tokens, 8))
+            for run in range(options.runs):
+                before = vars(djinn.stats(model)).copy()
+                torch.cuda.reset_peak_memory_stats()
+                times, tokens = generate(model, prompt, options.new_tokens)
+                after = vars(djinn.stats(model))
+                moved = {
+                    key: after[key] - before[key]
+                    for key in ("link_bytes", "expert_hits", "expert_misses", "routed_layers", "whole_layers",
+                                "index_wait_s", "hook_s")
+                }  # fmt: skip
+                found.append({
+                    **shared, "steer": steer, "run": run, "times": times, "tokens": tokens,
+                    "token_s": statistics.median(times[1:]), "peak_reserved": torch.cuda.max_memory_reserved(), **moved,
+                })  # fmt: skip
+                print(json.dumps({key: found[-1][key] for key in ("mode", "steer", "token_s", "bare_gbps",
+                      "peak_reserved", *moved)} | {"ttft": times[0]}), flush=True)  # fmt: skip
+    if zero is not None and experts is not None:
+        experts.fetcher._zero = zero  # type: ignore[attr-defined]
+        first = len(djinn.stats(model).timeline)
+        generate(model, prompt, 8)
+        copies = [each for each in djinn.stats(model).timeline[first:] if each.lane == "copy"]
+        copies = copies[len(experts._layers) :]
+        busy = sum(copy.end_s - copy.start_s for copy in copies)
+        found[-1]["traced_copy_gbps"] = sum(copy.nbytes for copy in copies) / max(busy, 1e-9) / 1e9
+        found[-1]["traced_busy_s"] = busy
+        print(json.dumps({"traced_copy_gbps": found[-1]["traced_copy_gbps"]}), flush=True)
+    return found
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--budget", default="24 GB")
+    parser.add_argument("--host-memory", default=None)
+    parser.add_argument("--modes", nargs="+", default=["whole", "routed"])
+    parser.add_argument("--steer", nargs="*", default=[])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("experts.jsonl"))
+    options = parser.parse_args()
+    for mode in options.modes:
+        records = measure(mode, options)
+        with options.output.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Routed experts on a GPU give the resident model's bits, whatever way transformers runs them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
+
+import djinn
+from djinn.engine.load import engine_of
+from djinn.errors import PlanError
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+CONFIGS = {
+    "mixtral": MixtralConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    ),
+    "qwen3": Qwen3MoeConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
+    ),
+    "gpt_oss": GptOssConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, num_local_experts=16, num_experts_per_tok=4, pad_token_id=0,
+    ),
+}  # fmt: skip
+WORK = {"prompt_tokens": 40, "new_tokens": 12, "batch": 4}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp(request.param)
+    AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").cuda().eval()
+
+
+def smallest(folder: Path, **options: object) -> int:
+    low, high = 0, 8 * 10**9
+    while high - low > 10**5:
+        middle = (low + high) // 2
+        try:
+            djinn.plan(folder, budget=middle, device="cuda", **WORK, **options)
+            high = middle
+        except PlanError:
+            low = middle
+    return high
+
+
+@pytest.mark.parametrize("coding", [None, "lossless"])
+@pytest.mark.parametrize("spare", [0.0, 0.3, 0.6])
+def test_bits_are_those_of_the_resident_model(
+    folder: Path, resident: PreTrainedModel, spare: float, coding: str | None
+) -> None:
+    expert_bytes = sum(p.nbytes for name, p in resident.named_parameters() if p.dim() == 3)
+    budget = smallest(folder, coding=coding) + int(spare * expert_bytes)
+    model = djinn.load(folder, budget=budget, device="cuda", coding=coding, **WORK)
+    experts = engine_of(model).experts
+    assert experts is not None
+    experts.fetcher.pool.view(torch.bfloat16).fill_(float("nan"))
+    experts.cool()
+    prompt = torch.randint(1, 512, (2, 40), device="cuda")
+    mask = torch.ones_like(prompt)
+    mask[0, :17] = 0
+    ways = [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+    ]
+    for implementation, whole in itertools.product(("grouped_mm", "batched_mm", "eager"), (False, True)):
+        experts._whole_from = 32 if whole and experts._pool.windows else None
+        for each in (resident, model):
+            each.set_experts_implementation(implementation)
+        with torch.no_grad():
+            for ids in (prompt, prompt[:1, :1], prompt[:, :3]):
+                assert torch.equal(model(ids).logits, resident(ids).logits), (implementation, whole, ids.shape)
+        for way in ways:
+            found = []
+            for each in (resident, model):
+                torch.manual_seed(1)
+                found.append(
+                    each.generate(
+                        prompt,
+                        attention_mask=mask,
+                        max_new_tokens=12,
+                        pad_token_id=0,
+                        output_logits=True,
+                        return_dict_in_generate=True,
+                        **way,
+                    )
+                )
+            assert torch.equal(found[0].sequences, found[1].sequences), (implementation, whole, way)
+            for one, other in zip(found[0].logits, found[1].logits, strict=True):
+                assert torch.equal(one, other), (implementation, whole, way)
+    assert djinn.stats(model).expert_misses > 0
+    djinn.detach(model)
