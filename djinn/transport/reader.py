@@ -109,7 +109,10 @@ class Reader:
             synthetic_values.fill(
                 image[piece.offset : piece.offset + piece.nbytes],
                 name=source.name,
-                shape=piece.entry.shape,
+                # Of an expert: as many of it as reach to where it ends in its tensor.
+                shape=(source.start // piece.entry.raw_bytes + 1, *piece.entry.shape)
+                if source.start
+                else piece.entry.shape,
                 dtype=piece.entry.dtype,
                 seed=source.seed,
                 start=source.start + piece.start,
