@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from djinn.codec.layout import Layout
-from djinn.weights.tensors import Converted, Encoded, FileSpan, InMemory, Seeded, TensorEntry
+from djinn.weights.tensors import Decoded, Encoded, TensorEntry
 from djinn.weights.units import Unit
 
 
@@ -21,7 +21,7 @@ def coded(units: Sequence[Unit], layout: Callable[[TensorEntry], Layout | None])
     def encoded(entry: TensorEntry) -> TensorEntry:
         if not entry.codable:
             return entry
-        assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
+        assert not isinstance(entry.source, Encoded | Decoded), "nothing has been coded yet"
         found = layout(entry)
         return entry if found is None else replace(entry, source=Encoded(entry.source), layout=found)
 
