@@ -43,7 +43,7 @@ def stacked(
                 parts = tuple(part for expert in experts for part in expert)
                 found[name] = TensorEntry(parameter.dtype, tuple(parameter.shape), Stacked(parts))
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} missing tensors: {', '.join(missing[:5])}")
+        raise CheckpointError(f"{folder}: {len(missing)} missing tensors: {', '.join(sorted(missing)[:5])}")
     return found
 
 
