@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import MIXTURES
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -106,12 +108,19 @@ def test_detaching_gives_an_ordinary_model(mixture_checkpoint: Mixture, name: st
 def test_saving_over_experts_that_are_streamed_from_is_refused(mixture_checkpoint: Mixture, tmp_path: Path) -> None:
     """Also where no other tensor is."""
     resident(mixture_checkpoint("mixtral")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    files = {name: "experts/e.safetensors" if "experts." in name else "others.safetensors" for name in tensors}
+    (tmp_path / "experts").mkdir()
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, tmp_path / file, {"format": "pt"})
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     model = streaming(tmp_path)
     assert streamed_experts(model, Tier.DISK)
     with pytest.raises(ConfigError, match="whose files would be overwritten"):
-        model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read any more"):
+        model.save_pretrained(tmp_path / "experts")
+    (tmp_path / "experts" / "e.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"e\.safetensors: cannot be read any more"):
         model.state_dict()
 
 
