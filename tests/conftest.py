@@ -13,8 +13,8 @@ import yaml
 from architectures import save_architecture
 from fabricated import fabricated, failed
 from hypothesis import HealthCheck, settings
-from tiny_models import save_tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import MIXTURES, save_model, save_tiny
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from djinn.bench.records import append_record
 from djinn.profiles import load_profile
@@ -75,6 +75,17 @@ def fabricated_run(tmp_path: Path) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny model by name (see ``tiny_models``), written once; not to be changed."""
     return cache(lambda name: save_tiny(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny mixture of experts by name (see ``tiny_models``), written once; not to be changed."""
+
+    def save(name: str) -> Path:
+        model = AutoModelForCausalLM.from_config(MIXTURES[name], dtype=torch.bfloat16)
+        return save_model(model, name, tmp_path_factory.mktemp(name))
+
+    return cache(save)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 TINY: dict[str, PretrainedConfig] = {
@@ -41,6 +42,19 @@ TINY: dict[str, PretrainedConfig] = {
     ),
     # Norm behind the embedding, tied, fused query, key and value.
     "bloom": BloomConfig(hidden_size=128, n_layer=5, n_head=4, vocab_size=256),
+}  # fmt: skip
+
+MIXTURES: dict[str, PretrainedConfig] = {
+    # More than ten experts, whose numbers do not sort as texts do; w1, w2 and w3 of each in files.
+    "mixtral": MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=12, vocab_size=256,
+    ),
+    # gate_proj, up_proj and down_proj of each; a layer without experts; matrices that are not whole pages.
+    "qwen3_moe": Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=12, num_experts_per_tok=3, mlp_only_layers=[1], vocab_size=256,
+    ),
 }  # fmt: skip
 
 

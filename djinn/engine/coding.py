@@ -65,7 +65,7 @@ class Coder:
 
     def estimate(self, entry: TensorEntry) -> Layout | None:
         """Return about what :meth:`layout` would, from the tensor's first MiB."""
-        stored = entry.source.stored if isinstance(entry.source, Converted) else entry
+        stored, *_ = (entry.source.stored if isinstance(entry.source, Converted) else entry).parts
         nbytes = min(_SAMPLE_BYTES, stored.nbytes)
         sample = allocate(nbytes)
         self.reader.read(Piece("", stored, 0, nbytes, 0), sample)

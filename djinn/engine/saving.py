@@ -48,7 +48,7 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
         sources = {
             tensor.entry.source.path.parent.resolve()
             for unit in planned.at(Tier.DISK)
-            for tensor in unit.tensors
+            for tensor in unit.stored
             if isinstance(tensor.entry.source, FileSpan)
         }
         vars(model)["save_pretrained"] = partial(_save_pretrained, weakref.ref(model), sources)

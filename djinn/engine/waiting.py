@@ -7,7 +7,7 @@ import torch
 
 from djinn.codec.decode import decode
 from djinn.errors import CheckpointError
-from djinn.weights.tensors import FileSpan
+from djinn.weights.tensors import FileSpan, Stacked, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
 
@@ -44,17 +44,14 @@ def waiting_weights(unit: Unit, tensor: PlacedTensor, image: torch.Tensor | None
 def stored_bytes(tensor: PlacedTensor, image: torch.Tensor | None) -> torch.Tensor:
     """Return a tensor's raw bytes (uint8, one dimension) in host memory, in a storage of their own.
 
-    Copied are only those that lie on a GPU or are coded. Without an ``image`` they are a private map of their file.
+    Copied are only those that lie on a GPU, are coded, or come from several places. Without an ``image`` they are a
+    private map of their file.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
     entry = tensor.entry
-    if image is None:
-        assert isinstance(entry.source, FileSpan)
-        stored = _mapped(entry.source, entry.nbytes)
-    else:
-        stored = own(image[tensor.offset : tensor.offset + entry.nbytes].cpu())
+    stored = _mapped(entry) if image is None else own(image[tensor.offset : tensor.offset + entry.nbytes].cpu())
     if entry.layout is None:
         return stored
     if stored.data_ptr() % 16:
@@ -69,7 +66,12 @@ def own(host: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(host.numpy()) if host.numel() else torch.empty(0, dtype=torch.uint8)
 
 
-def _mapped(source: FileSpan, nbytes: int) -> torch.Tensor:
+def _mapped(entry: TensorEntry) -> torch.Tensor:
+    """Return a tensor's bytes as they are stored: a map of them in their file, or what is in several, joined."""
+    if isinstance(entry.source, Stacked):
+        return torch.cat([_mapped(part) for part in entry.parts])
+    source, nbytes = entry.source, entry.nbytes
+    assert isinstance(source, FileSpan)
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     try:

@@ -51,6 +51,8 @@ class Piece:
     start: int
     nbytes: int
     offset: int
+    shares_pages: bool = False
+    """As of the tensor: see :class:`djinn.weights.units.PlacedTensor`."""
 
 
 def pieces(unit: Unit, chunk_bytes: int) -> list[Piece]:
@@ -62,7 +64,8 @@ def pieces(unit: Unit, chunk_bytes: int) -> list[Piece]:
             # After the first piece, every cut is at the end of a page of the image.
             end = (tensor.offset + start + chunk_bytes) // PAGE * PAGE - tensor.offset
             end = min(max(end, start + 1), tensor.entry.nbytes)
-            cut.append(Piece(tensor.name, tensor.entry, start, end - start, tensor.offset + start))
+            offset = tensor.offset + start
+            cut.append(Piece(tensor.name, tensor.entry, start, end - start, offset, tensor.shares_pages))
             start = end
     return cut
 
@@ -104,7 +107,7 @@ class Reader:
         """
         source = piece.entry.source
         if isinstance(source, FileSpan):
-            self._read_file(source.path, source.offset + piece.start, piece.nbytes, image, piece.offset)
+            self._read_file(piece, source, image)
         elif isinstance(source, Seeded):
             synthetic_values.fill(
                 image[piece.offset : piece.offset + piece.nbytes],
@@ -124,16 +127,18 @@ class Reader:
             raise TypeError(f"tensor {piece.name} is coded while it is loaded, which a reader does not do")
         return piece.nbytes
 
-    def _read_file(self, path: Path, offset: int, nbytes: int, image: Buffer, at: int) -> None:
-        """Read ``nbytes`` at ``offset`` of ``path`` to ``image[at:]``; directly where both lie alike on their pages."""
+    def _read_file(self, piece: Piece, source: FileSpan, image: Buffer) -> None:
+        """Read a piece, directly where it lies on its pages in the image as in the file, and alone or on whole ones."""
+        offset, nbytes, at = source.offset + piece.start, piece.nbytes, piece.offset
         low = offset // PAGE * PAGE
         span = -(-(offset + nbytes - low) // PAGE) * PAGE
         begin = at - (offset - low)
-        if begin % PAGE == 0 and begin >= 0 and begin + span <= image.nbytes:
-            self.read_pages(path, low, image[begin : begin + span], offset + nbytes - low)
+        alone = not piece.shares_pages or span == nbytes
+        if alone and begin % PAGE == 0 and begin >= 0 and begin + span <= image.nbytes:
+            self.read_pages(source.path, low, image[begin : begin + span], offset + nbytes - low)
         else:
             bounce = self._bounce_buffer(span)
-            self.read_pages(path, low, bounce, offset + nbytes - low)
+            self.read_pages(source.path, low, bounce, offset + nbytes - low)
             np.copyto(image[at : at + nbytes], bounce[offset - low : offset - low + nbytes])
 
     def read_pages(self, path: Path, offset: int, target: Buffer, needed: int) -> None:

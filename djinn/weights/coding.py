@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from djinn.codec.layout import TILE_BYTES, Layout
-from djinn.weights.tensors import Converted, Encoded, FileSpan, InMemory, Seeded, TensorEntry
+from djinn.weights.tensors import Decoded, Encoded, TensorEntry
 from djinn.weights.units import Unit, lay_out_expert
 
 LayoutOf = Callable[[TensorEntry], Layout | None]
@@ -62,5 +62,5 @@ def _coded_by_expert(unit: Unit, layout: LayoutOf, asked: Sequence[Unit]) -> Uni
 def _with_code(entry: TensorEntry, code: Layout | None) -> TensorEntry:
     if code is None:
         return entry
-    assert isinstance(entry.source, FileSpan | Seeded | InMemory | Converted), "nothing has been coded yet"
+    assert not isinstance(entry.source, Encoded | Decoded), "nothing has been coded yet"
     return replace(entry, source=Encoded(entry.source), layout=code)

@@ -14,6 +14,7 @@ from djinn.weights.index import WeightIndex, computed_weights, empty_for, indexe
 from djinn.weights.models import config_of
 from djinn.weights.naming import naming
 from djinn.weights.shards import read_checkpoint
+from djinn.weights.stacked import stacked
 from djinn.weights.tensors import Encoded, FileSpan, TensorEntry
 from djinn.weights.ties import tie, untie
 
@@ -23,7 +24,7 @@ def header_index(folder: Path, dtype: torch.dtype | None = None) -> WeightIndex:
 
     ``dtype`` is as for :func:`checkpoint_index`.
 
-    Nothing is converted or written: what is put together from several stored tensors has the shape and dtype that the
+    Nothing is converted or written: what transformers makes of several stored tensors has the shape and dtype that the
     model gives it, and stands for what will be written of it. Of what is tied and stored apart, only bytes tell whether
     it differs; those of headers alone are equal.
 
@@ -35,9 +36,11 @@ def header_index(folder: Path, dtype: torch.dtype | None = None) -> WeightIndex:
     untie(model)
     names = naming(model, files, str(folder))
     stored = {name: files[found] for name, found in names.renamed.items()}
+    is_packed = any(entry.crc32 is not None for entry in files.values())
+    stored |= {} if is_packed else stacked(model, files, names, folder)
     parameters = dict(model.named_parameters())
     for name, found in names.converted.items():
-        if name in parameters:
+        if name in parameters and name not in stored:
             stored[name] = _standing_for(parameters[name], [files[part] for part in found])
     entries = tie(model, stored, folder)
     info = LoadStateDictInfo(

@@ -2,15 +2,16 @@
 
 transformers itself maps the names: it is asked to load the checkpoint "to disk", which leaves every parameter on the
 meta device, computes the buffers, ties what the config ties, and yields for each parameter the file and the name it has
-there. It touches one page of each tensor (and the kernel reads ahead from there); only weights that it converts (fused
-experts) are read, and written anew, to ``spill``.
+there. It touches one page of each tensor (and the kernel reads ahead from there); only weights that it converts are
+read, and written anew, to ``spill``. Experts that it would only stack stay where they are: it is shown a checkpoint in
+which they are stacked already (see :mod:`djinn.weights.stacked`).
 """
 
 from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,13 +25,12 @@ from transformers.core_model_loading import build_glob_alternation
 
 from djinn.errors import CheckpointError, UnavailableError
 from djinn.sizes import format_bytes
-from djinn.weights import packed_format
 from djinn.weights.foreign import refusing
-from djinn.weights.header import read_header
 from djinn.weights.models import computed, config_of, empty_model, model_class, quiet
 from djinn.weights.naming import naming
-from djinn.weights.packed_shard import unpack_shard
-from djinn.weights.shards import read_checkpoint, read_shard, shard_files
+from djinn.weights.shards import read_checkpoint, read_shard
+from djinn.weights.stacked import stacked
+from djinn.weights.stand_in import restored, with_stacks
 from djinn.weights.tensors import InMemory, Seeded, TensorEntry
 from djinn.weights.ties import tie
 
@@ -88,24 +88,36 @@ def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None
     names = naming(empty, files, str(folder))
     parameters = dict(empty.named_parameters())
     is_quantised = getattr(config, "quantization_config", None) is not None
-    written = parameters.keys() if is_quantised else parameters.keys() & names.converted.keys()
-    needed = sum(parameters[name].nbytes for name in written)
     is_packed = any(entry.crc32 is not None for entry in files.values())
-    # Of a packed checkpoint transformers reads buffers, and weights that it converts.
-    unpacked = {found for name, found in names.renamed.items() if name not in parameters}
-    unpacked |= {part for parts in names.converted.values() for part in parts}
-    if is_packed:
-        needed += sum(files[name].raw_bytes for name in unpacked)
+    in_place = {} if is_quantised or is_packed else stacked(empty, files, names, folder)
+    converted = names.converted.keys() - in_place.keys()
+    written = parameters.keys() if is_quantised else parameters.keys() & converted
+    needed = sum(parameters[name].nbytes for name in written)
+    # Of a checkpoint that stands in for this one transformers reads buffers, and weights that it converts.
+    read = {found for name, found in names.renamed.items() if name not in parameters}
+    read |= {part for name in converted for part in names.converted[name]}
+    if is_packed or in_place:
+        needed += sum(files[name].raw_bytes for name in read)
     _require_room(spill, needed)
-    read_from = _restored(folder, spill / "original", unpacked) if is_packed else folder
-    model, where, extra = _on_disk(read_from, config, spill, dtype)
+    shown = folder
+    if is_packed:
+        shown = restored(folder, spill / "original", read)
+    elif in_place:
+        apart = {part for name in in_place for part in names.converted[name]}
+        whole = {name: entry for name, entry in files.items() if name not in apart} | in_place
+        shown = with_stacks(folder, spill / "original", whole, read)
+    model, where, extra = _on_disk(folder, shown, config, spill, dtype)
+    if in_place:
+        model._weight_conversions = list(names.used)  # type: ignore[assignment]  # of those that it has not been shown
     warn_of(extra, model, folder)
     spilled: dict[str, dict[str, TensorEntry]] = {}
     stored = {}
     for name, place in where.items():
         path = Path(place["safetensors_file"])
         found = None if is_quantised else names.renamed.get(name)
-        if found is None and path.parent == spill:
+        if name in in_place:
+            stored[name] = in_place[name]
+        elif found is None and path.parent == spill:
             stored[name] = spilled.setdefault(str(path), read_shard(path))[place["weight_name"]]
         else:
             stored[name] = files[found or place["weight_name"]]
@@ -116,37 +128,21 @@ def _require_room(spill: Path, needed: int) -> None:
     free = shutil.disk_usage(spill if spill.is_dir() else spill.parent).free
     if needed > free:
         raise UnavailableError(
-            f"{spill}: {format_bytes(needed)} of weights that transformers converts, such as experts that it fuses, "
+            f"{spill}: {format_bytes(needed)} of weights that transformers converts, as it does packed experts, "
             f"are written there, and {format_bytes(free)} are free; set TMPDIR to a folder with more room"
         )
 
 
-def _restored(folder: Path, original: Path, wanted: Collection[str]) -> Path:
-    """Return folder ``original``, made what the packed one was; only tensors that are ``wanted`` have bytes."""
-    original.mkdir(exist_ok=True)
-    for shard in shard_files(folder):
-        target = original / shard.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if packed_format.is_packed(read_header(shard)):
-            unpack_shard(shard, target, lambda _: None, torch.device("cpu"), wanted)
-        else:
-            target.symlink_to(shard.absolute())
-    for path in folder.iterdir():
-        if path.suffix == ".json" and not (original / path.name).exists():
-            (original / path.name).symlink_to(path.absolute())
-    return original
-
-
 def _on_disk(
-    folder: Path, config: PretrainedConfig, spill: Path, dtype: torch.dtype | None
+    folder: Path, shown: Path, config: PretrainedConfig, spill: Path, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, dict[str, str]], set[str]]:
     """Return the model on the meta device, where transformers found each parameter, and what it has no place for.
 
-    A place is a file, a name there and a dtype.
+    A place is a file, a name there and a dtype. The files are those of ``shown``, which stands in for ``folder``.
     """
     with refusing(f"{folder}: transformers cannot load it"), quiet():
         loaded: Any = model_class(config).from_pretrained(
-            folder,
+            shown,
             dtype=dtype or "auto",
             device_map={"": "disk"},
             offload_folder=spill,
@@ -156,6 +152,7 @@ def _on_disk(
         )
         model: PreTrainedModel
         model, info = loaded
+    model.name_or_path = model.config.name_or_path = str(folder)
     require_all(folder, model, info["missing_keys"], info["mismatched_keys"])
     where = _disk_index(model)
     stored = {*where, *model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}

@@ -12,7 +12,7 @@ from djinn.errors import CheckpointError
 from djinn.weights.foreign import parse_object, refusing, require_file
 from djinn.weights.header import read_header
 from djinn.weights.packed_format import described, is_packed
-from djinn.weights.tensors import FileSpan, TensorEntry
+from djinn.weights.tensors import FileSpan, Stacked, TensorEntry
 
 _RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _BLOCK_BYTES = 2**24
@@ -62,7 +62,7 @@ def _listed(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         raise CheckpointError(
             f"{folder}: holds one file for each rank of a distributed run; save the model whole, by save_pretrained"
         )
-    named = _named_file(folder)
+    named = named_file(folder)
     if named is not None and not named.name.endswith(".json"):
         return [named], {}
     index_path = named or folder / "model.safetensors.index.json"
@@ -89,6 +89,8 @@ def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
         return True
     if (one.dtype, one.shape, one.layout) != (other.dtype, other.shape, other.layout):
         return False
+    if isinstance(one.source, Stacked) or isinstance(other.source, Stacked):
+        return len(one.parts) == len(other.parts) and all(map(same_bytes, one.parts, other.parts))
     assert isinstance(one.source, FileSpan)
     assert isinstance(other.source, FileSpan)
     with refusing(f"{one.source.path}: cannot be read"):
@@ -101,8 +103,12 @@ def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
     return True
 
 
-def _named_file(folder: Path) -> Path | None:
-    """Return the file that ``transformers_weights`` of config.json names, None where it names none."""
+def named_file(folder: Path) -> Path | None:
+    """Return the file that ``transformers_weights`` of config.json names, None where it names none.
+
+    Raises:
+        CheckpointError: one that is not there, outside the folder, or no safetensors file and no index of such.
+    """
     config = folder / "config.json"
     if not config.is_file():
         return None

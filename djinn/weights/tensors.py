@@ -86,7 +86,7 @@ class Stacked:
 class Encoded:
     """Bytes made by coding those of another source."""
 
-    raw: FileSpan | Seeded | InMemory | Converted
+    raw: FileSpan | Seeded | InMemory | Converted | Stacked
 
 
 @dataclass(frozen=True)

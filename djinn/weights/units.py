@@ -23,6 +23,8 @@ class PlacedTensor:
     name: str
     entry: TensorEntry
     offset: int
+    shares_pages: bool = False
+    """Whether other bytes of the image lie on its first page or its last, so that no whole page may be read there."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Unit:
         for tensor in self.tensors:
             end = tensor.offset
             for part in tensor.entry.parts:
-                placed.append(PlacedTensor(tensor.name, part, end))
+                placed.append(replace(tensor, entry=part, offset=end))
                 end += part.nbytes
-        return tuple(placed)
+        return _sharing_marked(placed)
 
     @cached_property
     def image_bytes(self) -> int:
@@ -194,6 +196,17 @@ def lay_out_expert(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor
         placed.append(PlacedTensor(name, entry, offset))
         end = offset + entry.nbytes
     return tuple(placed)
+
+
+def _sharing_marked(tensors: list[PlacedTensor]) -> tuple[PlacedTensor, ...]:
+    """Return ``tensors``, those marked that lie on pages of others too."""
+    marked = []
+    for number, tensor in enumerate(tensors):
+        begin, end = tensor.offset, tensor.offset + tensor.entry.nbytes
+        before = number > 0 and tensors[number - 1].offset + tensors[number - 1].entry.nbytes > begin // PAGE * PAGE
+        behind = number + 1 < len(tensors) and tensors[number + 1].offset < _round_up(end, PAGE)
+        marked.append(replace(tensor, shares_pages=tensor.shares_pages or before or behind))
+    return tuple(marked)
 
 
 def _group(readers: dict[str, list[str]]) -> dict[tuple[str, ...], list[str]]:

@@ -275,12 +275,12 @@ def test_a_plan_of_fused_experts_writes_nothing(
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 0
 
 
-def test_too_little_room_for_fused_experts_is_said_beforehand(
+def test_too_little_room_for_converted_experts_is_said_beforehand(
     tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UnavailableError, match=r"of weights that transformers converts.*1 KB are free; set TMPDIR"):
-        checkpoint_index(tiny_checkpoint("mixtral"), tmp_path)
+        checkpoint_index(tiny_checkpoint("mixtral"), tmp_path, torch.float32)
     assert not list(tmp_path.iterdir())
     checkpoint_index(tiny_checkpoint("llama"), tmp_path)
 

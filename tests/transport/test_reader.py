@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from djinn.bench.rates.disk import read_rate
 from djinn.errors import CheckpointError
 from djinn.transport.reader import Reader, allocate, pieces, settle
 from djinn.weights.shards import read_shard
-from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
+from djinn.weights.tensors import PAGE, FileSpan, Seeded, Stacked, TensorEntry
 from djinn.weights.units import Unit, lay_out
 
 GUARD = 0xA5
@@ -220,3 +221,34 @@ def test_memory_is_exact_zeroed_and_on_whole_pages() -> None:
         assert buffer.nbytes == nbytes
         assert buffer.ctypes.data % PAGE == 0 or nbytes == 0
         assert not buffer.any()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("chunk_bytes", [PAGE, 2**20])
+def test_parts_that_share_pages_do_not_overwrite_one_another(tmp_path: Path, backwards: bool, chunk_bytes: int) -> None:
+    """Parts that lie on their pages in the file as in the image, where whole pages could be read, but for the others'.
+
+    In both orders, so that whichever of two would win is read last once.
+    """
+    sizes, path = [PAGE + 100, 700, 3 * PAGE, PAGE - 800, 2 * PAGE, 5], tmp_path / "f"
+    first = 512  # behind the tensor before it, at the next 256 bytes
+    places = [first, *(first + np.cumsum(sizes)).tolist()]
+    data = np.random.default_rng(0).integers(0, 256, 100 * PAGE, dtype=np.uint8)
+    data.tofile(path)
+    starts = [10 * PAGE * (number + 1) + place % PAGE for number, place in enumerate(places[:-1])]
+    parts = tuple(
+        TensorEntry(torch.uint8, (size,), FileSpan(path, start)) for size, start in zip(sizes, starts, strict=True)
+    )
+    stacked = TensorEntry(torch.uint8, (sum(sizes),), Stacked(parts))
+    unit = unit_of({"before": TensorEntry(torch.uint8, (300,), FileSpan(path, 1)), "stacked": stacked})
+    assert [tensor.offset for tensor in unit.tensors] == [0, first]
+    image = allocate(unit.image_bytes)
+    reader = Reader(chunk_bytes, threads=1)
+    try:
+        for tensor in reversed(unit.stored) if backwards else unit.stored:
+            settle(reader.fill(replace(unit, tensors=(tensor,)), image))
+    finally:
+        reader.close()
+    wanted = np.concatenate([data[start : start + size] for size, start in zip(sizes, starts, strict=True)])
+    np.testing.assert_array_equal(image[first : first + len(wanted)], wanted)
+    np.testing.assert_array_equal(image[:300], data[1:301])

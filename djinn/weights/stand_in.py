@@ -1,0 +1,71 @@
+"""Checkpoints that transformers is shown in place of others: the same names and shapes, with few of the bytes.
+
+It maps names, ties and computes buffers by them, and reads only what it converts; everything else is a hole in a file,
+which takes no disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from djinn.weights import packed_format
+from djinn.weights.header import read_header
+from djinn.weights.packed_shard import read_tensor, unpack_shard
+from djinn.weights.shards import named_file, shard_files
+from djinn.weights.tensors import DTYPES, TensorEntry
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def restored(folder: Path, original: Path, wanted: Collection[str]) -> Path:
+    """Return folder ``original``, made what the packed one was; only tensors that are ``wanted`` have bytes."""
+    original.mkdir(exist_ok=True)
+    for shard in shard_files(folder):
+        target = original / shard.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if packed_format.is_packed(read_header(shard)):
+            unpack_shard(shard, target, lambda _: None, torch.device("cpu"), wanted)
+        else:
+            target.symlink_to(shard.absolute())
+    _link_documents(folder, original)
+    return original
+
+
+def with_stacks(folder: Path, made: Path, entries: Mapping[str, TensorEntry], wanted: Collection[str]) -> Path:
+    """Return folder ``made``, with one file of ``entries``: the plain checkpoint as if its experts were stacked.
+
+    Only tensors that are ``wanted`` have bytes.
+    """
+    named = named_file(folder)
+    path = made / (named.relative_to(folder) if named else "model.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        index, path = path, path.with_name("model.safetensors")
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(entries, path.name)}))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ends = 0
+    begins = {}
+    for name, entry in entries.items():
+        begins[name] = ends
+        ends += entry.nbytes
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begins[name], ends]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        start = file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(start + ends)
+        for name in entries.keys() & set(wanted):
+            file.seek(start + begins[name])
+            file.write(read_tensor(entries[name]).numpy().data)
+    _link_documents(folder, made)
+    return made
+
+
+def _link_documents(folder: Path, made: Path) -> None:
+    """Link the config and whatever else is JSON, but for what has been made."""
+    for path in folder.iterdir():
+        if path.suffix == ".json" and not (made / path.name).exists():
+            (made / path.name).symlink_to(path.absolute())
