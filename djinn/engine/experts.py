@@ -29,6 +29,12 @@ from djinn.transport.fetcher import Arrival, Fetch, Fetcher
 from djinn.transport.stats import Stats
 from djinn.weights.units import Unit
 
+MEASURED_BYTES = 2**30
+"""Of experts, by which the link's rate is measured when a model is loaded."""
+SPLIT_BYTES = 32 * 2**20
+"""Experts of at least this size come tensor by tensor: the first is multiplied while the second is still on its way.
+The halves of smaller ones would take longer to come (9.4 MB in one copy 53.6 GB/s, 3 MB 51.7, on an H100)."""
+
 Picked = Callable[[int, Sequence[int]], None]
 """Told of every routed layer, by its number, and the experts that were picked there."""
 
@@ -40,6 +46,8 @@ class Layer:
     unit: Unit
     sources: tuple[Source, ...]
     tensors: tuple[ExpertTensor, ...]
+    by_tensor: Mapping[str, tuple[Source, ...]]
+    """The sources of each tensor alone."""
 
     @classmethod
     def of(cls, unit: Unit, image: Any, pool: torch.Tensor) -> Layer:
@@ -49,13 +57,8 @@ class Layer:
             Source(expert, None if image is None else image[start : start + expert.image_bytes])
             for expert, start in places
         )
-        return cls(unit, sources, tuple(ExpertTensor(unit, tensor.name, pool) for tensor in unit.tensors))
-
-    def only(self, expert: int, name: str) -> Source:
-        """Return the source of one tensor of an expert."""
-        source = self.sources[expert]
-        tensors = tuple(tensor for tensor in source.unit.tensors if tensor.name == name)
-        return Source(replace(source.unit, tensors=tensors), source.image)
+        by_tensor = {tensor.name: tuple(_only(source, tensor.name) for source in sources) for tensor in unit.tensors}
+        return cls(unit, sources, tuple(ExpertTensor(unit, name, pool) for name in by_tensor), by_tensor)
 
 
 class Experts:
@@ -73,6 +76,8 @@ class Experts:
         """By layer, what a whole pass has fetched of it and nobody has waited for."""
         self._released: dict[int, Any] = {}
         """By window, the end of the compute that read it, in this whole pass."""
+        self._fetched: dict[str, Fetch] = {}
+        """By tensor, what the module that runs has not waited for yet."""
         self._torn = False
         self._handles: list[Any] = []
         self._handed: list[tuple[weakref.ref[nn.Module], Layer]] = []
@@ -102,6 +107,7 @@ class Experts:
         self.fetcher.settle()
         self._cache.forget()
         self._coming.clear()
+        self._fetched.clear()
         self._released.clear()
         self._torn = False
 
@@ -136,6 +142,8 @@ class Experts:
         self._stats.hook_s += time.perf_counter() - begin - (self._stats.stall_s + self._stats.index_wait_s - waited)
 
     def _leave(self, number: int, *_: object) -> None:
+        for name in list(self._fetched):
+            self._arrive(name)
         if self._pool.windows and number % self._pool.windows in self._released:
             self._released[number % self._pool.windows] = self.fetcher.mark()
         self._take_away()
@@ -147,7 +155,7 @@ class Experts:
             self.fetcher.wait(self._coming.popitem()[1])
         self._released.clear()
         cache.take_back()
-        call = Call(len(layer.sources), index, None, self._no_rounds)
+        call = Call(len(layer.sources), index, self._no_rounds)
         begin = time.perf_counter()
         wanted = call.wanted
         self._stats.index_wait_s += time.perf_counter() - begin
@@ -159,29 +167,51 @@ class Experts:
             call.bring = partial(self._round, layer)
             self._stats.expert_misses += len(wanted)
         else:
-            call.places = self._bring(number, wanted)
+            self._bring(number, call)
         return {tensor.local: HandedWeights(call, tensor) for tensor in layer.tensors}
 
-    def _bring(self, number: int, wanted: Sequence[int]) -> dict[int, int]:
-        """Fetch what is not in the pool of the experts ``wanted``; return the slots of all."""
-        cache, sources = self._cache, self._layers[number].sources
-        places = cache.use(number, wanted)
-        missing = [expert for expert in wanted if expert not in places]
+    def _bring(self, number: int, call: Call) -> None:
+        """Let come what is not in the pool of the experts that were picked, and tell ``call`` where each one is."""
+        cache, layer = self._cache, self._layers[number]
+        places = cache.use(number, call.wanted)
+        missing = [expert for expert in call.wanted if expert not in places]
         self._stats.expert_hits += len(places)
         self._stats.expert_misses += len(missing)
-        if missing:
-            coming = {expert: cache.make_room(number, wanted) for expert in missing}
-            fetch = self.fetcher.fetch([Arrival(sources[expert], slot) for expert, slot in coming.items()], [])
-            for expert, slot in coming.items():
-                cache.enter(number, expert, slot)
+        coming = {expert: cache.make_room(number, call.wanted) for expert in missing}
+        call.places = places | coming
+        if call.index.is_cuda and not all(tensor.coded for tensor in layer.tensors):
+            _ = call.slots  # on its way before the weights are
+        if not missing:
+            return
+        if self._pool.slot_bytes < SPLIT_BYTES:
+            arrivals = [Arrival(layer.sources[expert], slot) for expert, slot in coming.items()]
+            self._fetched = dict.fromkeys(layer.by_tensor, self.fetcher.fetch(arrivals, []))
+        else:
+            for name, sources in layer.by_tensor.items():
+                arrivals = [Arrival(sources[expert], slot) for expert, slot in coming.items()]
+                self._fetched[name] = self.fetcher.fetch(arrivals, [])
+        for expert, slot in coming.items():
+            cache.enter(number, expert, slot)
+        call.arrive = self._arrive
+
+    def _arrive(self, name: str) -> None:
+        """Make compute wait for a tensor that was fetched, if that has not been done."""
+        fetch = self._fetched.pop(name, None)
+        if fetch is None:
+            return
+        alike = [other for other, found in self._fetched.items() if found is fetch]
+        for other in alike:
+            del self._fetched[other]
+        try:
             self.fetcher.wait(fetch)
-            places |= coming
-        return places
+        except BaseException:
+            self.cool()
+            raise
 
     def _round(self, layer: Layer, name: str, experts: Sequence[int]) -> dict[int, int]:
         """Fetch one tensor of the first of ``experts``, as many as there are slots; return their slots."""
         coming = dict(zip(experts, range(self._cache.slots), strict=False))
-        arrivals = [Arrival(layer.only(expert, name), slot) for expert, slot in coming.items()]
+        arrivals = [Arrival(layer.by_tensor[name][expert], slot) for expert, slot in coming.items()]
         self.fetcher.wait(self.fetcher.fetch(arrivals, []))
         return coming
 
@@ -203,7 +233,7 @@ class Experts:
             self._fetch_whole(number + 1)
         first = window * self._pool.widest
         slots = range(first, first + len(layer.sources))
-        call = Call(len(slots), index, dict(enumerate(slots)), self._no_rounds)
+        call = Call(len(slots), index, self._no_rounds, dict(enumerate(slots)))
         return {
             tensor.local: HandedWeights(call, tensor) if tensor.coded else tensor.slots[slots.start : slots.stop]
             for tensor in layer.tensors
@@ -248,7 +278,11 @@ class Experts:
         return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / max(seconds, 1e-9)
 
 
-MEASURED_BYTES = 2**30
+def _only(source: Source, name: str) -> Source:
+    """Return the source of one tensor of an expert."""
+    unit = source.unit
+    tensors = tuple(tensor for tensor in unit.tensors if tensor.name == name)
+    return Source(replace(unit, name=f"{unit.name} {name}", tensors=tensors), source.image)
 
 
 def _index(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

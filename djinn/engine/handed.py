@@ -37,9 +37,11 @@ class Call:
 
     experts: int
     index: torch.Tensor
-    places: dict[int, int] | None
-    """The slot of every expert that was picked; None where they come in rounds."""
     bring: Bring
+    places: dict[int, int] | None = None
+    """The slot of every expert that was picked; None where they come in rounds."""
+    arrive: Callable[[str], None] = lambda _: None
+    """Makes the compute that follows wait until a tensor, by its name, of all of them is there."""
 
     @cached_property
     def picks(self) -> list[int]:
@@ -58,17 +60,23 @@ class Call:
         return np.bincount(self.picks, minlength=self.experts)
 
     @cached_property
-    def table(self) -> torch.Tensor:
-        """By expert, its slot: int64 [experts] on the device; 0 for those that were not picked."""
-        assert self.places is not None
-        slots = [self.places.get(expert, 0) for expert in range(self.experts)]
-        return torch.tensor(slots, device=self.index.device)
+    def slots(self) -> torch.Tensor:
+        """The slot of each pick: int64 [tokens * picked] on the device.
 
-    def ids(self, key: torch.Tensor) -> list[int]:
-        """Return what ``key`` asks for, without asking the device again where that is the picks themselves."""
+        Asked for before the weights are: whatever is uploaded behind their copies would come after them.
+        """
+        assert self.places is not None
+        return self.upload([self.places[expert] for expert in self.picks])
+
+    def upload(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Return ``numbers`` on the device, int64, without waiting for it."""
+        on_gpu = self.index.device.type == "cuda"
+        return torch.tensor(numbers, pin_memory=on_gpu).to(self.index.device, non_blocking=True)
+
+    def are_picks(self, key: torch.Tensor) -> bool:
+        """Return whether ``key`` is the picks themselves, token by token."""
         same = key.data_ptr() == self.index.data_ptr() and key.numel() == self.index.numel()
-        found: list[int] = self.picks if same and key.is_contiguous() and self.index.is_contiguous() else key.tolist()
-        return found
+        return same and key.is_contiguous() and self.index.is_contiguous()
 
     @cached_property
     def by_slot(self) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -78,7 +86,7 @@ class Call:
         order = sorted(self.wanted, key=self.places.__getitem__)
         rows = np.concatenate([np.arange(ends[expert] - self.counts[expert], ends[expert]) for expert in order])
         groups = zip((self.places[expert] for expert in order), np.cumsum(self.counts[order]).tolist(), strict=True)
-        return torch.from_numpy(rows).to(self.index.device), list(groups)
+        return self.upload(rows.tolist()), list(groups)
 
 
 class HandedWeights:
@@ -91,8 +99,17 @@ class HandedWeights:
         self._round: dict[int, int] = {}
         self.dtype = tensor.dtype
         self.device = tensor.device
-        self.shape = torch.Size([call.experts, *self._turned(tensor.one_of_shape).shape])
-        self.ndim = len(self.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """As that of the weights that it stands for."""
+        *front, last, least = (self._call.experts, *self._tensor.shape)
+        return torch.Size([*front, least, last] if self._transposed else [*front, last, least])
+
+    @property
+    def ndim(self) -> int:
+        """As that of the weights that it stands for."""
+        return len(self.shape)
 
     def transpose(self, first: int, second: int) -> HandedWeights:
         """Return the weights with each expert's matrix transposed."""
@@ -109,7 +126,7 @@ class HandedWeights:
         return self.shape if dim is None else self.shape[dim]
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return self._call.experts
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         if isinstance(key, int) or (isinstance(key, torch.Tensor) and key.dim() == 0):
@@ -134,8 +151,9 @@ class HandedWeights:
         return weights.transpose(-2, -1) if self._transposed else weights
 
     def _slots(self, experts: Sequence[int]) -> dict[int, int]:
-        """Return the slots of ``experts``, of those first among them that fit at once."""
+        """Return the slots of ``experts``, of those first among them that fit at once; they are there."""
         if self._call.places is not None:
+            self._call.arrive(self._tensor.name)
             return self._call.places
         if experts[0] not in self._round:
             after = [expert for expert in self._call.wanted if expert > experts[0] and expert not in experts]
@@ -147,16 +165,19 @@ class HandedWeights:
 
     def _gathered(self, key: torch.Tensor) -> torch.Tensor:
         call, tensor = self._call, self._tensor
-        if call.places is not None and not tensor.coded:
-            return tensor.slots[call.table[key]]
-        ids = call.ids(key.reshape(-1))
+        picks = call.are_picks(key)
+        if picks and call.places is not None and not tensor.coded:
+            slots = call.slots
+            call.arrive(tensor.name)
+            return tensor.slots[slots].view(*key.shape, *tensor.shape)
+        ids = call.picks if picks else key.reshape(-1).tolist()
         out = tensor.empty(len(ids))
         left = sorted(set(ids))
         while left:
-            slots = self._slots(left)
-            here = [(row, expert) for row, expert in enumerate(ids) if expert in slots and expert in left]
-            tensor.gather([(expert, slots[expert]) for _, expert in here], out, [row for row, _ in here])
-            left = [expert for expert in left if expert not in slots]
+            places = self._slots(left)
+            here = [(row, expert) for row, expert in enumerate(ids) if expert in places and expert in left]
+            tensor.gather([(expert, places[expert]) for _, expert in here], out, [row for row, _ in here])
+            left = [expert for expert in left if expert not in places]
         return out.view(*key.shape, *tensor.shape)
 
     def _grouped(self, func: Any, rows: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
@@ -184,10 +205,11 @@ class HandedWeights:
 
     def _by_slot(self, func: Any, rows: torch.Tensor, padded: int, slots: int, out: torch.Tensor) -> torch.Tensor:
         order, groups = self._call.by_slot
-        ends = np.zeros(slots + 1, np.int32)
+        ends = np.zeros(slots + 1, np.int64)
         for slot, end in groups:
             ends[slot] = end
-        offs = torch.from_numpy(np.maximum.accumulate(ends[:slots])).to(rows.device)
+        offs = self._call.upload(np.maximum.accumulate(ends[:slots]).tolist()).to(torch.int32)
+        self._call.arrive(self._tensor.name)
         sorted_rows = rows.new_empty(padded, rows.shape[1])
         torch.index_select(rows, 0, order, out=sorted_rows[: len(rows)])
         made = func(sorted_rows, self._turned(self._tensor.slots), offs=offs)

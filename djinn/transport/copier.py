@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -62,6 +63,14 @@ class Source:
 
     unit: Unit
     image: Buffer | None
+
+    @cached_property
+    def stretch(self) -> tuple[int, int, int]:
+        """Host address of the first tensor, its place in the image, and the bytes from there to the last one's end."""
+        assert self.image is not None
+        first, last = self.unit.tensors[0], self.unit.tensors[-1]
+        nbytes = last.offset + last.entry.nbytes - first.offset
+        return self.image.ctypes.data + first.offset, first.offset, nbytes
 
 
 def reading_lane(unit: Unit) -> Lane:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from djinn.transport.compute_stream import ComputeStream
+from djinn.transport.copier import Source
 from djinn.transport.disk_stream import DiskStream
 from djinn.transport.fetcher import Arrival, Fetch
 from djinn.transport.memcpy import Command, prepare
@@ -42,6 +43,7 @@ class CudaFetcher:
         self, pool: torch.Tensor, reader: Reader, stats: Stats, *, on_disk: bool, zero: torch.cuda.Event | None
     ) -> None:
         self.pool = pool
+        self._start, self._slot_bytes = pool.data_ptr(), pool.shape[1]
         self.stream = torch.cuda.Stream(pool.device)
         self._compute = ComputeStream(pool.device)
         self._stats = stats
@@ -60,7 +62,7 @@ class CudaFetcher:
             fetch.begin = torch.cuda.Event(enable_timing=True)
             fetch.begin.record(self.stream)
             ready.link = torch.cuda.Event(enable_timing=True)
-        commands = [command for arrival in arrivals for command in self._commands(arrival)]
+        commands = [self._command(source, slot) for source, slot in arrivals if source.image is not None]
         if commands:
             prepare(commands, page_locked=self._stats.page_locked)(self.stream.cuda_stream)
         for arrival in arrivals:
@@ -75,14 +77,9 @@ class CudaFetcher:
         ready.link.record(self.stream)
         return fetch
 
-    def _commands(self, arrival: Arrival) -> list[Command]:
-        """Return one command for each stretch of the image that holds tensors."""
-        (unit, image), slot = (arrival.source.unit, arrival.source.image), self.pool[arrival.slot]
-        if image is None:
-            return []
-        start, host = slot.data_ptr(), image.ctypes.data
-        first, last = unit.tensors[0], unit.tensors[-1]
-        return [(start + first.offset, host + first.offset, last.offset + last.entry.nbytes - first.offset)]
+    def _command(self, source: Source, slot: int) -> Command:
+        host, offset, nbytes = source.stretch
+        return self._start + slot * self._slot_bytes + offset, host, nbytes
 
     def wait(self, fetch: Fetch) -> None:
         compute, ready = self._compute.stream(), fetch.done

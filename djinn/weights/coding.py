@@ -37,7 +37,7 @@ def _coded_by_expert(unit: Unit, layout: LayoutOf, asked: Sequence[Unit]) -> Uni
     """Return a unit of experts with each of its tensors raw in all of them, or coded in all, by whole tiles."""
     codes = [
         [
-            layout(part.entry) if part.entry.codable and part.entry.raw_bytes % TILE_BYTES == 0 else None
+            layout(part.entry) if part.entry.codable_with_others and part.entry.raw_bytes % TILE_BYTES == 0 else None
             for part in expert.tensors
         ]
         for expert in asked

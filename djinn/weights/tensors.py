@@ -129,8 +129,12 @@ class TensorEntry:
     @property
     def codable(self) -> bool:
         """Whether coding may shrink it: raw, not packed already, bfloat16, and worth a kernel of its own."""
-        raw = self.layout is None and self.crc32 is None
-        return raw and self.dtype == torch.bfloat16 and self.raw_bytes >= LEAST_BYTES
+        return self.codable_with_others and self.raw_bytes >= LEAST_BYTES
+
+    @property
+    def codable_with_others(self) -> bool:
+        """Whether coding may shrink it where one kernel decodes several like it."""
+        return self.layout is None and self.crc32 is None and self.dtype == torch.bfloat16
 
     @property
     def raw(self) -> TensorEntry:

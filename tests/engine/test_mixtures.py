@@ -45,6 +45,11 @@ def same(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
     return list(state) == list(wanted) and all(torch.equal(value, wanted[key]) for key, value in state.items())
 
 
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return dict(sorted(found.items()))
+
+
 def streamed_experts(model: PreTrainedModel, tier: Tier) -> set[str]:
     units = placement(model).at(tier)
     return {tensor.name for unit in units for tensor in unit.tensors if isinstance(tensor.entry.source, Stacked)}
@@ -79,9 +84,9 @@ def test_it_is_saved_as_the_resident_model_is(
     assert same(model.state_dict(), whole.state_dict())
     for saved, folder in ((model, tmp_path / "streaming"), (whole, tmp_path / "whole")):
         saved.save_pretrained(folder, max_shard_size="200KB")
-    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert sorted(path.name for path in (tmp_path / "streaming").iterdir()) == files
-    for file in files:
+    # Which shard a tensor goes to depends on whether its memory has gaps, as that of experts in host memory has.
+    assert same(stored(tmp_path / "streaming"), stored(tmp_path / "whole"))
+    for file in ("config.json", "generation_config.json"):
         assert (tmp_path / "streaming" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
