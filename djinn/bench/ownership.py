@@ -19,7 +19,7 @@ from djinn.errors import ConfigError
 from djinn.files import naming
 from djinn.places import from_root
 
-_LOCK = ".lock"
+LOCK = ".lock"
 """A file of the run directory, empty while nobody has it. The kernel lets go of it when its process ends, however."""
 
 
@@ -39,7 +39,7 @@ def owned(folder: Path) -> Iterator[None]:
         ConfigError: another process or thread has it; says which.
         OSError: the folder cannot be written; it names the file.
     """
-    path = folder / _LOCK
+    path = folder / LOCK
     with naming(path):
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
