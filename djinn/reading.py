@@ -39,14 +39,19 @@ def read_json(path: Path, kind: type[_Kind]) -> _Kind:
     return _as(kind, _read(path), str(path))
 
 
-def read_json_lines(path: Path, kind: type[_Kind]) -> list[_Kind]:
+def read_json_lines(path: Path, kind: type[_Kind], *, growing: bool = False) -> list[_Kind]:
     """Return what each line of a JSON Lines file holds, as a ``kind`` that pydantic knows.
+
+    In one that is ``growing``, a last line without an end is not there yet.
 
     Raises:
         ConfigError: as :func:`read_json`, with the line's number.
     """
     # Lines of bytes: text would also be split at characters that JSON leaves as they are, such as U+2028.
-    data, adapter = _read(path).removesuffix(b"\n"), TypeAdapter(kind)
+    data, adapter = _read(path), TypeAdapter(kind)
+    if growing:
+        data = data[: data.rfind(b"\n") + 1]
+    data = data.removesuffix(b"\n")
     lines = data.split(b"\n") if data else []
     return [_as(adapter, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 

@@ -1,7 +1,7 @@
 """Folders for what has to be on disk for as long as a model is loaded: gone with it, or at the latest at the next load.
 
-A process that is killed removes nothing. So each folder holds a file that its process keeps locked, and whoever makes
-a folder first removes those of this user whose lock is free.
+A process that is killed removes nothing. So each folder holds a file that its process keeps locked, and whoever loads
+a model first removes those of this user whose lock is free.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ def spill_folder() -> Iterator[Path]:
     Raises:
         OSError: the temporary folder cannot be written.
     """
-    remove_leftovers()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     # Locked before it has its name: who sees an owner's file that is not locked may take the owner for dead.
     with (folder / f"{_OWNER}.new").open("w") as owner:

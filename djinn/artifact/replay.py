@@ -10,6 +10,7 @@ from djinn.artifact.progress import shown
 from djinn.artifact.reference import read_manifest, runs
 from djinn.artifact.report import write_report
 from djinn.artifact.runner import execute, expected_s
+from djinn.bench.ownership import LOCK, owned
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
 from djinn.files import write_text
@@ -25,22 +26,29 @@ def replay(out: Path = RUNS_DIR) -> list[Path]:
 
     Raises:
         DjinnError: the notebook failed.
-        ConfigError: a run of another kind lies there.
+        ConfigError: a run of another kind lies there, or another process or thread is at work on it.
     """
     replayed = []
     for folder in runs():
         run_dir = (local_folder(out) / f"replay-{folder.name}").absolute()
-        run = Run(run_dir)
-        if run.replay_path.is_file():
-            shutil.rmtree(run_dir)
-        if run_dir.exists():
-            raise ConfigError(f"{from_root(run_dir)}: holds a run that is no replay; choose another folder")
-        shutil.copytree(folder, run_dir, ignore=shutil.ignore_patterns("SHA256SUMS", "manifest.json"))
-        manifest = read_manifest(folder)
-        write_text(run.replay_path, json.dumps({"machine": manifest.machine, "date": manifest.date}) + "\n")
-        parameters = {"profile": from_root(run.profile_path), "run_dir": from_root(run_dir)}
-        with shown(folder.name, expected_s(run.profile, "04_figures")):
-            execute(NOTEBOOK_DIR / "04_figures.ipynb", run_dir, parameters)
-        print(printable(f"{folder.name}: {from_root(write_report(run_dir))}"))
+        with owned(run_dir):
+            _replay(folder, Run(run_dir))
         replayed.append(run_dir)
     return replayed
+
+
+def _replay(folder: Path, run: Run) -> None:
+    # The lock stays: another process could lock a new one. So does what says that this is a replay, if it is killed.
+    earlier = [path for path in run.folder.iterdir() if path not in (run.folder / LOCK, run.replay_path)]
+    if earlier and not run.replay_path.is_file():
+        raise ConfigError(f"{from_root(run.folder)}: holds a run that is no replay; choose another folder")
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    manifest = read_manifest(folder)
+    write_text(run.replay_path, json.dumps({"machine": manifest.machine, "date": manifest.date}) + "\n")
+    ignored = shutil.ignore_patterns("SHA256SUMS", "manifest.json")
+    shutil.copytree(folder, run.folder, ignore=ignored, dirs_exist_ok=True)
+    parameters = {"profile": from_root(run.profile_path), "run_dir": from_root(run.folder)}
+    with shown(folder.name, expected_s(run.profile, "04_figures")):
+        execute(NOTEBOOK_DIR / "04_figures.ipynb", run.folder, parameters)
+    print(printable(f"{folder.name}: {from_root(write_report(run.folder))}"))

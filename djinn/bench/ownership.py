@@ -1,4 +1,4 @@
-"""Who has a run directory: one process at a time measures in it, with the processes that it starts for that."""
+"""Who has a run directory: one thread of one process measures in it, with the processes that it starts for that."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,13 @@ from djinn.errors import ConfigError
 from djinn.files import naming
 from djinn.places import from_root
 
-_LOCK = ".lock"
+LOCK = ".lock"
 """A file of the run directory, empty while nobody has it. The kernel lets go of it when its process ends, however."""
 
 
 class _Owner(BaseModel):
     pid: int
+    thread: int
     created: float
     """When the process was, by the system's clock: a number is used again."""
     command: str
@@ -31,13 +33,13 @@ class _Owner(BaseModel):
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold a run directory inside the ``with``; in the process that holds it, and in those it started, nothing changes.
+    """Hold a run directory inside the ``with``; in that thread, and in processes it started, nothing changes.
 
     Raises:
-        ConfigError: another process has it; says which.
+        ConfigError: another process or thread has it; says which.
         OSError: the folder cannot be written; it names the file.
     """
-    path = folder / _LOCK
+    path = folder / LOCK
     with naming(path):
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -51,7 +53,7 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def _locked(file: IO[str], path: Path) -> bool:
-    """Lock the file for this process, or return False where this process has it already, or one that started it."""
+    """Lock the file for this thread, or return False where this thread has it already, or a process that started it."""
     try:
         with naming(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,9 +63,11 @@ def _locked(file: IO[str], path: Path) -> bool:
     except BlockingIOError:
         file.seek(0)
         owner = _read(file.read())
-        if owner is not None and owner.pid in _line(owner.created):
-            return False
         who = f"process {owner.pid} ({owner.command})" if owner else "another process"
+        if owner is not None and owner.pid in _line(owner.created):
+            if owner.pid != os.getpid() or owner.thread == threading.get_native_id():
+                return False
+            who = f"another thread of {who}"
         raise ConfigError(
             f"run_dir {from_root(path.parent)} is in use by {who}; wait until it ends, or choose another run_dir"
         ) from None
@@ -72,7 +76,12 @@ def _locked(file: IO[str], path: Path) -> bool:
 
 def _this() -> _Owner:
     words = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return _Owner(pid=os.getpid(), created=psutil.Process().create_time(), command=words[:100])
+    return _Owner(
+        pid=os.getpid(),
+        thread=threading.get_native_id(),
+        created=psutil.Process().create_time(),
+        command=words[:100],
+    )
 
 
 def _line(created: float) -> set[int]:

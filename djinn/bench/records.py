@@ -105,15 +105,18 @@ def system_label(record: Record) -> str:
 def append_record(path: Path, record: Record) -> None:
     """Append ``record`` as one line, written and flushed in one call so that an interrupt cannot tear it.
 
+    What an append that was torn all the same has left at the end (the machine lost power) is cut off first.
+
     Raises:
         OSError: the folder is not writable, or the disk is full; it names ``path``, which ends with the record before.
     """
     line = (record.model_dump_json() + "\n").encode()
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            end = os.fstat(descriptor).st_size
+            end = os.pread(descriptor, os.fstat(descriptor).st_size, 0).rfind(b"\n") + 1
+            os.ftruncate(descriptor, end)
             if os.write(descriptor, line) < len(line):
                 os.ftruncate(descriptor, end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -125,10 +128,12 @@ def append_record(path: Path, record: Record) -> None:
 def read_records(path: Path) -> list[Record]:
     """Read every record of a JSON Lines file; a file that does not exist holds none.
 
+    A last line without its end is no record: it is being written now, or was torn, and is then cut off by the next one.
+
     Raises:
         ConfigError: a line that is not a valid record, with its number and what is wrong.
     """
-    return read_json_lines(path, Record) if path.is_file() else []
+    return read_json_lines(path, Record, growing=True) if path.is_file() else []
 
 
 def latest(records: Iterable[Record]) -> list[Record]:

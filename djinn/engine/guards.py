@@ -21,6 +21,8 @@ _REFUSED = {
     "share_memory": "shared with other processes",
 }
 """What every such call goes through, and the words for it."""
+_OVERWRITE = ("pissa_init", "olora_init", "corda_init", "loftq_init", "lora_ga_init")
+"""Methods of PEFT's layers that begin an adapter by taking a part of the weights beside it away."""
 
 
 def guard(model: nn.Module) -> Iterator[RemovableHandle]:
@@ -38,7 +40,7 @@ def guard(model: nn.Module) -> Iterator[RemovableHandle]:
 def unguard(model: nn.Module) -> None:
     """Let ``model`` be moved, copied and pickled again."""
     for module in model.modules():
-        for method in (*_REFUSED, "_apply", "merge"):
+        for method in (*_REFUSED, *_OVERWRITE, "_apply", "merge"):
             vars(module).pop(method, None)
 
 
@@ -75,7 +77,14 @@ def _is_kept(change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tenso
 
 
 def _keep_apart(module: nn.Module, _: str, part: nn.Module | None) -> None:
-    """Refuse an adapter's layer (PEFT's) that is put into a streaming model to be merged with weights later."""
+    """Refuse an adapter's layer (PEFT's) to be merged with weights later, or to overwrite them when it begins.
+
+    It begins before it is put into the model, but after it was given the layer of the model that it wraps.
+    """
+    if part is not None and is_guarded(part):
+        for method in _OVERWRITE:
+            if hasattr(type(module), method):
+                vars(module)[method] = partial(_refuse_to_overwrite, type(part).__name__, method)
     if is_guarded(module) and callable(getattr(part, "merge", None)):
         vars(part)["merge"] = partial(_refuse_merge, type(module).__name__)
 
@@ -84,6 +93,13 @@ def _refuse_merge(kind: str, *_: object, **__: object) -> NoReturn:
     raise ConfigError(
         f"this {kind} streams and no adapter can be merged into its weights, which are copied anew in every pass; run "
         "the adapter beside them, or djinn.detach(model) first"
+    )
+
+
+def _refuse_to_overwrite(kind: str, method: str, *_: object, **__: object) -> NoReturn:
+    raise ConfigError(
+        f"this {kind} streams and its weights cannot be overwritten, as PEFT's {method} does; begin the adapter in "
+        "another way (init_lora_weights), or djinn.detach(model) first"
     )
 
 

@@ -25,7 +25,7 @@ from djinn.planning.placement import Plan
 from djinn.planning.request import Coding, Experts, Request
 from djinn.planning.workspace import Workload
 from djinn.sizes import format_bytes
-from djinn.spill import spill_folder
+from djinn.spill import remove_leftovers, spill_folder
 from djinn.transport.stats import Stats
 from djinn.weights.opening import index_of
 
@@ -104,6 +104,7 @@ def load_requested(
         CheckpointError, PlanError, UnavailableError: as for :func:`load`.
     """
     require_here(request.device)
+    remove_leftovers()
     # Outside of inference mode: else nothing outside of it could use the model.
     with ExitStack() as undo, torch.inference_mode(False):
         spill = undo.enter_context(spill_folder())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from djinn.artifact import replay as replaying
 from djinn.artifact.bundle import verify
 from djinn.artifact.reference import folders
 from djinn.artifact.replay import replay
+from djinn.bench.ownership import owned
 from djinn.bench.records import append_record
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
@@ -48,3 +51,41 @@ def test_an_earlier_replay_is_replaced_and_a_run_is_not(tmp_path: Path, monkeypa
     Run(tmp_path / name).replay_path.write_text(json.dumps({"machine": "x", "date": "y"}))
     replay(tmp_path)
     assert len(mine.read_text().splitlines()) > 1
+
+
+@pytest.fixture
+def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the only reference run is replayed, without its figures and report."""
+    folder = next(folder for folder in folders() if (folder / "profile.yaml").is_file())
+    monkeypatch.setattr(replaying, "runs", lambda: [folder])
+    monkeypatch.setattr(replaying, "execute", lambda *_: None)
+    monkeypatch.setattr(replaying, "write_report", lambda run_dir: run_dir / "index.html")
+    return tmp_path / f"replay-{folder.name}"
+
+
+def test_what_another_is_at_work_on_is_left_alone(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere() -> None:
+        with ThreadPoolExecutor(1) as other, pytest.raises(ConfigError, match="in use by another thread"):
+            other.submit(replay, one.parent).result(60)
+
+    replay(one.parent)
+    with owned(one):
+        elsewhere()
+    assert (one / "results").is_dir()
+    monkeypatch.setattr(replaying, "execute", lambda *_: elsewhere())
+    replay(one.parent)  # in the place of the first
+
+
+def test_a_replay_that_was_killed_is_replaced(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(_: Path, run_dir: Path, **__: object) -> None:
+        (run_dir / "half").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replay(one.parent)
+    assert (one / "half").is_dir()
+    assert replay(one.parent) == [one]
+    assert (one / "results").is_dir()
+    assert not (one / "half").exists()

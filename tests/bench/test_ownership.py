@@ -1,4 +1,4 @@
-"""One process at a time has a run directory; those that it starts have it with it."""
+"""One thread of one process at a time has a run directory; processes that it starts have it with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_it_is_its_owners_again_and_that_of_what_its_owner_starts(tmp_path: Path
         assert child.stdout == "mine\n", child.stderr
         # Neither the inner one nor the child has given it away.
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_another_thread_is_refused_as_another_process_is(tmp_path: Path) -> None:
+    def own() -> None:
+        with owned(tmp_path / "run"):
+            pass
+
+    with ThreadPoolExecutor(1) as other:
+        with (
+            owned(tmp_path / "run"),
+            pytest.raises(ConfigError, match=rf"run_dir .*run is in use by another thread of process {os.getpid()} \("),
+        ):
+            other.submit(own).result()
+        other.submit(own).result()
 
 
 def test_a_number_that_is_used_again_is_no_owner(other: subprocess.Popen[str], tmp_path: Path) -> None:

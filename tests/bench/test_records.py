@@ -89,6 +89,32 @@ def test_a_damaged_line_is_named(tmp_path):
         read_records(path)
 
 
+@pytest.mark.parametrize("length", [1, 300, -1])
+def test_a_torn_last_line_is_no_record_and_the_next_one_takes_its_place(tmp_path, length):
+    path = tmp_path / "r.jsonl"
+    first, second = (Record(**GOOD | {"run": run}) for run in (0, 1))
+    append_record(path, first)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:length])
+    assert read_records(path) == [first]
+    append_record(path, second)
+    assert read_records(path) == [first, second]
+    path.write_bytes(whole[:length])
+    assert read_records(path) == []
+    append_record(path, second)
+    assert read_records(path) == [second]
+
+
+def test_a_torn_line_between_others_is_told_of(tmp_path):
+    path = tmp_path / "r.jsonl"
+    append_record(path, Record(**GOOD))
+    whole = path.read_bytes()
+    for torn in (whole[:300], whole[:300] + b"\n"):
+        path.write_bytes(whole + torn + whole)
+        with pytest.raises(ConfigError, match=r"r\.jsonl, line 2: damaged"):
+            read_records(path)
+
+
 def test_a_full_disk_leaves_whole_records(tmp_path, monkeypatch):
     path = tmp_path / "r.jsonl"
     append_record(path, Record(**GOOD))

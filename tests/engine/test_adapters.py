@@ -157,12 +157,23 @@ def test_adapters_that_read_the_weights_beside_them(folder: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])
-def test_adapters_that_take_weights_apart_are_refused_by_name(folder: Path, kind: str) -> None:
+def test_adapters_that_take_weights_apart_are_refused_before_they_do(folder: Path, kind: str) -> None:
     model = streaming(folder)
     config = peft.LoraConfig(r=4, target_modules=TARGETS["attention"], init_lora_weights=kind)
-    with pytest.raises(ConfigError, match=r"model\.layers\.\d\.\S+\.weight streams and cannot be overwritten"):
+    with pytest.raises(ConfigError, match=rf"weights cannot be overwritten, as PEFT's {kind}_init does"):
         peft.get_peft_model(model, config)
-    whole = resident(folder).state_dict()
-    found = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
-    streamed = [tensor.name for unit in placement(model).streamed for tensor in unit.tensors]
-    assert all(torch.equal(found[name], whole[name]) for name in streamed)
+    whole, found = resident(folder), model.state_dict()
+    assert found.keys() == whole.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
+    assert torch.equal(logits(model), logits(whole))
+
+
+def test_a_detached_model_has_its_weights_taken_apart(folder: Path) -> None:
+    model = streaming(folder)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS["attention"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    config = peft.LoraConfig(r=4, target_modules=TARGETS["attention"], init_lora_weights="olora")
+    with pytest.raises(ConfigError, match="olora_init"):
+        adapted.add_adapter("second", config)
+    djinn.detach(model)
+    adapted.add_adapter("third", config)
