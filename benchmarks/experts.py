@@ -10,6 +10,7 @@ JSON for each mode and each steering has every token's seconds, what crossed the
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -142,6 +143,7 @@ def main() -> None:
         records = measure(mode, options)
         with options.output.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+        gc.collect()
         torch.cuda.empty_cache()
 
 

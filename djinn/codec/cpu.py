@@ -83,6 +83,15 @@ def batch_decoder(
     return run
 
 
+def address_decoder(elements: int, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """As on a GPU; but a processor knows its tensors, and is given these."""
+
+    def at(addresses: torch.Tensor, out: torch.Tensor) -> None:
+        raise NotImplementedError("on a processor blobs are decoded as the tensors that they are")
+
+    return at
+
+
 def _decode(parts: Sections, out: torch.Tensor) -> None:
     sm, planes, lut, off, esc = _arrays(parts)
     halves = out.numpy().view(np.uint16).reshape(-1, 2, TILE // 2)

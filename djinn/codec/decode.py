@@ -75,6 +75,7 @@ class BatchDecoder:
         self.device = torch.empty(0, device=device).device  # with an index, as tensors have it
         self._row_bytes = elements // TILE * TILE_BYTES
         self._run = backend(self.device).batch_decoder(elements, self.device)
+        self._at = backend(self.device).address_decoder(elements, self.device)
 
     def __call__(self, blobs: Sequence[tuple[torch.Tensor, Layout]], out: torch.Tensor) -> None:
         """Decode ``blobs``, each uint8 [layout.nbytes], into the rows of ``out``, bfloat16 or uint8 of any shape.
@@ -105,3 +106,10 @@ class BatchDecoder:
                 )
         if blobs:
             self._run(blobs, out)
+
+    def at(self, addresses: torch.Tensor, out: torch.Tensor) -> None:
+        """Decode the blobs at ``addresses``, int64 [blobs] on the device, which the host does not know, into ``out``.
+
+        Nothing is checked: they are blobs of these weights, at multiples of 16, and ``out`` is as for a call.
+        """
+        self._at(addresses, out)

@@ -74,7 +74,24 @@ def decode_arguments(parts: Sections, out: torch.Tensor) -> list[torch.Tensor]:
 def batch_decoder(
     elements: int, device: torch.device, warps: int = DECODE_WARPS
 ) -> Callable[[Sequence[tuple[torch.Tensor, Layout]], torch.Tensor], None]:
-    """Return a function that decodes blobs of ``elements`` weights into the rows of a tensor, on the current stream.
+    """Return a function that decodes blobs of ``elements`` weights into the rows of a tensor, on the current stream."""
+    at = address_decoder(elements, device, warps)
+
+    def run(blobs: Sequence[tuple[torch.Tensor, Layout]], out: torch.Tensor) -> None:
+        # Page-locked by torch's allocator, which gives the table's memory out again only once its copy has been read.
+        # Tables of our own in turn would need an event each, too, and would let the host be only as many calls ahead
+        # of the device as there are tables. On the device, memory freed here is given out in the order of this stream.
+        table = torch.empty(len(blobs), dtype=torch.int64, pin_memory=True)
+        table.numpy()[:] = [blob.data_ptr() for blob, _ in blobs]  # torch would look at each number for longer
+        at(table.to(device, non_blocking=True), out)
+
+    return run
+
+
+def address_decoder(
+    elements: int, device: torch.device, warps: int = DECODE_WARPS
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Return a function that decodes the blobs at ``addresses`` (int64 [blobs], on the device) into rows of ``out``.
 
     It launches as :func:`decoder` does. The kernel is compiled for addresses that are multiples of 16, before there
     are any: those that come later have to be.
@@ -85,17 +102,11 @@ def batch_decoder(
         kernel = _decode_batch.warmup(torch.int64, torch.uint32, *starts, grid=(tiles, 1), num_warps=warps)
         kernel[tiles, 1, 1]  # loads it here and now: loading may wait for the device
 
-    def run(blobs: Sequence[tuple[torch.Tensor, Layout]], out: torch.Tensor) -> None:
-        # Page-locked by torch's allocator, which gives the table's memory out again only once its copy has been read.
-        # Tables of our own in turn would need an event each, too, and would let the host be only as many calls ahead
-        # of the device as there are tables. On the device, memory freed here is given out in the order of this stream.
-        table = torch.empty(len(blobs), dtype=torch.int64, pin_memory=True)
-        table.numpy()[:] = [blob.data_ptr() for blob, _ in blobs]  # torch would look at each number for longer
-        on_device = table.to(device, non_blocking=True)
+    def at(addresses: torch.Tensor, out: torch.Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        kernel[tiles, len(blobs), 1](on_device.data_ptr(), out.data_ptr(), *starts, stream=stream)
+        kernel[tiles, len(addresses), 1](addresses.data_ptr(), out.data_ptr(), *starts, stream=stream)
 
-    return run
+    return at
 
 
 def section_starts(elements: int) -> list[int]:

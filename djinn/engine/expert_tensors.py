@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from djinn.codec.decode import BatchDecoder
@@ -39,11 +40,6 @@ class ExpertTensor:
             self.slots = elements.as_strided(size, strides, first.offset // self.dtype.itemsize)
             """Raw: a view of every slot as if it held this tensor, [slots, ...]."""
 
-    @property
-    def one_of_shape(self) -> torch.Tensor:
-        """A tensor without elements' memory that has an expert's shape."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
     def empty(self, count: int) -> torch.Tensor:
         """Return memory for this tensor of ``count`` experts."""
         return torch.empty(count, *self.shape, dtype=self.dtype, device=self.device)
@@ -67,6 +63,20 @@ class ExpertTensor:
             return
         for place, row in zip(places, rows, strict=True):
             self._decode(self._blobs(*place), out[row])
+
+    def addresses(self, places: Mapping[int, int]) -> np.ndarray:
+        """Return where on the device the parts of coded experts are, by expert: int64 [experts, parts]; 0 of others."""
+        found = np.zeros((len(self._parts), len(self._parts[0])), np.int64)
+        for expert, slot in places.items():
+            start = self._pool.data_ptr() + slot * self._pool.shape[1]
+            found[expert] = [start + part.offset for part in self._parts[expert]]
+        return found
+
+    def decode_at(self, addresses: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the weights of ``count`` coded experts whose parts are at ``addresses``, [count * parts]."""
+        out = self.empty(count)
+        self._decode.at(addresses, out)
+        return out
 
     def _blobs(self, expert: int, slot: int) -> list[tuple[torch.Tensor, Layout]]:
         found = []

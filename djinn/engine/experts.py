@@ -179,8 +179,8 @@ class Experts:
         self._stats.expert_misses += len(missing)
         coming = {expert: cache.make_room(number, call.wanted) for expert in missing}
         call.places = places | coming
-        if call.index.is_cuda and not all(tensor.coded for tensor in layer.tensors):
-            _ = call.slots  # on its way before the weights are
+        if call.index.is_cuda:
+            call.prepare(layer.tensors)
         if not missing:
             return
         if self._pool.slot_bytes < SPLIT_BYTES:
@@ -229,11 +229,13 @@ class Experts:
         self.fetcher.wait(self._coming.pop(number))
         window = number % self._pool.windows
         self._released.setdefault(window, None)
-        if self._pool.windows > 1 and number + 1 < len(self._layers):
-            self._fetch_whole(number + 1)
         first = window * self._pool.widest
         slots = range(first, first + len(layer.sources))
         call = Call(len(slots), index, self._no_rounds, dict(enumerate(slots)))
+        if any(tensor.coded for tensor in layer.tensors) and index.is_cuda:
+            call.prepare(layer.tensors)
+        if self._pool.windows > 1 and number + 1 < len(self._layers):
+            self._fetch_whole(number + 1)
         return {
             tensor.local: HandedWeights(call, tensor) if tensor.coded else tensor.slots[slots.start : slots.stop]
             for tensor in layer.tensors

@@ -43,6 +43,11 @@ class Call:
     arrive: Callable[[str], None] = lambda _: None
     """Makes the compute that follows wait until a tensor, by its name, of all of them is there."""
 
+    def __post_init__(self) -> None:
+        self._tables: dict[str, torch.Tensor] = {}
+        self._found: dict[str, torch.Tensor] = {}
+        self._key: torch.Tensor | None = None
+
     @cached_property
     def picks(self) -> list[int]:
         """The picked experts, token by token, on the host."""
@@ -59,24 +64,38 @@ class Call:
         """How often each expert was picked: int64 [experts]."""
         return np.bincount(self.picks, minlength=self.experts)
 
-    @cached_property
-    def slots(self) -> torch.Tensor:
-        """The slot of each pick: int64 [tokens * picked] on the device.
-
-        Asked for before the weights are: whatever is uploaded behind their copies would come after them.
-        """
+    def prepare(self, tensors: Sequence[ExpertTensor]) -> None:
+        """Upload where the experts are; before their copies begin, behind which it would arrive after them."""
         assert self.places is not None
-        return self.upload([self.places[expert] for expert in self.picks])
+        for tensor in tensors:
+            name = tensor.name if tensor.coded else ""
+            if name not in self._tables:
+                self._tables[name] = self.upload(tensor.addresses(self.places) if tensor.coded else self._slots())
 
-    def upload(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Return ``numbers`` on the device, int64, without waiting for it."""
-        on_gpu = self.index.device.type == "cuda"
-        return torch.tensor(numbers, pin_memory=on_gpu).to(self.index.device, non_blocking=True)
+    def _slots(self) -> np.ndarray:
+        assert self.places is not None
+        slots = np.zeros(self.experts, np.int64)
+        slots[list(self.places)] = list(self.places.values())
+        return slots
 
-    def are_picks(self, key: torch.Tensor) -> bool:
-        """Return whether ``key`` is the picks themselves, token by token."""
-        same = key.data_ptr() == self.index.data_ptr() and key.numel() == self.index.numel()
-        return same and key.is_contiguous() and self.index.is_contiguous()
+    def look_up(self, tensor: ExpertTensor, key: torch.Tensor) -> torch.Tensor:
+        """Return by each number of an expert in ``key`` its slot, or where its coded parts are; never waits."""
+        name = tensor.name if tensor.coded else ""
+        if self._key is not key:
+            self._key = key
+            self._found.clear()
+        if name not in self._found:
+            self.prepare([tensor])
+            self._found[name] = self._tables[name][key.reshape(-1)]
+        return self._found[name]
+
+    def upload(self, numbers: np.ndarray) -> torch.Tensor:
+        """Return ``numbers``, int64, on the device, without waiting for it."""
+        if not self.index.is_cuda:
+            return torch.from_numpy(numbers)
+        table = torch.empty(numbers.shape, dtype=torch.int64, pin_memory=True)
+        table.numpy()[:] = numbers
+        return table.to(self.index.device, non_blocking=True)
 
     @cached_property
     def by_slot(self) -> tuple[torch.Tensor, list[tuple[int, int]]]:
@@ -86,7 +105,7 @@ class Call:
         order = sorted(self.wanted, key=self.places.__getitem__)
         rows = np.concatenate([np.arange(ends[expert] - self.counts[expert], ends[expert]) for expert in order])
         groups = zip((self.places[expert] for expert in order), np.cumsum(self.counts[order]).tolist(), strict=True)
-        return self.upload(rows.tolist()), list(groups)
+        return self.upload(rows), list(groups)
 
 
 class HandedWeights:
@@ -165,12 +184,12 @@ class HandedWeights:
 
     def _gathered(self, key: torch.Tensor) -> torch.Tensor:
         call, tensor = self._call, self._tensor
-        picks = call.are_picks(key)
-        if picks and call.places is not None and not tensor.coded:
-            slots = call.slots
+        if call.places is not None and (key.is_cuda or not tensor.coded):
+            found = call.look_up(tensor, key)
             call.arrive(tensor.name)
-            return tensor.slots[slots].view(*key.shape, *tensor.shape)
-        ids = call.picks if picks else key.reshape(-1).tolist()
+            made = tensor.decode_at(found.reshape(-1), len(found)) if tensor.coded else tensor.slots[found]
+            return made.view(*key.shape, *tensor.shape)
+        ids = key.reshape(-1).tolist()
         out = tensor.empty(len(ids))
         left = sorted(set(ids))
         while left:
@@ -208,7 +227,7 @@ class HandedWeights:
         ends = np.zeros(slots + 1, np.int64)
         for slot, end in groups:
             ends[slot] = end
-        offs = self._call.upload(np.maximum.accumulate(ends[:slots]).tolist()).to(torch.int32)
+        offs = self._call.upload(np.maximum.accumulate(ends[:slots])).to(torch.int32)
         self._call.arrive(self._tensor.name)
         sorted_rows = rows.new_empty(padded, rows.shape[1])
         torch.index_select(rows, 0, order, out=sorted_rows[: len(rows)])

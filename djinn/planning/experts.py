@@ -19,6 +19,8 @@ LAYER_IDLE_S = 0.3e-3
 """How long the link is idle in a routed layer, between its copies' end and the next one's start: its experts, the next
 attention, the router's answer. Of 48 layers of Qwen3-30B-A3B's shape on an H100 with all experts there: 10.9 ms of
 small kernels and answers, and the experts' own time."""
+MOVE_S = 8e-6
+"""What the host takes to have one expert copied within the pool."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class Pool:
         """Return from how many tokens on a whole pass is faster; None if it never is, for want of windows.
 
         Of a routed layer's experts those that are not in the pool cross the ``link`` (bytes/s), which then is idle; of
-        a whole one's all that are not, without a pause.
+        a whole one's all that are not, without a pause, and those in the pool are copied within it.
         """
         if not self.windows:
             return None
-        spared = idle_s * link / (self.slot_bytes * max(1 - self.share, 1e-9))
-        share = min(max((self.widest - spared) / self.widest, 0.0), 0.97)
+        missing_s = (1 - self.share) * self.slot_bytes / link
+        whole_s = self.widest * (missing_s + self.share * MOVE_S)
+        if idle_s + self.widest * missing_s <= whole_s:
+            return None
+        share = min(max((whole_s - idle_s) / (self.widest * missing_s), 0.0), 0.97)
         missed = 1 - min(self.picked / self.widest, 1 - 1e-9)
         return max(math.ceil(math.log(1 - share) / math.log(missed)), 1)
 
