@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from djinn.codec.decode import BatchDecoder
@@ -27,6 +26,7 @@ class ExpertTensor:
         self.dtype = whole.dtype
         self.device = pool.device
         self._pool = pool
+        self._start = pool.data_ptr()
         self._parts = [[part for part in expert.tensors if part.name == name] for expert in unit.experts]
         first = self._parts[0][0]
         self.coded = first.entry.layout is not None
@@ -64,13 +64,15 @@ class ExpertTensor:
         for place, row in zip(places, rows, strict=True):
             self._decode(self._blobs(*place), out[row])
 
-    def addresses(self, places: Mapping[int, int]) -> np.ndarray:
-        """Return where on the device the parts of coded experts are, by expert: int64 [experts, parts]; 0 of others."""
-        found = np.zeros((len(self._parts), len(self._parts[0])), np.int64)
-        for expert, slot in places.items():
-            start = self._pool.data_ptr() + slot * self._pool.shape[1]
-            found[expert] = [start + part.offset for part in self._parts[expert]]
-        return found
+    @property
+    def parts(self) -> int:
+        """Stored tensors that it consists of in one expert."""
+        return len(self._parts[0])
+
+    def addresses(self, expert: int, slot: int) -> list[int]:
+        """Return where the parts of a coded expert in ``slot`` are."""
+        start = self._start + slot * self._pool.shape[1]
+        return [start + part.offset for part in self._parts[expert]]
 
     def decode_at(self, addresses: torch.Tensor, count: int) -> torch.Tensor:
         """Return the weights of ``count`` coded experts whose parts are at ``addresses``, [count * parts]."""

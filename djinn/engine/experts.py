@@ -22,6 +22,7 @@ from torch.compiler import disable as opaque
 from djinn.engine.expert_tensors import ExpertTensor
 from djinn.engine.handed import Call, HandedWeights
 from djinn.engine.turns import Turns
+from djinn.engine.whereabouts import Whereabouts
 from djinn.planning.expert_cache import ExpertCache
 from djinn.planning.experts import Pool
 from djinn.transport.copier import Source
@@ -48,6 +49,7 @@ class Layer:
     tensors: tuple[ExpertTensor, ...]
     by_tensor: Mapping[str, tuple[Source, ...]]
     """The sources of each tensor alone."""
+    where: Whereabouts
 
     @classmethod
     def of(cls, unit: Unit, image: Any, pool: torch.Tensor) -> Layer:
@@ -58,7 +60,8 @@ class Layer:
             for expert, start in places
         )
         by_tensor = {tensor.name: tuple(_only(source, tensor.name) for source in sources) for tensor in unit.tensors}
-        return cls(unit, sources, tuple(ExpertTensor(unit, name, pool) for name in by_tensor), by_tensor)
+        tensors = tuple(ExpertTensor(unit, name, pool) for name in by_tensor)
+        return cls(unit, sources, tensors, by_tensor, Whereabouts(len(sources), tensors))
 
 
 class Experts:
@@ -78,6 +81,8 @@ class Experts:
         """By window, the end of the compute that read it, in this whole pass."""
         self._fetched: dict[str, Fetch] = {}
         """By tensor, what the module that runs has not waited for yet."""
+        self._told_otherwise: set[int] = set()
+        """Layers of which a whole pass has moved experts, and whose whereabouts are to be told anew."""
         self._torn = False
         self._handles: list[Any] = []
         self._handed: list[tuple[weakref.ref[nn.Module], Layer]] = []
@@ -131,6 +136,7 @@ class Experts:
         self._torn = True
         try:
             index = _index(layer, args, kwargs)
+            self.fetcher.follow()
             whole = self._whole_from is not None and len(index) >= self._whole_from
             given = self._whole(number, index) if whole else self._routed(number, index)
         except BaseException:
@@ -155,7 +161,7 @@ class Experts:
             self.fetcher.wait(self._coming.popitem()[1])
         self._released.clear()
         cache.take_back()
-        call = Call(len(layer.sources), index, self._no_rounds)
+        call = Call(len(layer.sources), index, layer.where, self._no_rounds)
         begin = time.perf_counter()
         wanted = call.wanted
         self._stats.index_wait_s += time.perf_counter() - begin
@@ -179,8 +185,7 @@ class Experts:
         self._stats.expert_misses += len(missing)
         coming = {expert: cache.make_room(number, call.wanted) for expert in missing}
         call.places = places | coming
-        if call.index.is_cuda:
-            call.prepare(layer.tensors)
+        self._tell(number, coming if number not in self._told_otherwise else call.places)
         if not missing:
             return
         if self._pool.slot_bytes < SPLIT_BYTES:
@@ -193,6 +198,12 @@ class Experts:
         for expert, slot in coming.items():
             cache.enter(number, expert, slot)
         call.arrive = self._arrive
+
+    def _tell(self, number: int, places: Mapping[int, int]) -> None:
+        """Upload where experts are; before their copies begin, behind which it would arrive after them."""
+        if places:
+            self._layers[number].where.note(places)
+        self._told_otherwise.discard(number)
 
     def _arrive(self, name: str) -> None:
         """Make compute wait for a tensor that was fetched, if that has not been done."""
@@ -212,7 +223,7 @@ class Experts:
         """Fetch one tensor of the first of ``experts``, as many as there are slots; return their slots."""
         coming = dict(zip(experts, range(self._cache.slots), strict=False))
         arrivals = [Arrival(layer.by_tensor[name][expert], slot) for expert, slot in coming.items()]
-        self.fetcher.wait(self.fetcher.fetch(arrivals, []))
+        self.fetcher.wait(self.fetcher.fetch(arrivals, [], self.fetcher.mark()))
         return coming
 
     @staticmethod
@@ -231,9 +242,10 @@ class Experts:
         self._released.setdefault(window, None)
         first = window * self._pool.widest
         slots = range(first, first + len(layer.sources))
-        call = Call(len(slots), index, self._no_rounds, dict(enumerate(slots)))
-        if any(tensor.coded for tensor in layer.tensors) and index.is_cuda:
-            call.prepare(layer.tensors)
+        call = Call(len(slots), index, layer.where, self._no_rounds, dict(enumerate(slots)))
+        if any(tensor.coded for tensor in layer.tensors):
+            self._tell(number, dict(enumerate(slots)))
+        self._told_otherwise.add(number)
         if self._pool.windows > 1 and number + 1 < len(self._layers):
             self._fetch_whole(number + 1)
         return {
@@ -264,7 +276,7 @@ class Experts:
                 places[expert] = within[expert] = slot
         copies = [(slot, first + expert) for expert, slot in within.items()]
         arrivals = [Arrival(sources[expert], slot) for expert, slot in places.items()]
-        self._coming[number] = self.fetcher.fetch(arrivals, copies, self._released.get(window))
+        self._coming[number] = self.fetcher.fetch(arrivals, copies, self._released.get(window) or self.fetcher.mark())
         for expert, slot in places.items():
             cache.enter(number, expert, slot)
 

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 
 from djinn.engine.expert_tensors import ExpertTensor
+from djinn.engine.whereabouts import Whereabouts
+from djinn.planning.experts import MOST_GROUPS
 
 Bring = Callable[[str, Sequence[int]], dict[int, int]]
 """Brings a tensor (by its name) of the first of some experts, as many as there is room for; returns their slots."""
@@ -37,6 +39,7 @@ class Call:
 
     experts: int
     index: torch.Tensor
+    where: Whereabouts
     bring: Bring
     places: dict[int, int] | None = None
     """The slot of every expert that was picked; None where they come in rounds."""
@@ -44,7 +47,6 @@ class Call:
     """Makes the compute that follows wait until a tensor, by its name, of all of them is there."""
 
     def __post_init__(self) -> None:
-        self._tables: dict[str, torch.Tensor] = {}
         self._found: dict[str, torch.Tensor] = {}
         self._key: torch.Tensor | None = None
 
@@ -64,30 +66,15 @@ class Call:
         """How often each expert was picked: int64 [experts]."""
         return np.bincount(self.picks, minlength=self.experts)
 
-    def prepare(self, tensors: Sequence[ExpertTensor]) -> None:
-        """Upload where the experts are; before their copies begin, behind which it would arrive after them."""
-        assert self.places is not None
-        for tensor in tensors:
-            name = tensor.name if tensor.coded else ""
-            if name not in self._tables:
-                self._tables[name] = self.upload(tensor.addresses(self.places) if tensor.coded else self._slots())
-
-    def _slots(self) -> np.ndarray:
-        assert self.places is not None
-        slots = np.zeros(self.experts, np.int64)
-        slots[list(self.places)] = list(self.places.values())
-        return slots
-
     def look_up(self, tensor: ExpertTensor, key: torch.Tensor) -> torch.Tensor:
         """Return by each number of an expert in ``key`` its slot, or where its coded parts are; never waits."""
-        name = tensor.name if tensor.coded else ""
         if self._key is not key:
             self._key = key
             self._found.clear()
-        if name not in self._found:
-            self.prepare([tensor])
-            self._found[name] = self._tables[name][key.reshape(-1)]
-        return self._found[name]
+        if tensor.coded or "" not in self._found:
+            found = self._found[tensor.name if tensor.coded else ""] = self.where.look_up(tensor, key.reshape(-1))
+            return found
+        return self._found[""]
 
     def upload(self, numbers: np.ndarray) -> torch.Tensor:
         """Return ``numbers``, int64, on the device, without waiting for it."""
@@ -206,8 +193,8 @@ class HandedWeights:
         ends = np.cumsum(call.counts)
         if ends[-1] != total:
             return func(rows, self._all(), offs=offs)  # rows that are no expert's
-        if rows.device.type != "cpu" and call.places is not None and not self._tensor.coded:
-            slots = len(self._tensor.slots)
+        is_raw_there = call.places is not None and not self._tensor.coded
+        if rows.device.type != "cpu" and is_raw_there and (slots := len(self._tensor.slots)) <= MOST_GROUPS:
             padded = max(total, total // call.experts * slots)
             if padded // slots == total // call.experts:
                 return self._by_slot(func, rows, padded, slots, out)

@@ -69,7 +69,7 @@ class Fetcher(Protocol):
     def fetch(self, arrivals: Sequence[Arrival], within: Sequence[tuple[int, int]], after: Any = None) -> Fetch:
         """Start copying ``arrivals``, then from slot to slot ``within`` the pool.
 
-        Nothing reads the slots that they go to once ``after`` is over, by default all compute that has been issued.
+        Nothing reads the slots that they go to once ``after`` is over; without it, nothing reads them now.
         """
         ...
 
@@ -79,6 +79,10 @@ class Fetcher(Protocol):
         Raises:
             CheckpointError: bytes that cannot be read.
         """
+        ...
+
+    def follow(self) -> None:
+        """Note on which stream compute goes on; it then goes on behind all that was issued on another before."""
         ...
 
     def mark(self) -> Any:
@@ -146,6 +150,9 @@ class CpuFetcher:
         if late:
             self._stats.stall_s += now - begin
             self._stats.add(Interval("stall", fetch.name, begin, now, fetch.nbytes, fetch.cause))
+
+    def follow(self) -> None:
+        """Nothing to do: compute is done when its call returns."""
 
     def mark(self) -> None:
         """Nothing: compute is done when its call returns."""

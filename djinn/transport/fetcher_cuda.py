@@ -49,14 +49,15 @@ class CudaFetcher:
         self._stats = stats
         self._zero = zero
         self._disk = DiskStream(pool.device, reader) if on_disk else None
+        self._spare: list[torch.cuda.Event] = []
         self._arrived: list[tuple[Fetch, tuple[torch.cuda.Event, ...]]] = []
 
     def fetch(
         self, arrivals: Sequence[Arrival], within: Sequence[tuple[int, int]], after: torch.cuda.Event | None = None
     ) -> Fetch:
-        after = after or self.mark()
-        self.stream.wait_event(after)
-        ready = _Ready(torch.cuda.Event(), [])
+        if after is not None:
+            self.stream.wait_event(after)
+        ready = _Ready(self._spare.pop() if self._spare else torch.cuda.Event(), [])
         fetch = Fetch(arrivals, within, ready)
         if self._zero is not None:
             fetch.begin = torch.cuda.Event(enable_timing=True)
@@ -93,11 +94,16 @@ class CudaFetcher:
             marks[0].record(compute)
         for event in (ready.link, *ready.disk):
             compute.wait_event(event)
+        if self._zero is None:
+            self._spare.append(ready.link)  # what waits for it waits for what it stood for
         if marks is not None:
             marks[1].record(compute)
             if fetch.arrivals:
                 self._arrived.append((fetch, marks))
         fetch.count(self._stats)
+
+    def follow(self) -> None:
+        self._compute.stream()
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
