@@ -185,7 +185,7 @@ class Experts:
         self._stats.expert_misses += len(missing)
         coming = {expert: cache.make_room(number, call.wanted) for expert in missing}
         call.places = places | coming
-        self._tell(number, coming if number not in self._told_otherwise else call.places)
+        self._tell(number, coming if number not in self._told_otherwise else cache.held(number) | coming)
         if not missing:
             return
         if self._pool.slot_bytes < SPLIT_BYTES:
@@ -245,7 +245,7 @@ class Experts:
         call = Call(len(slots), index, layer.where, self._no_rounds, dict(enumerate(slots)))
         if any(tensor.coded for tensor in layer.tensors):
             self._tell(number, dict(enumerate(slots)))
-        self._told_otherwise.add(number)
+            self._told_otherwise.add(number)
         if self._pool.windows > 1 and number + 1 < len(self._layers):
             self._fetch_whole(number + 1)
         return {
@@ -279,6 +279,7 @@ class Experts:
         self._coming[number] = self.fetcher.fetch(arrivals, copies, self._released.get(window) or self.fetcher.mark())
         for expert, slot in places.items():
             cache.enter(number, expert, slot)
+        self._told_otherwise.add(number)
 
     def _measured_link(self) -> float:
         """Return how fast experts come, bytes/s, from bringing some into the pool, which then has them."""

@@ -77,6 +77,7 @@ def test_a_decoder_issues_on_the_current_stream_and_in_a_graph() -> None:
     assert out.any()  # has loaded all kernels: loading one may wait for the device
     out.zero_()
     stream = torch.cuda.Stream()
+    assert not out.any()  # loads its kernel, which may wait for the device
     torch.cuda.synchronize()  # so that page-locked memory is free for the next call: asking for more would wait
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)  # some 50 ms, during which nothing may be decoded
