@@ -198,10 +198,14 @@ def test_a_decoder_of_many_issues_on_the_current_stream() -> None:
     rows, blobs = some_blobs(3, 8 * TILE)
     run = BatchDecoder(8 * TILE, GPU)
     out = torch.zeros_like(rows)
-    run(blobs, out.view(torch.bfloat16))
-    out.zero_()
     stream = torch.cuda.Stream()
-    torch.cuda.synchronize()  # so that page-locked memory is free for the next call: asking for more would wait
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # kernels are loaded, and page-locked memory is there: either may wait for the device
+            run(blobs, out.view(torch.bfloat16))
+            torch.cuda.synchronize()
+    out.zero_()
+    assert not out.any()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)  # some 50 ms, during which nothing may be decoded
         run(blobs, out.view(torch.bfloat16))
