@@ -15,6 +15,7 @@ from djinn.cli.options import (
     Chunk,
     CodingOption,
     Device,
+    HitRate,
     HostMemory,
     Json,
     Model,
@@ -39,6 +40,7 @@ def plan(
     new_tokens: NewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     coding: CodingOption = None,
+    hit_rate: HitRate = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
     machine: OtherMachine = None,
     figure: Annotated[Path | None, typer.Option(help="Draw it too, as .png, .pdf and .csv of this name.")] = None,
@@ -63,6 +65,7 @@ def plan(
             new_tokens=new_tokens,
             batch=batch,
             coding=coding,  # type: ignore[arg-type]
+            hit_rate=hit_rate,
         )
     outlook.print_forecast(found, there, as_json)
     if figure is not None:

@@ -45,6 +45,10 @@ OtherMachine = Annotated[
     ),
 ]
 OutputDir = Annotated[Path | None, typer.Option(help="Run directory.  [default: in artifact/runs]")]
+HitRate = Annotated[
+    float | None,
+    typer.Option("--hit-rate", min=0, max=1, help="Of picked experts found in the pool.  [default: picked evenly]"),
+]
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]
 Runs = Annotated[int | None, typer.Option(min=1, help="Runs of each point.  [default: the profile's]")]
 CodingOption = Annotated[

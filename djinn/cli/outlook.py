@@ -79,8 +79,16 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
     if forecast.gain_s is not None:
         say(f"one more GB of budget saves {forecast.gain_s:.3g} s of the {predicted.token_s:.3g} s per token")
     say(fits)
+    if forecast.plan.pool.slots:
+        share = f"{predicted.hit_rate:.2f} of the experts that routers pick"
+        say(f"{share} are taken to be in the pool{_assumed(forecast)}")
     if predicted.blind:
         say(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
+
+
+def _assumed(forecast: Forecast) -> str:
+    even = forecast.predicted is not None and forecast.predicted.hit_rate == forecast.plan.pool.share
+    return ", as if they picked evenly; --hit-rate says another share" if even else ""
 
 
 def draw(forecast: Forecast, there: Machine, model: str, path: Path) -> list[Path]:
@@ -140,6 +148,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
             {"budget": choice.budget, "token_s": choice.predicted.token_s, "limit": choice.predicted.limit}
             for choice in forecast.budgets
         ],
+        "pool": {"slots": plan.pool.slots, "experts": plan.pool.experts, "bytes": plan.pool.nbytes},
         "one_more_gb_saves_s": forecast.gain_s,
         "largest_batch": forecast.largest_batch,
         "longest_prompt": forecast.longest_prompt,
@@ -150,5 +159,5 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
 def _times(predicted: Prediction | None) -> dict[str, Any] | None:
     if predicted is None:
         return None
-    names = ("ttft_s", "token_s", "tokens_per_s", "link_s", "disk_s", "compute_s", "host_s", "limit")
+    names = ("hit_rate", "ttft_s", "token_s", "tokens_per_s", "link_s", "disk_s", "compute_s", "host_s", "limit")
     return {name: getattr(predicted, name) for name in names} | {"not_measured": list(predicted.blind)}

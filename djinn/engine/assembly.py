@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from djinn.engine.binding import Weights, buffer_homes, move_buffers
 from djinn.engine.coding import Scratch, decoding
 from djinn.engine.device_memory import hold_workspace
-from djinn.engine.experts import Experts, Layer
+from djinn.engine.expert_layers import Layer
+from djinn.engine.experts import Experts
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
 from djinn.engine.presence import presences

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,16 +18,13 @@ import torch
 from torch import nn
 from torch.compiler import disable as opaque
 
-from djinn.engine.expert_tensors import ExpertTensor
+from djinn.engine.expert_layers import Layer
 from djinn.engine.handed import Call, HandedWeights
 from djinn.engine.turns import Turns
-from djinn.engine.whereabouts import Whereabouts
 from djinn.planning.expert_cache import ExpertCache
 from djinn.planning.experts import Pool
-from djinn.transport.copier import Source
 from djinn.transport.fetcher import Arrival, Fetch, Fetcher
 from djinn.transport.stats import Stats
-from djinn.weights.units import Unit
 
 MEASURED_BYTES = 2**30
 """Of experts, by which the link's rate is measured when a model is loaded."""
@@ -38,30 +34,6 @@ The halves of smaller ones would take longer to come (9.4 MB in one copy 53.6 GB
 
 Picked = Callable[[int, Sequence[int]], None]
 """Told of every routed layer, by its number, and the experts that were picked there."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One unit of experts: where each one waits, and what their module's tensors are."""
-
-    unit: Unit
-    sources: tuple[Source, ...]
-    tensors: tuple[ExpertTensor, ...]
-    by_tensor: Mapping[str, tuple[Source, ...]]
-    """The sources of each tensor alone."""
-    where: Whereabouts
-
-    @classmethod
-    def of(cls, unit: Unit, image: Any, pool: torch.Tensor) -> Layer:
-        """``image``: of the unit, in host memory; None where it is on disk."""
-        places = zip(unit.experts, unit.expert_offsets, strict=True)
-        sources = tuple(
-            Source(expert, None if image is None else image[start : start + expert.image_bytes])
-            for expert, start in places
-        )
-        by_tensor = {tensor.name: tuple(_only(source, tensor.name) for source in sources) for tensor in unit.tensors}
-        tensors = tuple(ExpertTensor(unit, name, pool) for name in by_tensor)
-        return cls(unit, sources, tensors, by_tensor, Whereabouts(len(sources), tensors))
 
 
 class Experts:
@@ -291,13 +263,6 @@ class Experts:
         self.fetcher.wait(self.fetcher.fetch(arrivals, []))
         seconds = self.fetcher.clock() - begin
         return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / max(seconds, 1e-9)
-
-
-def _only(source: Source, name: str) -> Source:
-    """Return the source of one tensor of an expert."""
-    unit = source.unit
-    tensors = tuple(tensor for tensor in unit.tensors if tensor.name == name)
-    return Source(replace(unit, name=f"{unit.name} {name}", tensors=tensors), source.image)
 
 
 def _index(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

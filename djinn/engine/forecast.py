@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from djinn.engine.opened import outlined
-from djinn.errors import UnavailableError
+from djinn.errors import ConfigError, UnavailableError
 from djinn.hardware import usable_ram
 from djinn.planning.outlook import MOST_TOKENS, Forecast, outlook
 from djinn.planning.placement import Plan
@@ -33,6 +33,7 @@ def forecast(
     batch: int = 1,
     dtype: torch.dtype | None = None,
     coding: Coding | None = None,
+    hit_rate: float | None = None,
 ) -> Forecast:
     """Return the forecast of :func:`djinn.load` with the same arguments; reads headers at the most, no weights.
 
@@ -40,11 +41,15 @@ def forecast(
 
     Args:
         rates: of the machine to plan for; None where they are not known.
+        hit_rate: share of the experts that routers pick which decode finds in the pool; by default that of routers that
+            pick evenly, with no locality.
         free: host memory that is free there, bytes; by default what is free here.
 
     Raises:
         ConfigError, CheckpointError, PlanError: as :func:`djinn.load`. The device need not be here.
     """
+    if hit_rate is not None and not 0 <= hit_rate <= 1:
+        raise ConfigError(f"hit_rate {hit_rate}: it is a share, from 0 to 1")
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     request = Request.of(
         budget=budget, keep=work, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding
@@ -58,7 +63,7 @@ def forecast(
     def predict_for(planned: Plan, workload: Workload) -> Prediction:
         if rates is None:
             raise UnavailableError("no rates of this machine are known")
-        return predict(planned, rates, work_of(found.index, planned.units, workload))
+        return predict(planned, rates, work_of(found.index, planned.units, workload), hit_rate)
 
     made_for = getattr(found.index.model.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
     return outlook(found.plan(room), work, plan_for, predict_for, longest=made_for - new_tokens)

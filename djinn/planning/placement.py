@@ -7,7 +7,6 @@ of ring above that buys nothing while a resident byte never crosses the link aga
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +15,8 @@ from functools import partial
 import torch
 
 from djinn.errors import PlanError
-from djinn.planning.experts import Pool, pool_for
+from djinn.planning.choice import names_of, singular, spread, total_bytes, with_companions
+from djinn.planning.experts import NO_POOL, Pool, pool_for
 from djinn.planning.ring import Slot, default_ring_bytes, ring_floor, schedule
 from djinn.sizes import format_bytes
 from djinn.weights.tensors import PAGE
@@ -48,7 +48,7 @@ class Plan:
     """Device memory kept for KV cache and activations."""
     scratch_bytes: int
     """Device memory that coded units are decoded into, one at a time."""
-    pool: Pool
+    pool: Pool = NO_POOL
     """Where the experts are that routers have picked."""
     model_bytes: int
 
@@ -176,26 +176,26 @@ def make_plan(
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
     """
     whole = [unit.whole() for unit in units]
-    if _total(whole) + _scratch(whole) + workspace_bytes <= budget:  # then there is no need of a ring and a pool
+    if total_bytes(whole) + _scratch(whole) + workspace_bytes <= budget:  # then there is no need of a ring and a pool
         units = whole
     routed = [unit for unit in units if unit.experts]
     dense = [unit for unit in units if not unit.experts]
     floor = pool_for(routed, picked, 0)
     scratch = _scratch(dense)
     fixed = workspace_bytes + scratch + floor.nbytes
-    all_fit = _total(dense) + fixed <= budget
+    all_fit = total_bytes(dense) + fixed <= budget
     tiny = TINY_SHARE * max((unit.weight_bytes for unit in dense), default=0)
     must_stay = [unit for unit in dense if all_fit or unit.held or unit.weight_bytes < tiny]
-    must_stay = _with_companions(dense, _names(must_stay))
-    chosen = _names(must_stay)
+    must_stay = with_companions(dense, names_of(must_stay))
+    chosen = names_of(must_stay)
     streamable = [unit for unit in dense if unit.name not in chosen]
-    fixed += _total(must_stay)
+    fixed += total_bytes(must_stay)
 
     def ring_without(unit: Unit) -> int:
         others = (other for other in streamable if other.name not in chosen and other is not unit)
         return ring_bytes or _default_ring(others, ring_floor)
 
-    waiting = _singular(streamable)
+    waiting = singular(streamable)
     while waiting:
         fits = [unit for unit in waiting if fixed + unit.image_bytes + ring_without(unit) <= budget]
         if not fits:
@@ -206,23 +206,24 @@ def make_plan(
     rest = [unit for unit in dense if unit.name not in chosen]
     ring = ring_bytes or min(_default_ring(rest, ring_floor), max(budget - fixed, 0))
     _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch, floor)
-    chosen |= _spread(rest, budget - fixed - ring)
+    chosen |= spread(rest, budget - fixed - ring)
     streamed = [unit for unit in dense if unit.name not in chosen]
     ring = ring // PAGE * PAGE if streamed else 0
-    used = _total(unit for unit in dense if unit.name in chosen) + workspace_bytes + scratch + ring
+    used = total_bytes(unit for unit in dense if unit.name in chosen) + workspace_bytes + scratch + ring
     pool = pool_for(routed, picked, budget - used)
     away = [unit for unit in units if unit.name not in chosen]
     made = [unit for unit in away if not unit.on_disk]
-    if _total(made) > host_bytes:
+    if total_bytes(made) > host_bytes:
         raise PlanError(
-            f"host memory: streamed weights that are made, converted or coded in memory have no disk tier and need "
-            f"{format_bytes(_total(made))}, but {format_bytes(host_bytes)} are allowed; raise host_memory or budget"
+            "host memory: streamed weights that are made, converted or coded in memory have no disk tier and need "
+            f"{format_bytes(total_bytes(made))}, but {format_bytes(host_bytes)} are allowed; raise host_memory or "
+            "budget"
         )
     # What is read in every pass waits in host memory before what a router may pick.
     filed = [unit for unit in streamed if unit.on_disk]
-    pinned = _names(made) | _spread(filed, host_bytes - _total(made))
-    room = host_bytes - _total(unit for unit in away if unit.name in pinned)
-    pinned |= _spread([unit for unit in routed if unit.on_disk], room)
+    pinned = names_of(made) | spread(filed, host_bytes - total_bytes(made))
+    room = host_bytes - total_bytes(unit for unit in away if unit.name in pinned)
+    pinned |= spread([unit for unit in routed if unit.on_disk], room)
 
     def tier(unit: Unit) -> Tier:
         if unit.name in chosen:
@@ -266,62 +267,9 @@ def _check(
         )
 
 
-def _with_companions(units: Sequence[Unit], staying: set[str]) -> list[Unit]:
-    """Return the units that stay, and of any that one module reads together all but the largest.
-
-    For their slots could overlap, and one of them may be due at another time of the pass: a tied head with a bias.
-    """
-    read: set[str] = set()
-    for unit in sorted(units, key=lambda unit: unit.image_bytes, reverse=True):
-        if unit.name not in staying:
-            if not read.isdisjoint(unit.readers):
-                staying = staying | {unit.name}
-            else:
-                read.update(unit.readers)
-    return [unit for unit in units if unit.name in staying]
-
-
-def _singular(units: Sequence[Unit]) -> list[Unit]:
-    """Return the units to keep first, largest first: read twice in a pass, or of a size outside the repeated blocks.
-
-    These are embeddings and output projections; streaming one would cost a ring three times its size.
-    """
-    occurrences = Counter(unit.image_bytes for unit in units)
-    odd = [unit for unit in units if len(unit.readers) > 1 or occurrences[unit.image_bytes] <= 2]
-    return sorted(odd, key=lambda unit: (len(unit.readers) > 1, unit.image_bytes), reverse=True)
-
-
-def _spread(units: Sequence[Unit], capacity: int) -> set[str]:
-    """Choose units of at most ``capacity`` bytes, spaced evenly, so that the link is never idle for long."""
-    total = _total(units)
-    if total <= capacity:
-        return _names(units)
-    chosen: set[str] = set()
-    used = 0
-    due = 0.0
-    for unit in units:
-        due += unit.image_bytes * max(capacity, 0) / total
-        if used + unit.image_bytes <= min(due + unit.image_bytes / 2, capacity):
-            chosen.add(unit.name)
-            used += unit.image_bytes
-    for unit in units:
-        if unit.name not in chosen and used + unit.image_bytes <= capacity:
-            chosen.add(unit.name)
-            used += unit.image_bytes
-    return chosen
-
-
 def _default_ring(units: Iterable[Unit], floor: int) -> int:
     return default_ring_bytes([unit.image_bytes for unit in units], floor)
 
 
 def _scratch(units: Iterable[Unit]) -> int:
     return max((unit.decoded_bytes for unit in units), default=0)
-
-
-def _total(units: Iterable[Unit]) -> int:
-    return sum(unit.image_bytes for unit in units)
-
-
-def _names(units: Iterable[Unit]) -> set[str]:
-    return {unit.name for unit in units}

@@ -93,6 +93,8 @@ class Prediction:
     compute_s: float
     host_s: float
     batch: int
+    hit_rate: float = 1.0
+    """Of picked experts that decode finds in the pool, as it was taken to be; 1 where all are resident."""
     blind: tuple[str, ...]
     """What was taken to be free, because it was not measured."""
 
@@ -164,6 +166,7 @@ def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None)
         compute_s=sum(visit.compute_s for visit in decode),
         host_s=sum(visit.host_s for visit in decode),
         batch=load.batch,
+        hit_rate=plan.pool.share if hit_rate is None else hit_rate,
         blind=tuple(name for name, rate in known.items() if not rate),
     )
 
