@@ -1,9 +1,10 @@
 """Run language models larger than device memory by streaming their weights.
 
-``djinn.load`` returns an ordinary Hugging Face model that streams; ``djinn.offload`` makes any module in memory do so;
-``djinn.plan`` says what loading would do, ``djinn.forecast`` how fast that would be; ``djinn.stats`` what it did;
+``djinn.load`` returns an ordinary Hugging Face model that streams; ``djinn.offload`` makes any module in memory do
+so; ``djinn.plan`` says what loading would do, ``djinn.forecast`` how fast that would be; ``djinn.stats`` what it did;
 ``djinn.cool`` empties the ring; ``djinn.trace_experts`` records what routers pick; ``djinn.detach`` undoes it all.
-``djinn.resolve`` makes or fetches a checkpoint, ``djinn.pack`` codes one without loss, so that fewer bytes cross the link, and ``djinn.unpack`` gives the original back.
+``djinn.resolve`` makes or fetches a checkpoint, ``djinn.pack`` codes one without loss, so that fewer bytes cross the
+link, and ``djinn.unpack`` gives the original back.
 """
 
 from importlib import import_module
