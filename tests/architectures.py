@@ -134,6 +134,26 @@ ARCHITECTURES: dict[str, Architecture] = {
             qk_nope_head_dim=16, v_head_dim=16,
         ),
     ),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM",
+        _config("GptOssConfig", **_EXPERTS | {"intermediate_size": 96}, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    # Two mixtures whose experts transformers does not mark.
+    "llama4": Architecture(
+        "Llama4ForCausalLM",
+        _config(
+            "Llama4TextConfig", **_EXPERTS | {"intermediate_size": 96}, intermediate_size_mlp=96, num_local_experts=4,
+            num_experts_per_tok=1,
+        ),
+    ),
+    "jetmoe": Architecture(
+        "JetMoeForCausalLM",
+        _config(
+            "JetMoeConfig", hidden_size=64, num_hidden_layers=4, num_key_value_heads=2, kv_channels=16,
+            intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, vocab_size=VOCABULARY, bos_token_id=1,
+            eos_token_id=2, pad_token_id=0,
+        ),
+    ),
     "olmo2": Architecture("Olmo2ForCausalLM", _config("Olmo2Config", **_DECODER)),
     "cohere2": Architecture("Cohere2ForCausalLM", _config("Cohere2Config", **_DECODER, sliding_window=4)),
     "mamba2": Architecture(

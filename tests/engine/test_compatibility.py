@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 import djinn
 from djinn.planning.placement import Plan
+from djinn.transport.stats import Stats
+from djinn.weights.experts import PICKED_NAMES
 from djinn.weights.index import checkpoint_index
 from djinn.weights.tensors import FileSpan
 from djinn.weights.tracing import traced_readers
@@ -37,15 +39,18 @@ and wholly in memory. Written by the test suite with {VERSIONS}, never by hand:
 {WRITE}=1 python -m pytest tests/engine/test_compatibility.py
 ```
 
-- **streamed**: the share of the weights that cross into the ring in every pass.
+- **streamed**: the share of the weights that are not resident: they cross to the device in every pass, routed experts
+  as routers pick them.
 - **equal**: what was compared with the resident model, bit for bit.
+- **experts routed**: of a mixture of experts, whether a pass fetches those that its routers pick (yes) or whole layers
+  (no). Empty for models without experts.
 - **order**: whether the order of reads was traced beforehand or taken from the model's blocks.
 - **first**, **decode**: how a generation of {{passes}} tokens, after an earlier one, left the order that was expected:
   in the first pass (an encoder's included) and in all others together; for models that do not generate, a second
   pass. Units that were prefetched and not read are skips; reloads are times that the pipeline started anew.
 
-| architecture | class | streamed | equal | order | first | decode | notes |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| architecture | class | streamed | equal | experts routed | order | first | decode | notes |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 NEW_TOKENS = 8
 CASES: dict[str, dict[str, object]] = {
@@ -82,7 +87,7 @@ class Seen:
     plan: Plan
     equal: dict[str, bool]
     counted: bool
-    """Whether the statistics say that a pass moved all the streamed weights."""
+    """Whether the statistics say that a pass moved all the streamed weights, and of experts those that were picked."""
     traced: bool
     first: Strays
     """Of the first pass of a generation, or of the second pass of a model that does not generate."""
@@ -98,8 +103,8 @@ class Seen:
 
     @property
     def share(self) -> float:
-        """Of the weights, that are streamed."""
-        return sum(unit.weight_bytes for unit in self.plan.streamed) / self.plan.model_bytes
+        """Of the weights, that are not resident."""
+        return sum(unit.weight_bytes for unit in self.plan.away) / self.plan.model_bytes
 
 
 def tensors(outputs: object) -> list[torch.Tensor]:
@@ -142,6 +147,13 @@ def strays(model: PreTrainedModel, architecture: Architecture) -> tuple[Strays, 
     )
 
 
+def picked_bytes(plan: Plan, stats: Stats) -> int:
+    """Return what a first pass fetches of experts at the least: of each layer as many as one token goes to."""
+    assert stats.routed_layers + stats.whole_layers == len(plan.routed)
+    expert_bytes = min((expert.weight_bytes for unit in plan.routed for expert in unit.experts), default=0)
+    return len(plan.routed) * plan.pool.picked * expert_bytes
+
+
 def compare(name: str, folder: Path, spill: Path) -> Seen:
     architecture, pair = ARCHITECTURES[name], Pair(name, folder)
     streamed, resident, planned = pair.streamed, pair.resident, pair.plan
@@ -152,7 +164,7 @@ def compare(name: str, folder: Path, spill: Path) -> Seen:
     inputs = architecture.inputs() | architecture.decoder
     with torch.no_grad():
         outputs = [tensors(model(**inputs, output_hidden_states=True)) for model in (streamed, resident)]
-        counted = stats.link_bytes >= sum(unit.weight_bytes for unit in planned.streamed)
+        counted = stats.link_bytes >= sum(unit.weight_bytes for unit in planned.streamed) + picked_bytes(planned, stats)
         before = stats.skips, stats.reloads
         streamed(**inputs)
     assert outputs[0]
@@ -178,6 +190,22 @@ def compare(name: str, folder: Path, spill: Path) -> Seen:
     )
 
 
+def is_mixture(name: str) -> bool:
+    text = ARCHITECTURES[name].config.get_text_config()
+    return any(getattr(text, key, None) for key in PICKED_NAMES)
+
+
+MIXTURES = [name for name in ARCHITECTURES if is_mixture(name)]
+
+
+def experts_routed(name: str, plan: Plan) -> str:
+    """Return the cell of a row: whether passes fetch experts as routers pick them; nothing where there are none."""
+    if name not in MIXTURES:
+        assert not plan.routed
+        return ""
+    return "yes" if plan.routed else "no"
+
+
 @pytest.fixture(scope="module")
 def seen(
     architecture_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
@@ -197,6 +225,17 @@ def test_streamed_output_is_the_residents_bit_for_bit(seen: Callable[[str], Seen
     assert found.read_twice or found.decode in (None, Strays(0, 0))
 
 
+WHOLE = ("llama4", "jetmoe")
+"""Mixtures whose experts transformers does not mark, so that whole layers stream."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_routed_where_transformers_marks_them(seen: Callable[[str], Seen], name: str) -> None:
+    assert experts_routed(name, seen(name).plan) == ("no" if name in WHOLE else "yes")
+
+
 def row(name: str, found: Seen) -> str:
     architecture = ARCHITECTURES[name]
     order = "traced" if found.traced else "by blocks"
@@ -209,7 +248,7 @@ def row(name: str, found: Seen) -> str:
     ]
     equal = ", ".join(case for case, same in found.equal.items() if same)
     cells = [
-        *(name, architecture.model_class, f"{found.share:.0%}", equal, order),
+        *(name, architecture.model_class, f"{found.share:.0%}", equal, experts_routed(name, found.plan), order),
         *(str(found.first), "" if found.decode is None else str(found.decode)),
         "; ".join(notes),
     ]
