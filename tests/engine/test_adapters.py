@@ -177,3 +177,16 @@ def test_a_detached_model_has_its_weights_taken_apart(folder: Path) -> None:
         adapted.add_adapter("second", config)
     djinn.detach(model)
     adapted.add_adapter("third", config)
+
+
+def test_an_adapter_on_experts_reads_them_whole_and_right(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    mixture = tiny_checkpoint("mixtral")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+    torch.manual_seed(0)
+    peft.get_peft_model(resident(mixture), config).save_pretrained(tmp_path)
+    model = streaming(mixture)
+    assert placement(model).routed
+    plain = logits(model)
+    streamed, whole = (peft.PeftModel.from_pretrained(each, tmp_path) for each in (model, resident(mixture)))
+    assert not torch.equal(assert_equal(streamed, whole), plain)

@@ -139,3 +139,15 @@ def test_experts_that_are_coded_while_they_are_loaded(tmp_path: Path) -> None:
     assert planned.is_coded
     assert placement(model).is_coded
     assert torch.equal(logits(model), logits(resident(tmp_path)))
+
+
+@names
+def test_a_mixture_in_memory_is_offloaded_with_its_experts_routed(mixture_checkpoint: Mixture, name: str) -> None:
+    module, whole = (resident(mixture_checkpoint(name)) for _ in range(2))
+    kept = 1 << 20
+    budget = kept + round(0.5 * sum(parameter.nbytes for parameter in whole.parameters()))
+    djinn.offload(module, budget=budget, workspace=kept, example=(torch.tensor([[1, 2, 3]]),), device="cpu")
+    assert placement(module).routed
+    assert torch.equal(logits(module), logits(whole))
+    djinn.detach(module)
+    assert same(module.state_dict(), whole.state_dict())
