@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from djinn.planning.workspace import Workload
 
 SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
-    "djinn": ("", "lossless"),
+    "djinn": ("", "lossless", "whole"),
     "accelerate": ("disk", "cpu", "cpu-pinned"),
     "deepspeed": ("cpu", "nvme"),
     "resident": (),
 }
-"""The systems that can be compared, each with the places it can offload to, and djinn with its weights coded or as the
-profile says; written ``system:variant``."""
+"""The systems that can be compared, each with the places it can offload to, and djinn as the profile says, with its
+weights coded, or without routing experts; written ``system:variant``."""
 
 
 def system_names() -> list[str]:

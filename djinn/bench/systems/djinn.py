@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import djinn
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
@@ -28,7 +30,10 @@ class Djinn(System):
     def __init__(self, job: Job) -> None:
         profile = job.profile
         link = pinned_h2d_rate(profile.chunk) if job.on_gpu else 0.0  # before it carries anything else
-        self.model = load_requested(job.model, profile.request(), seed=profile.seed, trace=job.trace)
+        request = profile.request()
+        if job.variant == "whole":
+            request = replace(request, experts="whole")
+        self.model = load_requested(job.model, request, seed=profile.seed, trace=job.trace)
         stats = djinn.stats(self.model)
         self.resident_bytes = stats.resident_bytes
         self.ring_bytes = stats.ring_bytes
@@ -43,6 +48,9 @@ class Djinn(System):
         self.settings |= {f"bits {kind}": bits for kind, bits in bits_by_kind(placement(self.model)).items()}
         if job.on_gpu:
             self.settings["planned_pass_s"] = (stats.host_bytes + stats.disk_bytes) / link
+        pool = placement(self.model).pool
+        if pool.slots:
+            self.settings |= {"pool_slots": pool.slots, "pool_experts": pool.experts, "slot_bytes": pool.slot_bytes}
         self._began_at = 0
         self._on_gpu = job.on_gpu
 
