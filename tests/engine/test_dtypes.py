@@ -37,7 +37,7 @@ def assert_equal(streamed: PreTrainedModel, resident: PreTrainedModel, **inputs:
     """Hold outputs, dtypes and saved weights against the resident model's."""
     resident.eval()
     inputs = inputs or {"input_ids": torch.arange(3, 10).view(1, 7)}
-    assert placement(streamed).streamed
+    assert placement(streamed).away
     assert streamed.dtype == streamed.config.dtype == resident.dtype
     with torch.no_grad():
         for _ in range(2):

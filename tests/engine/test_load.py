@@ -410,7 +410,7 @@ def test_weights_made_in_memory_are_those_written_to_disk(tmp_path: Path, name: 
 
 def test_synthetic_experts_stream(tmp_path: Path) -> None:
     model = djinn.load("synthetic:mixtral-tiny", budget="2 MB", host_memory="1 GB", seed=3, **WORK)
-    assert placement(model).streamed
+    assert placement(model).away
     streamed = logits(model)
     assert torch.equal(logits(djinn.detach(model)), streamed)
 

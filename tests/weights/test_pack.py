@@ -97,7 +97,7 @@ def test_coding_none_decodes_while_loading(codable_checkpoint: Path, folder: Pat
     whole = AutoModelForCausalLM.from_pretrained(codable_checkpoint, dtype="auto").eval()
     model = loaded(folder, coding="none")
     assert not placement(model).is_coded
-    assert placement(model).streamed
+    assert placement(model).away
     assert torch.equal(logits(model), logits(whole))
 
 
@@ -118,7 +118,7 @@ def test_weights_that_transformers_converts_are_unpacked_for_it(tmp_path: Path) 
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto").eval()
     model = loaded(pack(tmp_path / "plain", tmp_path / "packed", device="cpu"), share=0.6)
-    assert placement(model).streamed
+    assert placement(model).away
     assert torch.equal(logits(model), logits(whole))
 
 
