@@ -120,11 +120,13 @@ class Experts:
         self._stats.hook_s += time.perf_counter() - begin - (self._stats.stall_s + self._stats.index_wait_s - waited)
 
     def _leave(self, number: int, *_: object) -> None:
-        for name in list(self._fetched):
-            self._arrive(name)
-        if self._pool.windows and number % self._pool.windows in self._released:
-            self._released[number % self._pool.windows] = self.fetcher.mark()
-        self._take_away()
+        try:
+            for name in list(self._fetched):
+                self._arrive(name)
+            if self._pool.windows and number % self._pool.windows in self._released:
+                self._released[number % self._pool.windows] = self.fetcher.mark()
+        finally:
+            self._take_away()
 
     def _routed(self, number: int, index: torch.Tensor) -> dict[str, Any]:
         """Return what stands for the weights once all that was picked is there, or will come in rounds."""

@@ -49,6 +49,8 @@ class Call:
     def __post_init__(self) -> None:
         self._found: dict[str, torch.Tensor] = {}
         self._key: torch.Tensor | None = None
+        self._rounds: dict[str, dict[int, int]] = {}
+        """By tensor, the slots of those that came last, where they come in rounds."""
 
     @cached_property
     def picks(self) -> list[int]:
@@ -76,6 +78,18 @@ class Call:
             return found
         return self._found[""]
 
+    def slots(self, name: str, experts: Sequence[int]) -> dict[int, int]:
+        """Return the slots of ``experts``, of those first among them that fit at once; their tensor is there."""
+        if self.places is not None:
+            self.arrive(name)
+            return self.places
+        if experts[0] not in self._rounds.get(name, {}):
+            after = [expert for expert in self.wanted if expert > experts[0] and expert not in experts]
+            places = self.bring(name, [*experts, *after])
+            # Where another expert is now, its tensors may lie over the other's: coded ones differ in length.
+            self._rounds = {other: found for other, found in self._rounds.items() if found == places} | {name: places}
+        return self._rounds[name]
+
     def upload(self, numbers: np.ndarray) -> torch.Tensor:
         """Return ``numbers``, int64, on the device, without waiting for it."""
         if not self.index.is_cuda:
@@ -102,7 +116,6 @@ class HandedWeights:
         self._call = call
         self._tensor = tensor
         self._transposed = transposed
-        self._round: dict[int, int] = {}
         self.dtype = tensor.dtype
         self.device = tensor.device
 
@@ -157,14 +170,7 @@ class HandedWeights:
         return weights.transpose(-2, -1) if self._transposed else weights
 
     def _slots(self, experts: Sequence[int]) -> dict[int, int]:
-        """Return the slots of ``experts``, of those first among them that fit at once; they are there."""
-        if self._call.places is not None:
-            self._call.arrive(self._tensor.name)
-            return self._call.places
-        if experts[0] not in self._round:
-            after = [expert for expert in self._call.wanted if expert > experts[0] and expert not in experts]
-            self._round = self._call.bring(self._tensor.name, [*experts, *after])
-        return self._round
+        return self._call.slots(self._tensor.name, experts)
 
     def _one(self, expert: int) -> torch.Tensor:
         return self._tensor.one(expert, self._slots([expert])[expert])

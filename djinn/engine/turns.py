@@ -47,11 +47,12 @@ class Turns:
                 self._taking.add(module)
 
     def uncover(self) -> None:
-        """Give the modules their own classes back."""
+        """Give the modules their own classes back; who would recover is let go, with the memory that it holds."""
         for module in self._taking:
             module.__class__ = type(module).__mro__[2]
             del vars(module)["_turns"]
         self._taking.clear()
+        self.recoveries.clear()
 
     def begin(self) -> None:
         """Begin the turn of the thread that holds the lock.

@@ -4,8 +4,8 @@ Layers come in a cycle, so what was used longest ago is what comes next: evictin
 token asks for more experts than there are slots. Instead the layer at hand gives up its own experts that were not
 picked, since it comes again last of all, the one that was used longest ago first; then the layer passed before it gives
 up its own, and so on around the cycle. On synthetic routing (uniform, Zipf, with repetition; pools from a fifth of a
-token's demand to five times of it) that was never below evicting what was used longest ago, and far above it where the
-pool is smaller than a token's demand.
+token's demand to five times of it) that was at most a hundredth below evicting what was used longest ago, and far above
+it where the pool is smaller than a token's demand.
 """
 
 from __future__ import annotations

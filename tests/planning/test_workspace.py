@@ -23,6 +23,7 @@ from djinn.planning.workspace import (
     activation_bytes,
     kv_cache_bytes,
     largest,
+    routed_bytes,
     what_fits,
     workspace_bytes,
 )
@@ -117,6 +118,28 @@ def test_every_device_keeps_room_for_its_libraries() -> None:
     assert on_cpu == 11 * (either + 1024 * 256 * 2) // 10, "the output projection, which torch copies there"
     on_gpu = workspace_bytes(config, BF16, torch.device("cuda"), work)
     assert on_gpu == pytest.approx(CUDA_OVERHEAD_BYTES + 1.02 * either)
+
+
+EXPERT = {"gate_up": (96, 64), "down": (64, 48), "bias": (96,)}
+
+
+def test_a_gpu_gathers_the_weights_of_every_sequences_experts_and_a_cpu_does_not() -> None:
+    one_token = Workload(prompt_tokens=1, new_tokens=10, batch=5)
+    rows = 5 * 3 * 3 * (96 + 64 + 64 + 48)  # what each of two products reads and writes
+    assert routed_bytes(EXPERT, 3, BF16, torch.device("cpu"), one_token) == 2 * rows
+    gathered = 5 * 3 * (96 * 64 + 64 * 48 + 96)
+    assert routed_bytes(EXPERT, 3, BF16, torch.device("cuda"), one_token) == 2 * gathered > 2 * rows
+    assert routed_bytes(EXPERT, 3, torch.float32, torch.device("cuda"), one_token) == 4 * gathered
+
+
+def test_a_long_prompts_rows_outgrow_what_decode_gathers() -> None:
+    prompt = Workload(prompt_tokens=1000, new_tokens=10, batch=5)
+    on_both = {routed_bytes(EXPERT, 3, BF16, torch.device(name), prompt) for name in ("cpu", "cuda")}
+    assert on_both == {2 * 5 * 1000 * 3 * 3 * (96 + 64 + 64 + 48)}
+
+
+def test_a_model_without_routed_experts_needs_nothing_for_them() -> None:
+    assert routed_bytes({}, 1, BF16, torch.device("cuda"), WORK) == 0
 
 
 DEEP = LlamaConfig(
