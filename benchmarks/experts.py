@@ -67,8 +67,14 @@ def bare_gbps(experts: Experts) -> float:
     return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / seconds / 1e9
 
 
-def measure(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Load in one mode and generate; return a record for each steering."""
+def write(record: dict[str, Any], output: Path) -> None:
+    """Append a record."""
+    with output.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def measure(mode: str, options: argparse.Namespace) -> None:
+    """Load in one mode and generate; write a record for each run under each steering."""
     work = {"prompt_tokens": options.prompt, "new_tokens": options.new_tokens, "batch": 1}
     budget = parse_bytes("200 GB" if mode == "resident" else options.budget)
     name = f"synthetic:{options.model}"
@@ -92,7 +98,6 @@ def measure(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         "slot_bytes": planned.pool.slot_bytes, "host_bytes": planned.pinned_bytes, "torch": torch.__version__,
         "bare_gbps": bare_gbps(experts) if experts else None, "whole_from": experts and experts._whole_from,
     }  # fmt: skip
-    found = []
     for steer in [None, *options.steer]:
         reuse, zipf = map(float, steer.split(",")) if steer else (0.0, 0.0)
         with SteeredRouting(model, reuse=reuse, zipf=zipf) if steer else nullcontext():
@@ -107,12 +112,13 @@ def measure(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                     for key in ("link_bytes", "expert_hits", "expert_misses", "routed_layers", "whole_layers",
                                 "index_wait_s", "hook_s")
                 }  # fmt: skip
-                found.append({
+                record = {
                     **shared, "steer": steer, "run": run, "times": times, "tokens": tokens,
                     "token_s": statistics.median(times[1:]), "peak_reserved": torch.cuda.max_memory_reserved(), **moved,
-                })  # fmt: skip
-                print(json.dumps({key: found[-1][key] for key in ("mode", "steer", "token_s", "bare_gbps",
-                      "peak_reserved", *moved)} | {"ttft": times[0]}), flush=True)  # fmt: skip
+                }  # fmt: skip
+                write(record, options.output)
+                shown = ("mode", "steer", "token_s", "bare_gbps", "peak_reserved", *moved)
+                print(json.dumps({key: record[key] for key in shown} | {"ttft": times[0]}), flush=True)
     if zero is not None and experts is not None:
         experts.fetcher._zero = zero  # type: ignore[attr-defined]
         first = len(djinn.stats(model).timeline)
@@ -120,10 +126,13 @@ def measure(mode: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         copies = [each for each in djinn.stats(model).timeline[first:] if each.lane == "copy"]
         copies = copies[len(experts._layers) :]
         busy = sum(copy.end_s - copy.start_s for copy in copies)
-        found[-1]["traced_copy_gbps"] = sum(copy.nbytes for copy in copies) / max(busy, 1e-9) / 1e9
-        found[-1]["traced_busy_s"] = busy
-        print(json.dumps({"traced_copy_gbps": found[-1]["traced_copy_gbps"]}), flush=True)
-    return found
+        traced = {
+            **shared,
+            "traced_copy_gbps": sum(copy.nbytes for copy in copies) / max(busy, 1e-9) / 1e9,
+            "busy_s": busy,
+        }
+        write(traced, options.output)
+        print(json.dumps(traced), flush=True)
 
 
 def main() -> None:
@@ -140,9 +149,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("experts.jsonl"))
     options = parser.parse_args()
     for mode in options.modes:
-        records = measure(mode, options)
-        with options.output.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        measure(mode, options)
         gc.collect()
         torch.cuda.empty_cache()
 
