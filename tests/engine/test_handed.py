@@ -1,0 +1,100 @@
+"""What an experts module gets in the place of its weights, in the hands of those who do something else with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from routed_models import ROUTED, engine_experts, poisoned, routed
+from tiny_models import save_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROMPT = torch.arange(3, 23).view(2, 10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = AutoModelForCausalLM.from_config(ROUTED["mixtral"], dtype=torch.bfloat16)
+    return save_model(model, "mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def resident(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def streaming(folder: Path, pool: str = "two windows", whole_from: int | None = None, **options: Any) -> Any:
+    model = routed(folder, pool, **options)
+    poisoned(model)
+    engine_experts(model)._whole_from = whole_from
+    return model
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor = PROMPT) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def assert_right(model: PreTrainedModel, resident: PreTrainedModel) -> None:
+    for ids in (PROMPT, PROMPT[:1, :1], PROMPT[:, :3]):
+        assert torch.equal(logits(model, ids), logits(resident, ids)), tuple(ids.shape)
+
+
+def experts_of(model: Any, layer: int) -> nn.Module:
+    module: nn.Module = model.model.layers[layer].mlp.experts
+    return module
+
+
+@pytest.mark.parametrize("pool", ["k", "two windows"])
+@pytest.mark.parametrize("coding", [None, "lossless"])
+def test_weights_may_be_used_in_other_ways(
+    folder: Path, resident: PreTrainedModel, pool: str, coding: str | None
+) -> None:
+    """They stand for all experts, of which those that were not picked are zero."""
+    model, found = streaming(folder, pool, coding=coding), []
+    wanted: torch.Tensor = experts_of(resident, 0).gate_up_proj.detach()  # type: ignore[assignment, operator]
+
+    def use(module: Any, args: tuple[Any, ...]) -> None:
+        weights, picked = module.gate_up_proj, sorted(set(args[1].flatten().tolist()))
+        there = torch.zeros_like(wanted)
+        there[picked] = wanted[picked]
+        assert (weights.shape, weights.ndim, len(weights), weights.size(1)) == (wanted.shape, 3, 8, wanted.size(1))
+        assert torch.equal(weights.float().sum(), there.float().sum())
+        assert torch.equal(torch.mean(weights, 0), torch.mean(there, 0))
+        assert torch.equal(weights[2:5], there[2:5])
+        assert torch.equal(weights.transpose(1, 2)[picked[0]], there[picked[0]].T)
+        assert torch.equal(torch.einsum("ehd->hd", weights), torch.einsum("ehd->hd", there))
+        with pytest.raises(IndexError, match="only an expert's own two dimensions"):
+            weights.transpose(0, 1)
+        found.append(len(picked))
+
+    experts_of(model, 0).register_forward_pre_hook(use)
+    assert_right(model, resident)
+    assert max(found) > 2
+
+
+@pytest.mark.parametrize("coding", [None, "lossless"])
+def test_experts_that_come_in_rounds_may_be_asked_for_in_any_order(
+    folder: Path, resident: PreTrainedModel, coding: str | None
+) -> None:
+    model, found = streaming(folder, "k", coding=coding), []
+    first, second = (getattr(experts_of(resident, 0), name).detach() for name in ("gate_up_proj", "down_proj"))
+
+    def use(module: Any, args: tuple[Any, ...]) -> None:
+        picked = sorted(set(args[1].flatten().tolist()))
+        turned = module.gate_up_proj.transpose(1, 2)
+        for expert in [picked[0], picked[-1], *picked, *reversed(picked)]:
+            other = picked[-1 - picked.index(expert)]
+            assert torch.equal(module.gate_up_proj[expert], first[expert])
+            assert torch.equal(turned[other], first[other].T)
+            assert torch.equal(module.down_proj[other], second[other])
+            assert torch.equal(module.gate_up_proj[expert], first[expert])
+        found.append(len(picked))
+
+    experts_of(model, 0).register_forward_pre_hook(use)
+    logits(model)
+    assert max(found) > 2
