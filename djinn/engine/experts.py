@@ -91,7 +91,7 @@ class Experts:
     def recover(self) -> None:
         """Mend what an interrupt (not an Exception) has left: it ran no hook, and nothing is read any more."""
         self._take_away()
-        if self._torn:
+        if self._torn or self._fetched:  # or what is in the cache already may still be on its way
             self.cool()
 
     def _take_away(self) -> None:
@@ -181,17 +181,15 @@ class Experts:
 
     def _arrive(self, name: str) -> None:
         """Make compute wait for a tensor that was fetched, if that has not been done."""
-        fetch = self._fetched.pop(name, None)
+        fetch = self._fetched.get(name)
         if fetch is None:
             return
-        alike = [other for other, found in self._fetched.items() if found is fetch]
-        for other in alike:
-            del self._fetched[other]
         try:
             self.fetcher.wait(fetch)
         except BaseException:
             self.cool()
             raise
+        self._fetched = {other: found for other, found in self._fetched.items() if found is not fetch}
 
     def _round(self, layer: Layer, name: str, experts: Sequence[int]) -> dict[int, int]:
         """Fetch one tensor of the first of ``experts``, as many as there are slots; return their slots."""

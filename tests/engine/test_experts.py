@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import math
+>>>>>>> xtests
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -198,6 +202,31 @@ def test_hits_and_misses_are_what_routers_picked(streaming: PreTrainedModel) -> 
     assert stats.disk_read_bytes == 0
 
 
+<<<<<<< HEAD
+=======
+def test_rounds_bring_every_expert_once_and_as_many_at_once_as_fit(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = routed(folders("mixtral"), "k")
+    picks, fetcher = counted_picks(model), engine_experts(model).fetcher
+    fetches: list[int] = []
+    fetch = fetcher.fetch
+    monkeypatch.setattr(
+        fetcher, "fetch", lambda arrivals, *rest: fetches.append(len(arrivals)) or fetch(arrivals, *rest)
+    )
+    for implementation in IMPLEMENTATIONS:
+        model.set_experts_implementation(implementation)
+        before = vars(djinn.stats(model)).copy()
+        picks.clear()
+        fetches.clear()
+        logits(model, PROMPT)
+        moved = djinn.stats(model).link_bytes - before["link_bytes"]
+        assert moved == sum(map(len, picks)) * engine_experts(model)._layers[0].unit.experts[0].weight_bytes
+        assert djinn.stats(model).expert_misses - before["expert_misses"] == sum(map(len, picks))
+        assert len(fetches) == sum(2 * math.ceil(len(picked) / 2) for picked in picks), "two slots, two tensors"
+
+
+>>>>>>> xtests
 def test_what_is_in_the_pool_moves_nothing(streaming: PreTrainedModel) -> None:
     first = logits(streaming, PROMPT[:1, :1])
     before = vars(djinn.stats(streaming)).copy()

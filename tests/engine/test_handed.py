@@ -9,6 +9,7 @@ import pytest
 import torch
 from routed_models import ROUTED, engine_experts, poisoned, routed
 from tiny_models import save_model
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
