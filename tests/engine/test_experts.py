@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 import math
->>>>>>> xtests
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -202,8 +199,6 @@ def test_hits_and_misses_are_what_routers_picked(streaming: PreTrainedModel) -> 
     assert stats.disk_read_bytes == 0
 
 
-<<<<<<< HEAD
-=======
 def test_rounds_bring_every_expert_once_and_as_many_at_once_as_fit(
     folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +221,6 @@ def test_rounds_bring_every_expert_once_and_as_many_at_once_as_fit(
         assert len(fetches) == sum(2 * math.ceil(len(picked) / 2) for picked in picks), "two slots, two tensors"
 
 
->>>>>>> xtests
 def test_what_is_in_the_pool_moves_nothing(streaming: PreTrainedModel) -> None:
     first = logits(streaming, PROMPT[:1, :1])
     before = vars(djinn.stats(streaming)).copy()

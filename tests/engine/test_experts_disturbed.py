@@ -6,10 +6,7 @@ import contextlib
 import gc
 import os
 import threading
-<<<<<<< HEAD
-=======
 import time
->>>>>>> xtests
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +23,7 @@ import djinn
 from djinn.engine.load import engine_of, placement
 from djinn.errors import CheckpointError
 from djinn.planning.placement import Tier
-<<<<<<< HEAD
-=======
 from djinn.transport.fetcher import CpuFetcher
->>>>>>> xtests
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = torch.arange(3, 23).view(2, 10)
@@ -98,8 +92,6 @@ def test_after_an_error_in_an_experts_module_passes_are_right(
 
 
 @whole_too
-<<<<<<< HEAD
-=======
 @pytest.mark.parametrize("layer", [0, 1])
 def test_what_was_on_its_way_at_an_interrupt_is_waited_for_in_the_next_pass(
     folder: Path, resident: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, whole_from: int | None, layer: int
@@ -123,7 +115,6 @@ def test_what_was_on_its_way_at_an_interrupt_is_waited_for_in_the_next_pass(
 
 
 @whole_too
->>>>>>> xtests
 @pytest.mark.parametrize("step", ["enter", "note", "wait"])
 def test_an_interrupt_while_experts_are_fetched_leaves_nothing_wrong(
     folder: Path, resident: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, whole_from: int | None, step: str
