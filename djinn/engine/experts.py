@@ -254,7 +254,8 @@ class Experts:
         self._told_otherwise.add(number)
 
     def _measured_link(self) -> float:
-        """Return how fast experts come, bytes/s, from bringing some into the pool, which then has them."""
+        """Return how fast experts come, bytes/s, from bringing some into the pool, which does not count."""
+        before = self._stats.link_bytes, self._stats.disk_read_bytes, self._stats.stall_s
         sources = self._layers[0].sources
         count = min(self._pool.slots, len(sources), max(MEASURED_BYTES // self._pool.slot_bytes, 1))
         arrivals = [Arrival(sources[expert], expert) for expert in range(count)]
@@ -262,6 +263,7 @@ class Experts:
         begin = self.fetcher.clock()
         self.fetcher.wait(self.fetcher.fetch(arrivals, []))
         seconds = self.fetcher.clock() - begin
+        self._stats.link_bytes, self._stats.disk_read_bytes, self._stats.stall_s = before
         return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / max(seconds, 1e-9)
 
 
