@@ -5,6 +5,8 @@
 Synthetic weights, whose routers pick evenly and without locality: the worst case of a cache. ``--steer 0.3,0.7`` also
 steers them, for single tokens, by a seeded process: reuse probability, Zipf exponent (djinn.bench.steering). A line of
 JSON for each mode and each steering has every token's seconds, what crossed the link, hits, and waits.
+
+    python benchmarks/experts.py any --draw data/benchmarks/experts_h100_2026-11-27/*.jsonl --output experts
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import djinn
 from djinn.bench.steering import SteeredRouting
 from djinn.engine.experts import Experts
 from djinn.engine.load import engine_of, placement
+from djinn.figures.draw import save
+from djinn.figures.experts import draw, read
 from djinn.sizes import parse_bytes
 from djinn.transport.fetcher import Arrival
 
@@ -147,7 +151,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("experts.jsonl"))
+    parser.add_argument("--draw", nargs="+", type=Path, help="Draw these records beside --output; measure nothing.")
     options = parser.parse_args()
+    if options.draw:
+        runs = read(options.draw)
+        save(draw(runs), runs, options.output.with_suffix(""))
+        return
     for mode in options.modes:
         measure(mode, options)
         gc.collect()

@@ -1,0 +1,81 @@
+"""Mixtures of experts, measured by ``benchmarks/experts.py``: time per token over the share of experts in the pool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from djinn.errors import ConfigError
+from djinn.figures.style import COLUMN_IN, GREY, LOOKS, explain, house_style
+
+_LOOKS = {"routed": LOOKS["djinn"], "coded": LOOKS["djinn:lossless"]}
+_LINES = {"whole": (LOOKS["djinn:whole"], "whole layers"), "resident": (LOOKS["resident"], "resident")}
+
+
+def read(paths: Iterable[Path]) -> pd.DataFrame:
+    """Return a row per run: model, mode, steer ("reuse,zipf"), hit_rate, token_s (median after the first), moved_gb.
+
+    Raises:
+        ConfigError: a file without such records; says which.
+    """
+    rows = []
+    for path in paths:
+        try:
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            for record in records:
+                if "times" not in record:  # what a traced run adds has none
+                    continue
+                picked = record["expert_hits"] + record["expert_misses"]
+                rows.append(
+                    {
+                        "model": record["model"],
+                        "mode": record["mode"],
+                        "steer": record["steer"] or "",
+                        "hit_rate": record["expert_hits"] / picked if picked else float("nan"),
+                        "token_s": record["token_s"],
+                        "moved_gb": record["link_bytes"] / len(record["times"]) / 1e9,
+                    }
+                )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: no records of benchmarks/experts.py: {error}") from error
+    return pd.DataFrame(rows)
+
+
+@house_style()
+def draw(runs: pd.DataFrame) -> Figure:
+    """Draw every run that was steered, a panel for each model; whole layers and the resident model are lines.
+
+    Raises:
+        ConfigError: no steered runs of experts in a pool.
+    """
+    pooled = runs[runs["mode"].isin(list(_LOOKS)) & (runs["steer"] != "")]
+    if pooled.empty:
+        raise ConfigError("no steered runs of routed or coded experts: --steer 0,0 makes them")
+    models = list(dict.fromkeys(pooled["model"]))
+    figure = Figure(figsize=(COLUMN_IN, 0.4 + 1.9 * len(models)), layout="constrained")
+    for ax, model in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
+        for mode, look in _LOOKS.items():
+            points = pooled[(pooled["model"] == model) & (pooled["mode"] == mode)]
+            ax.plot(points["hit_rate"], points["token_s"], look.marker, color=look.colour, markersize=4, label=mode)
+        for mode, (look, words) in _LINES.items():
+            times = runs.loc[(runs["model"] == model) & (runs["mode"] == mode), "token_s"]
+            if not times.empty:
+                ax.axhline(times.median(), color=look.colour, linestyle="--", linewidth=1)
+                ax.annotate(
+                    words, (0.01, times.median()), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                    textcoords="offset points", color=GREY, fontsize=6,
+                )  # fmt: skip
+        ax.set(xlim=(0, 1), ylim=(0, 1.15 * ax.get_ylim()[1]), xlabel=f"{model}: hit rate", ylabel="s per token")
+        ax.legend(loc="center right")
+    first = figure.axes[0]
+    explain(
+        first,
+        "Experts fetched as routers pick them",
+        "Hit rate: picked experts that were in the pool. Each mark is a run's median. Synthetic weights; routing is "
+        "steered, from picking evenly to picking the same again.",
+    )
+    return figure
