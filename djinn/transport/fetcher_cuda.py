@@ -119,8 +119,11 @@ class CudaFetcher:
     def settle(self) -> None:
         if self._disk is not None:
             self._disk.settle()
-            self.stream.wait_stream(self._disk.stream)
         self.stream.wait_stream(self._compute.stream())
+        if self._disk is not None:
+            # What one of the two still has under way must not land on what the other copies next.
+            self.stream.wait_stream(self._disk.stream)
+            self._disk.stream.wait_stream(self.stream)
 
     def resolve_timeline(self) -> None:
         """Turn the events recorded so far into intervals; waits for the device."""
