@@ -1,6 +1,6 @@
 """Mixtures of experts on one GPU: whole layers, routed, coded, all in the pool, resident; the same tokens from all.
 
-    python benchmarks/experts.py qwen3-30b-a3b --budget "24 GB" --modes whole routed coded --output experts.jsonl
+    python benchmarks/experts.py qwen3-30b-a3b --budget "24 GB" "40 GB" --modes whole routed coded --output experts.jsonl
 
 Synthetic weights, whose routers pick evenly and without locality: the worst case of a cache. ``--steer 0.3,0.7`` also
 steers them, for single tokens, by a seeded process: reuse probability, Zipf exponent (djinn.bench.steering). A line of
@@ -77,10 +77,10 @@ def write(record: dict[str, Any], output: Path) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def measure(mode: str, options: argparse.Namespace) -> None:
-    """Load in one mode and generate; write a record for each run under each steering."""
+def measure(mode: str, asked: str, options: argparse.Namespace) -> None:
+    """Load in one mode and budget and generate; write a record for each run under each steering."""
     work = {"prompt_tokens": options.prompt, "new_tokens": options.new_tokens, "batch": 1}
-    budget = parse_bytes("200 GB" if mode == "resident" else options.budget)
+    budget = parse_bytes("200 GB" if mode == "resident" else asked)
     name = f"synthetic:{options.model}"
     if mode == "pool":
         whole = djinn.plan(name, budget=parse_bytes("1 TB"), device="cuda", host_memory="2 TB", **work)
@@ -143,7 +143,7 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--budget", default="24 GB")
+    parser.add_argument("--budget", nargs="+", default=["24 GB"])
     parser.add_argument("--host-memory", default=None)
     parser.add_argument("--modes", nargs="+", default=["whole", "routed"])
     parser.add_argument("--steer", nargs="*", default=[])
@@ -158,9 +158,10 @@ def main() -> None:
         save(draw(runs), runs, options.output.with_suffix(""))
         return
     for mode in options.modes:
-        measure(mode, options)
-        gc.collect()
-        torch.cuda.empty_cache()
+        for budget in options.budget if mode in ("whole", "routed", "coded") else options.budget[:1]:
+            measure(mode, budget, options)
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class Experts:
         self._tell(number, coming if number not in self._told_otherwise else cache.held(number) | coming)
         if not missing:
             return
-        # A router's answer that came from the device came after all compute before it; then nothing is to be waited for.
+        # A router's answer that came from the device came after all compute before it: nothing is to be waited for.
         after = None if call.index.is_cuda else self.fetcher.mark()
         if self._pool.slot_bytes < SPLIT_BYTES:
             arrivals = [Arrival(layer.sources[expert], slot) for expert, slot in coming.items()]
