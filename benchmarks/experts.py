@@ -1,10 +1,11 @@
 """Mixtures of experts on one GPU: whole layers, routed, coded, all in the pool, resident; the same tokens from all.
 
-    python benchmarks/experts.py qwen3-30b-a3b --budget "24 GB" "40 GB" --modes whole routed coded --output experts.jsonl
+    python benchmarks/experts.py qwen3-30b-a3b --budget "24 GB" "40 GB" --modes whole routed coded
 
-Synthetic weights, whose routers pick evenly and without locality: the worst case of a cache. ``--steer 0.3,0.7`` also
-steers them, for single tokens, by a seeded process: reuse probability, Zipf exponent (djinn.bench.steering). A line of
-JSON for each mode and each steering has every token's seconds, what crossed the link, hits, and waits.
+The weights are synthetic, and what their routers pick says nothing of trained ones: greedy decoding soon repeats a token,
+and so its experts. ``--steer 0,0 0.3,0.7`` therefore also steers them, for single tokens, by a seeded process of a stated
+reuse probability and Zipf exponent (djinn.bench.steering); 0,0 picks evenly, the worst case of a pool. A line of JSON for
+each run has every token's seconds, what crossed the link, hits, and waits.
 
     python benchmarks/experts.py any --draw data/benchmarks/experts_h100_2026-11-27/*.jsonl --output experts
 """
