@@ -2,10 +2,10 @@
 
     python benchmarks/experts.py qwen3-30b-a3b --budget "24 GB" "40 GB" --modes whole routed coded
 
-The weights are synthetic, and what their routers pick says nothing of trained ones: greedy decoding soon repeats a token,
-and so its experts. ``--steer 0,0 0.3,0.7`` therefore also steers them, for single tokens, by a seeded process of a stated
-reuse probability and Zipf exponent (djinn.bench.steering); 0,0 picks evenly, the worst case of a pool. A line of JSON for
-each run has every token's seconds, what crossed the link, hits, and waits.
+The weights are synthetic, and what their routers pick says nothing of trained ones: greedy decoding soon repeats a
+token, and so its experts. ``--steer 0,0 0.3,0.7`` therefore also steers them, for single tokens, by a seeded process
+of a stated reuse probability and Zipf exponent (djinn.bench.steering); 0,0 picks evenly, the worst case of a pool. A
+line of JSON for each run has every token's seconds, what crossed the link, hits, and waits.
 
     python benchmarks/experts.py any --draw data/benchmarks/experts_h100_2026-11-27/*.jsonl --output experts
 """
