@@ -55,8 +55,8 @@ class ExpertTensor:
     def gather(self, places: Sequence[tuple[int, int]], out: torch.Tensor, rows: Sequence[int]) -> None:
         """Put the weights of experts, each with its slot, into these ``rows`` of ``out``."""
         if not self.coded:
-            slots = torch.tensor([slot for _, slot in places], device=self.device)
-            out[torch.tensor(rows, device=self.device)] = self.slots[slots]
+            for (_, slot), row in zip(places, rows, strict=True):
+                out[row].copy_(self.slots[slot])
             return
         if len(rows) == len(out) and list(rows) == list(range(len(rows))):
             self._decode([blob for place in places for blob in self._blobs(*place)], out)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.compiler import disable as opaque
 
 from djinn.engine.expert_layers import Layer
@@ -107,10 +108,10 @@ class Experts:
         begin, waited = time.perf_counter(), self._stats.stall_s + self._stats.index_wait_s
         self._torn = True
         try:
-            index = _index(layer, args, kwargs)
+            index, known = _index(layer, args, kwargs)
             self.fetcher.follow()
             whole = self._whole_from is not None and len(index) >= self._whole_from
-            given = self._whole(number, index) if whole else self._routed(number, index)
+            given = self._whole(number, index, known) if whole else self._routed(number, index, known)
         except BaseException:
             self.cool()  # so that the next pass asks for all of it again
             raise
@@ -127,15 +128,17 @@ class Experts:
                 self._released[number % self._pool.windows] = self.fetcher.mark()
         finally:
             self._take_away()
+            if torch.is_grad_enabled():
+                increment_version(self.fetcher.pool)  # so that no gradient is made with what the slots hold later
 
-    def _routed(self, number: int, index: torch.Tensor) -> dict[str, Any]:
+    def _routed(self, number: int, index: torch.Tensor, known: bool) -> dict[str, Any]:
         """Return what stands for the weights once all that was picked is there, or will come in rounds."""
         layer, cache = self._layers[number], self._cache
         while self._coming:
             self.fetcher.wait(self._coming.popitem()[1])
         self._released.clear()
         cache.take_back()
-        call = Call(len(layer.sources), index, layer.where, self._no_rounds)
+        call = Call(len(layer.sources), index, layer.where, self._no_rounds, is_known=known)
         begin = time.perf_counter()
         wanted = call.wanted
         self._stats.index_wait_s += time.perf_counter() - begin
@@ -157,7 +160,8 @@ class Experts:
         missing = [expert for expert in call.wanted if expert not in places]
         self._stats.expert_hits += len(places)
         self._stats.expert_misses += len(missing)
-        coming = {expert: cache.make_room(number, call.wanted) for expert in missing}
+        keep = frozenset(call.wanted)
+        coming = {expert: cache.make_room(number, keep) for expert in missing}
         call.places = places | coming
         self._tell(number, coming if number not in self._told_otherwise else cache.held(number) | coming)
         if not missing:
@@ -197,14 +201,18 @@ class Experts:
         """Fetch one tensor of the first of ``experts``, as many as there are slots; return their slots."""
         coming = dict(zip(experts, range(self._cache.slots), strict=False))
         arrivals = [Arrival(layer.by_tensor[name][expert], slot) for expert, slot in coming.items()]
-        self.fetcher.wait(self.fetcher.fetch(arrivals, [], self.fetcher.mark()))
+        try:
+            self.fetcher.wait(self.fetcher.fetch(arrivals, [], self.fetcher.mark()))
+        except BaseException:
+            self.cool()  # or what is still on its way would land on what the next pass fetches
+            raise
         return coming
 
     @staticmethod
     def _no_rounds(name: str, experts: Sequence[int]) -> dict[int, int]:
         raise AssertionError(f"{name}: experts {experts} were not picked")
 
-    def _whole(self, number: int, index: torch.Tensor) -> dict[str, Any]:
+    def _whole(self, number: int, index: torch.Tensor, known: bool) -> dict[str, Any]:
         """Return the weights of all experts, which are in their window, and let the next layer's come."""
         layer = self._layers[number]
         self._stats.whole_layers += 1
@@ -216,7 +224,7 @@ class Experts:
         self._released.setdefault(window, None)
         first = window * self._pool.widest
         slots = range(first, first + len(layer.sources))
-        call = Call(len(slots), index, layer.where, self._no_rounds, dict(enumerate(slots)))
+        call = Call(len(slots), index, layer.where, self._no_rounds, dict(enumerate(slots)), is_known=known)
         if any(tensor.coded for tensor in layer.tensors):
             self._tell(number, dict(enumerate(slots)))
             self._told_otherwise.add(number)
@@ -269,9 +277,12 @@ class Experts:
         return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / max(seconds, 1e-9)
 
 
-def _index(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Return the numbers of the experts that each token picked, [tokens, picked]; of all, where the call shows none."""
+def _index(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, bool]:
+    """Return the numbers of the experts that each token picked, [tokens, picked], and whether the call shows them.
+
+    Where it does not, they are all of them.
+    """
     found = args[1] if len(args) > 1 else kwargs.get("top_k_index")
-    if isinstance(found, torch.Tensor) and found.dim() == 2 and not found.is_floating_point():
-        return found
-    return torch.arange(len(layer.sources))[None]
+    if isinstance(found, torch.Tensor) and found.dim() == 2 and found.dtype in (torch.int32, torch.int64):
+        return found, True
+    return torch.arange(len(layer.sources))[None], False

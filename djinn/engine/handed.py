@@ -43,12 +43,15 @@ class Call:
     bring: Bring
     places: dict[int, int] | None = None
     """The slot of every expert that was picked; None where they come in rounds."""
+    is_known: bool = True
+    """Whether the call shows what was picked; if not, ``index`` is all experts."""
     arrive: Callable[[str], None] = lambda _: None
     """Makes the compute that follows wait until a tensor, by its name, of all of them is there."""
 
     def __post_init__(self) -> None:
         self._found: dict[str, torch.Tensor] = {}
         self._key: torch.Tensor | None = None
+        self._by_slot: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rounds: dict[str, dict[int, int]] = {}
         """By tensor, the slots of those that came last, where they come in rounds."""
 
@@ -98,15 +101,24 @@ class Call:
         table.numpy()[:] = numbers
         return table.to(self.index.device, non_blocking=True)
 
-    @cached_property
-    def by_slot(self) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """The rows of a grouped product, which come by expert, in the order of slots; and (slot, end) of each group."""
-        assert self.places is not None
-        ends = np.cumsum(self.counts)
-        order = sorted(self.wanted, key=self.places.__getitem__)
-        rows = np.concatenate([np.arange(ends[expert] - self.counts[expert], ends[expert]) for expert in order])
-        groups = zip((self.places[expert] for expert in order), np.cumsum(self.counts[order]).tolist(), strict=True)
-        return self.upload(rows), list(groups)
+    def by_slot(self, padded: int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the order of a grouped product's rows, which come by expert, by slot; and where each slot's rows end.
+
+        Behind the ordered rows the first one stands idle, so that they are ``padded`` in all.
+        """
+        if self._by_slot is None:
+            assert self.places is not None
+            ends = np.cumsum(self.counts)
+            order = sorted(self.wanted, key=self.places.__getitem__)
+            rows = [np.arange(ends[expert] - self.counts[expert], ends[expert]) for expert in order]
+            until = np.zeros(slots, np.int64)
+            until[[self.places[expert] for expert in order]] = np.cumsum(self.counts[order])
+            idle = np.zeros(padded - len(self.picks), np.int64)
+            self._by_slot = (
+                self.upload(np.concatenate([*rows, idle])),
+                self.upload(np.maximum.accumulate(until)).to(torch.int32),
+            )
+        return self._by_slot
 
 
 class HandedWeights:
@@ -155,12 +167,16 @@ class HandedWeights:
         return self._all()[key]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)  # before there is anything to ask, while it is copied
         return getattr(self._all(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if "grouped_mm" in getattr(func, "__name__", "") and isinstance(args[1], HandedWeights) and "offs" in kwargs:
+        weights_second = len(args) == 2 and isinstance(args[1], HandedWeights)
+        given = {name for name, value in kwargs.items() if value is not None}
+        if "grouped_mm" in getattr(func, "__name__", "") and weights_second and given == {"offs"}:
             return args[1]._grouped(func, args[0], kwargs["offs"])
         whole = [arg._all() if isinstance(arg, HandedWeights) else arg for arg in args]
         named = {name: arg._all() if isinstance(arg, HandedWeights) else arg for name, arg in kwargs.items()}
@@ -197,13 +213,19 @@ class HandedWeights:
         call, total = self._call, len(rows)
         out = rows.new_empty(total, self.shape[-1])
         ends = np.cumsum(call.counts)
-        if ends[-1] != total:
-            return func(rows, self._all(), offs=offs)  # rows that are no expert's
+        if not call.is_known or ends[-1] != total:
+            return func(rows, self._all(), offs=offs)  # whose rows they are is not known
+        if not total:
+            return out
         is_raw_there = call.places is not None and not self._tensor.coded
         if rows.device.type != "cpu" and is_raw_there and (slots := len(self._tensor.slots)) <= MOST_GROUPS:
             padded = max(total, total // call.experts * slots)
             if padded // slots == total // call.experts:
-                return self._by_slot(func, rows, padded, slots, out)
+                order, until = call.by_slot(padded, slots)
+                call.arrive(self._tensor.name)
+                made = func(rows[order], self._turned(self._tensor.slots), offs=until)
+                out[order[:total]] = made[:total]
+                return out
         several = rows.device.type != "cpu"
         reach = torch.cat([rows, torch.empty_like(rows)]) if several else rows
         for expert in call.wanted:
@@ -213,19 +235,6 @@ class HandedWeights:
             mine = reach[begin : begin + total] if several else rows[begin:end]
             made = func(mine, weights.expand(groups, -1, -1), offs=offs.new_full((groups,), end - begin))
             out[begin:end] = made[: end - begin]
-        return out
-
-    def _by_slot(self, func: Any, rows: torch.Tensor, padded: int, slots: int, out: torch.Tensor) -> torch.Tensor:
-        order, groups = self._call.by_slot
-        ends = np.zeros(slots + 1, np.int64)
-        for slot, end in groups:
-            ends[slot] = end
-        offs = self._call.upload(np.maximum.accumulate(ends[:slots])).to(torch.int32)
-        self._call.arrive(self._tensor.name)
-        sorted_rows = rows.new_empty(padded, rows.shape[1])
-        torch.index_select(rows, 0, order, out=sorted_rows[: len(rows)])
-        made = func(sorted_rows, self._turned(self._tensor.slots), offs=offs)
-        out[order] = made[: len(rows)]
         return out
 
     def _all(self) -> torch.Tensor:

@@ -25,7 +25,7 @@ HOST_S = 1.1e-3
 """What the host takes for a layer: ten modules of 115 µs on an H100's host."""
 ONE_S = 80e-6
 """What it takes for both products of one expert, where experts are multiplied one by one."""
-MOST_GROUPS = 1024
+MOST_GROUPS = 1023
 """That torch's grouped product takes on a GPU; of a pool of more slots, experts are multiplied one by one."""
 
 

@@ -114,6 +114,38 @@ def test_what_was_on_its_way_at_an_interrupt_is_waited_for_in_the_next_pass(
     assert torch.equal(logits(model), logits(resident))
 
 
+def test_rounds_that_were_interrupted_land_on_nothing(
+    folder: Path, resident: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is still on its way then must not come into a slot that the next pass has filled."""
+    model = streaming(folder, "k")
+    move, fetcher = CpuFetcher._move, engine_experts(model).fetcher
+
+    def slow(*args: Any) -> float:
+        time.sleep(0.05)
+        return move(*args)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuFetcher, "_move", slow)
+        patch.setattr(fetcher, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+    for _ in range(3):
+        assert torch.equal(logits(model, PROMPT[:1, :1]), logits(resident, PROMPT[:1, :1]))
+
+
+def test_no_gradient_is_made_with_experts_that_have_left(folder: Path) -> None:
+    model = streaming(folder)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(PROMPT)
+    hidden = model.model(inputs_embeds=embedded.requires_grad_()).last_hidden_state
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
 @whole_too
 @pytest.mark.parametrize("step", ["enter", "note", "wait"])
 def test_an_interrupt_while_experts_are_fetched_leaves_nothing_wrong(

@@ -12,6 +12,8 @@ from tiny_models import save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from djinn.engine.handed import Call
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = torch.arange(3, 23).view(2, 10)
 
@@ -98,3 +100,13 @@ def test_experts_that_come_in_rounds_may_be_asked_for_in_any_order(
     experts_of(model, 0).register_forward_pre_hook(use)
     logits(model)
     assert max(found) > 2
+
+
+def test_rows_are_ordered_by_slot_with_idle_ones_behind() -> None:
+    """As a GPU multiplies them: each slot's rows are those of the expert in it, and there are as many as asked for."""
+    index = torch.tensor([[2, 0], [2, 3], [0, 2]])
+    call = Call(4, index, None, lambda *_: {}, places={0: 5, 2: 1, 3: 2})  # type: ignore[arg-type]
+    order, until = call.by_slot(9, 7)
+    assert order.tolist() == [2, 3, 4, 5, 0, 1, 0, 0, 0]
+    assert until.tolist() == [0, 3, 4, 4, 4, 6, 6]
+    assert until.dtype == torch.int32
