@@ -55,13 +55,14 @@ def choose() -> Choice:
 
 
 def choose_from(profiles: Sequence[Profile], resources: Resources, on_disk: Mapping[str, int]) -> Choice:
-    """Return the largest of ``profiles`` that ``resources`` can hold: most device memory first, then most RAM.
+    """Return the largest of ``profiles`` that ``resources`` can hold: most device memory first, then RAM, then disk.
 
     ``on_disk`` says how many bytes of each profile's checkpoint are complete on disk already, and so need no room.
     """
     chosen: Profile | None = None
     reasons = {}
-    for profile in sorted(profiles, key=lambda profile: (profile.min_device or 0, profile.min_ram), reverse=True):
+    sizes = {profile.name: (profile.min_device or 0, profile.min_ram, profile.min_disk) for profile in profiles}
+    for profile in sorted(profiles, key=lambda profile: sizes[profile.name], reverse=True):
         lacking = _lacking(profile, resources, on_disk.get(profile.name, 0))
         if lacking:
             reasons[profile.name] = "not taken: " + "; ".join(lacking)

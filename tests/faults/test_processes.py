@@ -103,7 +103,9 @@ def test_failed_passes_leave_nothing(tiny_checkpoint: Tiny, tmp_path: Path) -> N
     failing(0)  # what libraries start once for all, such as a progress bar's thread
     before = held()
     models = [failing(number) for number in range(1, 4)]
-    assert held() == before
+    files, threads = held()
+    assert files <= before[0]  # of earlier tests some may have been closed since
+    assert len(threads) <= len(before[1])
     assert [model() for model in models] == [None] * 3
 
 
