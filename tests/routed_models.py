@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     DeepseekV3Config,
     GptOssConfig,
@@ -86,6 +87,36 @@ def poisoned(model: PreTrainedModel) -> None:
     """Empty the pool and fill it with what no weight is: NaN, of which every output that reads it has some."""
     cool(model)
     engine_experts(model).fetcher.pool.view(torch.bfloat16).fill_(float("nan"))
+
+
+PROMPT = torch.arange(3, 23).view(2, 10)
+
+
+def streaming(folder: Path, pool: str = "two windows", whole_from: int | None = None, **options: Any) -> Any:
+    """Load with a poisoned pool (see :func:`routed`); passes of so many tokens are whole, by default none."""
+    model = routed(folder, pool, **options)
+    poisoned(model)
+    engine_experts(model)._whole_from = whole_from
+    return model
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor = PROMPT) -> torch.Tensor:
+    """Return a pass's logits."""
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+def assert_right(model: PreTrainedModel, resident: PreTrainedModel) -> None:
+    """Hold passes of several lengths against the resident model's."""
+    for ids in (PROMPT, PROMPT[:1, :1], PROMPT[:, :3]):
+        assert torch.equal(logits(model, ids), logits(resident, ids)), tuple(ids.shape)
+
+
+def experts_of(model: Any, layer: int) -> nn.Module:
+    """Return a layer's experts module."""
+    module: nn.Module = model.model.layers[layer].mlp.experts
+    return module
 
 
 def counted_picks(model: PreTrainedModel) -> list[set[int]]:

@@ -30,6 +30,8 @@ class ExpertTensor:
         self._parts = [[part for part in expert.tensors if part.name == name] for expert in unit.experts]
         first = self._parts[0][0]
         self.coded = first.entry.layout is not None
+        self.table = self.name if self.coded else ""
+        """The table that says where it is: its own if it is coded; all raw ones are found by their slot."""
         self.address = pool.data_ptr() + first.offset
         if first.entry.layout is not None:
             self._decode = BatchDecoder(first.entry.layout.elements, pool.device)

@@ -50,6 +50,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self._found: dict[str, torch.Tensor] = {}
+        """By table, what the numbers in ``_key`` were found to be there."""
         self._key: torch.Tensor | None = None
         self._by_slot: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rounds: dict[str, dict[int, int]] = {}
@@ -76,10 +77,9 @@ class Call:
         if self._key is not key:
             self._key = key
             self._found.clear()
-        if tensor.coded or "" not in self._found:
-            found = self._found[tensor.name if tensor.coded else ""] = self.where.look_up(tensor, key.reshape(-1))
-            return found
-        return self._found[""]
+        if tensor.table not in self._found:
+            self._found[tensor.table] = self.where.look_up(tensor, key.reshape(-1))
+        return self._found[tensor.table]
 
     def slots(self, name: str, experts: Sequence[int]) -> dict[int, int]:
         """Return the slots of ``experts``, of those first among them that fit at once; their tensor is there."""

@@ -18,7 +18,7 @@ class Whereabouts:
     """Tables of one layer: of raw tensors an expert's slot, the same for all; of a coded one its parts' addresses."""
 
     def __init__(self, experts: int, tensors: Sequence[ExpertTensor]) -> None:
-        self._tensors = {_name(tensor): tensor for tensor in tensors}
+        self._tensors = {tensor.table: tensor for tensor in tensors}
         device = tensors[0].device
         self._host: dict[str, torch.Tensor] = {}
         self._there: dict[str, torch.Tensor] = {}
@@ -38,8 +38,4 @@ class Whereabouts:
 
     def look_up(self, tensor: ExpertTensor, key: torch.Tensor) -> torch.Tensor:
         """Return by each number of an expert in ``key`` its slot, or where its coded parts are."""
-        return self._there[_name(tensor)][key]
-
-
-def _name(tensor: ExpertTensor) -> str:
-    return tensor.name if tensor.coded else ""
+        return self._there[tensor.table][key]

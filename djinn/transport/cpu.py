@@ -17,7 +17,22 @@ from djinn.transport.stats import Interval, Stats
 from djinn.weights.units import Unit
 
 
-class CpuCopier:
+class PieceMover:
+    """Puts pieces where they belong, on whatever thread asks for it."""
+
+    _reader: Reader
+
+    def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> float:
+        """Copy a piece from the image that it waits in, or without one read it; return when that ended."""
+        if image is None:
+            self._reader.read(piece, target)
+        else:
+            end = piece.offset + piece.nbytes
+            np.copyto(target[piece.offset : end], image[piece.offset : end])
+        return time.perf_counter()
+
+
+class CpuCopier(PieceMover):
     """Copies on threads; the ring is host memory, and compute is done when its call returns.
 
     A unit on disk is read straight into its slot, several units at a time, so that the disk always has a full queue.
@@ -42,14 +57,6 @@ class CpuCopier:
         fill = self.fills[unit] = Fill()
         cut = pieces(source.unit, self._reader.chunk_bytes)
         self._feeder.begin(fill, [partial(self._move, piece, source.image, target) for piece in cut])
-
-    def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> float:
-        if image is None:
-            self._reader.read(piece, target)
-        else:
-            end = piece.offset + piece.nbytes
-            np.copyto(target[piece.offset : end], image[piece.offset : end])
-        return time.perf_counter()
 
     def wait(self, unit: int) -> None:
         fill, source = self.fills[unit], self._sources[unit]

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from djinn.transport.copier import Source
+from djinn.transport.cpu import PieceMover
 from djinn.transport.feeder import Feeder, Fill
-from djinn.transport.reader import Buffer, Piece, Reader, pieces
+from djinn.transport.reader import Buffer, Reader, pieces
 from djinn.transport.stats import Interval, Stats
 
 
@@ -106,7 +107,7 @@ class Fetcher(Protocol):
         ...
 
 
-class CpuFetcher:
+class CpuFetcher(PieceMover):
     """Copies on threads, or reads from disk; the pool is host memory, and compute is done when its call returns."""
 
     def __init__(self, pool: Buffer, reader: Reader, stats: Stats) -> None:
@@ -128,14 +129,6 @@ class CpuFetcher:
         else:
             fetch.done.end()
         return fetch
-
-    def _move(self, piece: Piece, image: Buffer | None, target: Buffer) -> float:
-        if image is None:
-            self._reader.read(piece, target)
-        else:
-            end = piece.offset + piece.nbytes
-            np.copyto(target[piece.offset : end], image[piece.offset : end])
-        return time.perf_counter()
 
     def wait(self, fetch: Fetch) -> None:
         begin, late = time.perf_counter(), not fetch.done.done

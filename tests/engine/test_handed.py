@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from routed_models import ROUTED, engine_experts, poisoned, routed
+from routed_models import ROUTED, assert_right, experts_of, logits, streaming
 from tiny_models import save_model
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from djinn.engine.handed import Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROMPT = torch.arange(3, 23).view(2, 10)
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def resident(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-
-
-def streaming(folder: Path, pool: str = "two windows", whole_from: int | None = None, **options: Any) -> Any:
-    model = routed(folder, pool, **options)
-    poisoned(model)
-    engine_experts(model)._whole_from = whole_from
-    return model
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor = PROMPT) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def assert_right(model: PreTrainedModel, resident: PreTrainedModel) -> None:
-    for ids in (PROMPT, PROMPT[:1, :1], PROMPT[:, :3]):
-        assert torch.equal(logits(model, ids), logits(resident, ids)), tuple(ids.shape)
-
-
-def experts_of(model: Any, layer: int) -> nn.Module:
-    module: nn.Module = model.model.layers[layer].mlp.experts
-    return module
 
 
 @pytest.mark.parametrize("pool", ["k", "two windows"])
