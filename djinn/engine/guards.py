@@ -28,7 +28,6 @@ _OVERWRITE = ("pissa_init", "olora_init", "corda_init", "loftq_init", "lora_ga_i
 def guard(model: nn.Module) -> Iterator[RemovableHandle]:
     """Guard ``model`` and every part of it; yield handles that undo the hooks (the rest :func:`unguard` does)."""
     yield model.register_forward_hook(_watch_outputs)
-    yield register_module_module_registration_hook(_keep_apart)
     for module in model.modules():
         for method, what in _REFUSED.items():
             vars(module)[method] = partial(_refuse, type(module).__name__, what)
@@ -126,3 +125,8 @@ def _refuse_backward(_: torch.Tensor) -> NoReturn:
         "gradients cannot be computed through weights that stream: they are overwritten before the backward pass "
         "reads them; djinn.detach(model) first"
     )
+
+
+# Once for the process and for good, not with each model: a model that dies while torch walks its hooks, wherever the
+# garbage collector runs, would change their dict under it.
+register_module_module_registration_hook(_keep_apart)

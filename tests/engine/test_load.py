@@ -19,6 +19,7 @@ import pytest
 import torch
 from tiny_models import TINY
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
@@ -293,6 +294,20 @@ def test_nothing_is_left_of_a_model_that_is_gone(tiny_checkpoint: Tiny, how: str
         gc.collect()
     assert (readers(), open_files(), len(engines)) == (before[0], before[1], before[3])
     assert not spills() - before[2]
+
+
+def test_a_model_may_die_while_torch_registers_a_module(tiny_checkpoint: Tiny) -> None:
+    """The garbage collector runs where it likes, also while torch walks the hooks that every module goes through."""
+    models = [streaming(tiny_checkpoint("mixtral"), 10**5)]
+
+    def let_it_die(*_: object) -> None:
+        models.clear()
+        gc.collect()
+
+    hooked = register_module_module_registration_hook
+    with hooked(let_it_die), hooked(lambda *_: None):
+        nn.Module().part = nn.Module()
+    assert not models
 
 
 def test_nothing_is_left_of_a_model_that_was_refused(tiny_checkpoint: Tiny, copy: Path) -> None:
