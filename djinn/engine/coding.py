@@ -24,7 +24,7 @@ from djinn.errors import PlanError
 from djinn.hardware import local_cpus
 from djinn.transport.arena import PinnedMemory
 from djinn.transport.reader import Buffer, Piece, Reader, allocate, settle
-from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, TensorEntry
+from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, Sliced, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
 _SAMPLE_BYTES = 2**20
@@ -65,7 +65,10 @@ class Coder:
 
     def estimate(self, entry: TensorEntry) -> Layout | None:
         """Return about what :meth:`layout` would, from the tensor's first MiB."""
-        stored, *_ = (entry.source.stored if isinstance(entry.source, Converted) else entry).parts
+        stored = entry
+        while isinstance(stored.source, Converted | Sliced):
+            stored = stored.source.stored if isinstance(stored.source, Converted) else stored.source.whole
+        stored = stored.parts[0]
         nbytes = min(_SAMPLE_BYTES, stored.nbytes)
         sample = allocate(nbytes)
         self.reader.read(Piece("", stored, 0, nbytes, 0), sample)
@@ -86,7 +89,7 @@ class Coder:
                 done += self.fill(expert, image[start : start + expert.image_bytes])
             return done
         for tensor in unit.stored:
-            if isinstance(tensor.entry.source, Encoded | Decoded | Converted):
+            if isinstance(tensor.entry.source, Encoded | Decoded | Converted | Sliced):
                 self._make(tensor, image[tensor.offset : tensor.offset + tensor.entry.nbytes])
                 done += self._landing
                 continue
@@ -138,6 +141,9 @@ class Coder:
         """Return a raw tensor on the device; valid until the next call."""
         if isinstance(entry.source, Converted):
             return self._weights(entry.source.stored.raw, name).to(entry.dtype)
+        if isinstance(entry.source, Sliced):
+            whole, dim = self._weights(entry.source.whole.raw, name), entry.source.dim
+            return torch.cat([whole.narrow(dim, begin, end - begin) for begin, end in entry.source.kept], dim)
         if not isinstance(entry.source, Decoded):
             return self._stored(entry, name).view(entry.dtype).view(entry.shape)
         packed = entry.source.coded

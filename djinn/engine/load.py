@@ -11,13 +11,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from djinn.devices import free_device_memory, require_here
 from djinn.engine.assembly import Engine, restore, start
-from djinn.engine.binding import Weights, parameters_of
+from djinn.engine.binding import Weights
 from djinn.engine.coding import Coder
 from djinn.engine.device_memory import shortage_hook
 from djinn.engine.opened import opened
+from djinn.engine.ranks import ranks_of
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
 from djinn.planning.memory import require_device_memory
@@ -49,6 +51,7 @@ def load(
     seed: int = 0,
     coding: Coding | None = None,
     experts: Experts = "routed",
+    distributed_config: DistributedConfig | None = None,
     trace: bool = False,
     progress: bool = False,
 ) -> PreTrainedModel:
@@ -79,6 +82,9 @@ def load(
         experts: ``"routed"`` fetches of a mixture of experts those that its routers pick, and keeps as many as there
             is room for on the device; ``"whole"`` streams all of them in every pass, as is done with models whose
             experts transformers does not mark.
+        distributed_config: as for ``from_pretrained``, in a process that ``torchrun`` has started for each GPU:
+            ``DistributedConfig(tp_plan="auto")`` splits every weight over all of them. Each streams its own shards
+            over its own link. ``budget`` and ``ring`` are then each GPU's, ``host_memory`` is the host's.
         trace: keep a timeline of copies, compute and stalls in :func:`stats`.
         progress: show a bar while host memory is filled.
 
@@ -92,31 +98,47 @@ def load(
         budget=budget, device=device, ring=ring, host_memory=host_memory, chunk=chunk, dtype=dtype, coding=coding,
         experts=experts, keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
     )  # fmt: skip
-    return load_requested(model, request, seed=seed, trace=trace, progress=progress)
+    return load_requested(
+        model, request, distributed_config=distributed_config, seed=seed, trace=trace, progress=progress
+    )
 
 
 def load_requested(
-    model: str | Path, request: Request, *, seed: int = 0, trace: bool = False, progress: bool = False
+    model: str | Path,
+    request: Request,
+    *,
+    distributed_config: DistributedConfig | None = None,
+    seed: int = 0,
+    trace: bool = False,
+    progress: bool = False,
 ) -> PreTrainedModel:
     """Return the model that :func:`load` does, for a request that has been made already.
 
     Raises:
-        CheckpointError, PlanError, UnavailableError: as for :func:`load`.
+        ConfigError, CheckpointError, PlanError, UnavailableError: as for :func:`load`.
     """
     require_here(request.device)
+    ranks = ranks_of(distributed_config, request.device)
+    request = ranks.share(request)
     remove_leftovers()
     # Outside of inference mode: else nothing outside of it could use the model.
     with ExitStack() as undo, torch.inference_mode(False):
-        spill = undo.enter_context(spill_folder())
-        index = index_of(model, spill, request.device, request.dtype, seed)
-        coder = Coder.on(request.device, request.chunk, undo)
-        planned = opened(index, request, coder.layout).plan()
-        if request.device.type == "cuda":
-            require_device_memory(planned, *free_device_memory(request.device))
-        vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
-        weights = Weights(parameters_of(index), coder)
-        explain = shortage_hook(str(request.keep))
-        engine = start(index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo)
+        with ranks.agreed():
+            spill = undo.enter_context(spill_folder())
+            index = index_of(model, spill, request.device, request.dtype, seed)
+        index = ranks.distribute(index)
+        with ranks.agreed():
+            coder = Coder.on(request.device, request.chunk, undo)
+            planned = opened(index, request, coder.layout).plan(ranks.share_of_host(usable_ram()))
+            if request.device.type == "cuda":
+                require_device_memory(planned, *free_device_memory(request.device))
+        with ranks.agreed():
+            vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
+            weights = Weights(ranks.parameters_of(index), coder)
+            explain = shortage_hook(str(request.keep))
+            engine = start(index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo)
+    for handle in ranks.hold_together(index.model):
+        engine.resources.callback(handle.remove)
     register(index.model, engine)
     return index.model
 

@@ -112,10 +112,7 @@ class Reader:
             synthetic_values.fill(
                 image[piece.offset : piece.offset + piece.nbytes],
                 name=source.name,
-                # Of an expert: as many of it as reach to where it ends in its tensor.
-                shape=(source.start // piece.entry.raw_bytes + 1, *piece.entry.shape)
-                if source.start
-                else piece.entry.shape,
+                shape=source.whole or piece.entry.shape,
                 dtype=piece.entry.dtype,
                 seed=source.seed,
                 start=source.start + piece.start,

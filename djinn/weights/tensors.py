@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,8 @@ class Seeded:
     seed: int
     start: int = 0
     """The first of the tensor's bytes that is meant."""
+    whole: tuple[int, ...] | None = None
+    """Shape of the tensor, where a part of it is meant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +85,20 @@ class Stacked:
 
 
 @dataclass(frozen=True)
+class Sliced:
+    """Bytes of a part of a tensor that lies in many places of it: some of its columns, for example."""
+
+    whole: TensorEntry
+    dim: int
+    kept: tuple[tuple[int, int], ...]
+    """Where along ``dim`` each stretch that is kept begins and ends."""
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Bytes made by coding those of another source."""
 
-    raw: FileSpan | Seeded | InMemory | Converted | Stacked
+    raw: FileSpan | Seeded | InMemory | Converted | Stacked | Sliced
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class TensorEntry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: FileSpan | Seeded | InMemory | Encoded | Decoded | Converted | Stacked
+    source: FileSpan | Seeded | InMemory | Encoded | Decoded | Converted | Stacked | Sliced
     layout: Layout | None = None
     crc32: Mapping[str, int] | None = None
     """Of each section, where the checkpoint is packed: what is read is verified when it is loaded."""
@@ -164,18 +176,42 @@ class TensorEntry:
         if isinstance(source, Stacked):
             each = len(source.parts) // self.shape[0]
             return source.parts[number * each : (number + 1) * each]
-        start = number * math.prod(shape) * self.dtype.itemsize
+        if isinstance(source, Converted):
+            return tuple(part.to(self.dtype) for part in source.stored.expert(number))
+        return (self.part(number * math.prod(shape), shape),)
+
+    def part(self, first: int, shape: tuple[int, ...]) -> TensorEntry:
+        """Return the tensor of ``shape`` whose elements lie one behind the other from the ``first`` of this one's.
+
+        Raises:
+            ValueError: a tensor that is coded or stored in parts.
+        """
+        start, source = first * self.dtype.itemsize, self.source
         match source:
             case FileSpan():
-                return (TensorEntry(self.dtype, shape, FileSpan(source.path, source.offset + start)),)
+                return TensorEntry(self.dtype, shape, FileSpan(source.path, source.offset + start))
             case Seeded():
-                return (TensorEntry(self.dtype, shape, Seeded(source.name, source.seed, source.start + start)),)
+                whole = source.whole or self.shape
+                return TensorEntry(self.dtype, shape, Seeded(source.name, source.seed, source.start + start, whole))
             case InMemory():
-                return (TensorEntry(self.dtype, shape, InMemory(source.parameter, source.start + start)),)
+                return TensorEntry(self.dtype, shape, InMemory(source.parameter, source.start + start))
             case Converted():
-                return tuple(part.to(self.dtype) for part in source.stored.expert(number))
+                return source.stored.part(first, shape).to(self.dtype)
             case _:
-                raise ValueError("a tensor that is coded as a whole has no parts")
+                raise ValueError("a tensor that is coded or stored in parts has no part in one stretch")
+
+    def kept(self, dim: int, stretches: Sequence[tuple[int, int]]) -> TensorEntry:
+        """Return what is left of the tensor when along ``dim`` only some ``stretches``, (begin, end), are kept.
+
+        What lies in one stretch of the file is read from there; of anything else the whole tensor is read. So is what
+        is packed, because its checksums are those of the whole.
+        """
+        shape = (*self.shape[:dim], sum(end - begin for begin, end in stretches), *self.shape[dim + 1 :])
+        stored = self.source.stored if isinstance(self.source, Converted) else self
+        simple = isinstance(stored.source, FileSpan | Seeded | InMemory) and not (stored.layout or stored.crc32)
+        if simple and self.stride is None and len(stretches) == 1 and math.prod(self.shape[:dim]) == 1:
+            return self.part(stretches[0][0] * math.prod(self.shape[dim + 1 :]), shape)
+        return TensorEntry(self.dtype, shape, Sliced(self.raw, dim, tuple(stretches)))
 
     def to(self, dtype: torch.dtype) -> TensorEntry:
         """The tensor in ``dtype``, raw; itself where it is stored so."""

@@ -136,20 +136,7 @@ def find_units(index: WeightIndex) -> list[Unit]:
     Raises:
         CheckpointError: a model that converts weights while it runs, and cannot be traced.
     """
-    if index.reads is not None:
-        readers, tensors = read_by_module(index.reads), index.tensors
-    else:
-        readers = traced_readers(index.model)
-        # A pass may convert weights for good (a router in float32): then they are converted when they are loaded.
-        dtypes = {name: parameter.dtype for name, parameter in index.model.named_parameters()}
-        tensors = {name: entry.to(dtypes[name]) for name, entry in index.tensors.items()}
-        converted = [name for name, entry in tensors.items() if entry is not index.tensors[name]]
-        if converted and not readers:
-            raise CheckpointError(
-                f"{type(index.model).__name__} converts {converted[0]} to {dtypes[converted[0]]} while it runs, and "
-                f"which others cannot be traced; load it with dtype {dtypes[converted[0]]}"
-            )
-        readers |= {name: by for name, by in read_by_block(index.model).items() if name not in readers}
+    readers, tensors = readers_of(index)
     members = _group(readers)
     all_readers = {reader for each in members for reader in each}
     units = [
@@ -163,6 +150,28 @@ def find_units(index: WeightIndex) -> list[Unit]:
     ]
     unread = [(name, entry) for name, entry in tensors.items() if name not in readers]
     return units + ([Unit(UNREAD, (), lay_out(unread), held=True)] if unread else [])
+
+
+def readers_of(index: WeightIndex) -> tuple[dict[str, list[str]], dict[str, TensorEntry]]:
+    """Return for each parameter, in order of first read, the modules that read it; and every tensor as they read it.
+
+    Raises:
+        CheckpointError: a model that converts weights while it runs, and cannot be traced.
+    """
+    if index.reads is not None:
+        return read_by_module(index.reads), index.tensors
+    readers = traced_readers(index.model)
+    # A pass may convert weights for good (a router in float32): then they are converted when they are loaded.
+    dtypes = {name: parameter.dtype for name, parameter in index.model.named_parameters()}
+    tensors = {name: entry.to(dtypes[name]) for name, entry in index.tensors.items()}
+    converted = [name for name, entry in tensors.items() if entry is not index.tensors[name]]
+    if converted and not readers:
+        raise CheckpointError(
+            f"{type(index.model).__name__} converts {converted[0]} to {dtypes[converted[0]]} while it runs, and "
+            f"which others cannot be traced; load it with dtype {dtypes[converted[0]]}"
+        )
+    readers |= {name: by for name, by in read_by_block(index.model).items() if name not in readers}
+    return readers, tensors
 
 
 def lay_out(tensors: list[tuple[str, TensorEntry]]) -> tuple[PlacedTensor, ...]:

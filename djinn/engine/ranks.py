@@ -1,0 +1,183 @@
+"""Several GPUs: a process for each of them, a **rank**, holds its own shard of every weight and streams that.
+
+Every rank plans, fills and streams by itself, as one process does alone; transformers adds up what they have computed
+(see :mod:`djinn.engine.sharding`). What ranks have to agree on goes over a group of their own: errors while loading, the
+memory that each may take, and what a pass is called with.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from djinn import errors
+from djinn.engine.binding import parameters_of
+from djinn.engine.sharding import local_parameters, sharded
+from djinn.errors import ConfigError, DjinnError, UnavailableError
+from djinn.planning.request import Request
+from djinn.weights.index import WeightIndex
+
+TIMEOUT = timedelta(minutes=10)
+"""Longest that a rank waits for another one, which may still be filling its memory."""
+ENDED = 70
+"""Exit status of a rank whose pass has failed: the others wait for it in a sum and could not go on."""
+
+
+class Alone:
+    """A process that holds a whole model."""
+
+    def share(self, request: Request) -> Request:
+        """Return what one process may take of what was asked for."""
+        return request
+
+    def share_of_host(self, nbytes: int) -> int:
+        """Return what one process may take of a host's memory."""
+        return nbytes
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raise on all ranks what fails here on any."""
+        yield
+
+    def distribute(self, index: WeightIndex[PreTrainedModel]) -> WeightIndex[PreTrainedModel]:
+        """Return the index of what this process holds."""
+        return index
+
+    def parameters_of(self, index: WeightIndex[PreTrainedModel]) -> Mapping[str, Sequence[torch.Tensor]]:
+        """Return by first name the tensors that hold each weight's bytes in this process."""
+        return parameters_of(index)
+
+    def hold_together(self, model: nn.Module) -> Iterator[Any]:
+        """See to it that all ranks compute the same passes; yield handles that undo it."""
+        yield from ()
+
+
+class Ranks(Alone):
+    """The processes that hold one model together, as one of them sees them."""
+
+    def __init__(self, config: DistributedConfig, device: torch.device) -> None:
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            bound = device if device.type == "cuda" else None
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self._here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
+        self._config = config
+        self._device = device
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def share(self, request: Request) -> Request:
+        host_memory = None if request.host_memory is None else request.host_memory // self._here
+        return replace(request, host_memory=host_memory, device=self._device)
+
+    def share_of_host(self, nbytes: int) -> int:
+        return int(min(self.gather(nbytes))) // self._here
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        mine: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            mine = error
+        said = self.gather(None if mine is None else (type(mine).__name__, str(mine)))
+        if mine is not None:
+            raise mine
+        for rank, what in enumerate(said):
+            if what is not None:
+                kind = getattr(errors, what[0], DjinnError)
+                raise kind(f"rank {rank}: {what[1]}")
+
+    def distribute(self, index: WeightIndex[PreTrainedModel]) -> WeightIndex[PreTrainedModel]:
+        return sharded(index, self._config)
+
+    def parameters_of(self, index: WeightIndex[PreTrainedModel]) -> Mapping[str, Sequence[torch.Tensor]]:
+        return local_parameters(index.model, self._device)
+
+    def hold_together(self, model: nn.Module) -> Iterator[Any]:
+        yield model.register_forward_pre_hook(self._compare, prepend=True, with_kwargs=True)
+        yield model.register_forward_hook(self._end, always_call=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in their order.
+
+        Raises:
+            UnavailableError: a rank has ended, or has not come for a long time.
+        """
+        found: list[Any] = [None] * self.count
+        try:
+            dist.all_gather_object(found, value, self._group)
+        except RuntimeError as error:
+            raise UnavailableError(f"rank {self.rank}: another rank has ended or does not answer: {error}") from error
+        return found
+
+    def _compare(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a pass whose inputs differ: sums over ranks would add up what does not belong together, silently."""
+        checksum = 0
+        for value in tree_iter((args, {name: kwargs[name] for name in kwargs if name != "past_key_values"})):
+            if isinstance(value, torch.Tensor):
+                stored = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                checksum = zlib.crc32(stored.numpy(), zlib.crc32(str(tuple(value.shape)).encode(), checksum))
+        found = self.gather(checksum)
+        if len(set(found)) > 1:
+            other = next(rank for rank, each in enumerate(found) if each != found[0])
+            raise RanksDiffer(
+                f"the inputs of rank {other} are not those of rank 0: every rank has to be called with the same tokens, "
+                "and to sample with the same seed (torch.manual_seed)"
+            )
+
+    def _end(self, *_: object) -> None:
+        """End this process if its pass has failed: the others wait for it in a sum, and end with it."""
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, RanksDiffer):
+            traceback.print_exception(error)
+            print(f"rank {self.rank}: its pass failed, for which the other ranks wait; ending", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(ENDED)
+
+
+class RanksDiffer(ConfigError):
+    """Ranks were called with different inputs; all of them know."""
+
+
+def ranks_of(config: DistributedConfig | None, device: torch.device) -> Alone:
+    """Return the ranks that hold a model together under ``config``; without one, this process alone.
+
+    Raises:
+        ConfigError: one of several processes without a configuration, or a configuration in a single one.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if config is None:
+        if started > 1:
+            raise ConfigError(
+                f"this is one of {started} processes (WORLD_SIZE), each of which would hold a whole model; "
+                'distributed_config=DistributedConfig(tp_plan="auto") splits it over them'
+            )
+        return Alone()
+    if started == 1:
+        raise ConfigError(
+            "distributed_config: this process was started alone; torchrun --nproc-per-node N starts one for each GPU"
+        )
+    if device.type == "cuda":
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if device.index not in (None, number):
+            raise ConfigError(f"device {device}: this is rank {number} of its host, whose GPU is cuda:{number}")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    elif torch.cuda.is_available():
+        raise ConfigError("device cpu: transformers distributes a model over the GPUs that this machine has")
+    return Ranks(config, device)

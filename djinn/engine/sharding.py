@@ -1,0 +1,99 @@
+"""Shards: transformers' tensor parallelism splits a model, and each rank's index has what that rank holds of it.
+
+Which part of a weight that is torch says (its DTensor), so any of transformers' plans will do; what is no shard is whole
+on every rank. All that is transformers' or torch's of this stands here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from djinn.errors import ConfigError
+from djinn.weights.index import Reads, WeightIndex
+from djinn.weights.models import owners
+from djinn.weights.tensors import TensorEntry
+from djinn.weights.ties import untie
+from djinn.weights.units import readers_of
+
+
+def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> WeightIndex[PreTrainedModel]:
+    """Return the index of this rank's shards of a model, which transformers distributes as ``config`` says.
+
+    Raises:
+        ConfigError: a model or a configuration that cannot be distributed so.
+    """
+    model = index.model
+    readers, tensors = readers_of(index)
+    tied = dict(model.all_tied_weights_keys)
+    untie(model)
+    try:
+        settled, _, mesh = type(model).prepare_distribute_model(config)
+        type(model).maybe_distribute_model(model, settled, mesh)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"distributed_config: {error}") from error
+    held = {name: (module, local) for name, module, local, _ in owners(model)}
+    for target, source in tied.items():
+        module, local = held[target]
+        source_module, source_local = held[source]
+        module._parameters[local] = source_module._parameters[source_local]
+    shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
+    reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]
+    return replace(index, tensors=shards, reads=reads)
+
+
+def _shard(entry: TensorEntry, parameter: nn.Parameter) -> TensorEntry:
+    """Return what this rank holds of a tensor."""
+    if not isinstance(parameter, DTensor):
+        return entry
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if not placement.is_replicate():
+            size = entry.shape[placement.dim]
+            entry = entry.kept(placement.dim, _stretches(size, placement, parameter.device_mesh, mesh_dim))
+    return entry
+
+
+@cache
+def _stretches(size: int, placement: Any, mesh: DeviceMesh, mesh_dim: int) -> tuple[tuple[int, int], ...]:
+    """Return which of ``size`` indices along a dimension this rank holds, as stretches (begin, end)."""
+    numbers = torch.arange(size, device=mesh.device_type).view(*[1] * placement.dim, size)
+    placements = [placement if dim == mesh_dim else Replicate() for dim in range(mesh.ndim)]
+    held = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().flatten().tolist()
+    begins = [at for at, number in enumerate(held) if at == 0 or number != held[at - 1] + 1]
+    return tuple((held[at], held[end - 1] + 1) for at, end in zip(begins, [*begins[1:], len(held)], strict=True))
+
+
+def local_parameters(model: nn.Module, device: torch.device) -> dict[str, list[torch.Tensor]]:
+    """Put parameters without memory in the place of those on the meta device; return what holds each one's bytes here.
+
+    That is the parameter itself, or of a distributed one the tensor that it is made of on this rank.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            nothing = torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.to_local().shape)
+            wrapped = DTensor.from_local(
+                nothing,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+            made[id(parameter)] = nn.Parameter(wrapped, requires_grad=False)
+            found[name] = [made[id(parameter)]._local_tensor]
+        else:
+            made[id(parameter)] = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
+            found[name] = [made[id(parameter)]]
+    for _, module, local, parameter in list(owners(model)):
+        module._parameters[local] = made[id(parameter)]
+    return found
