@@ -127,9 +127,10 @@ def load_requested(
             spill = undo.enter_context(spill_folder())
             index = index_of(model, spill, request.device, request.dtype, seed)
         index = ranks.distribute(index)
+        free = ranks.share_of_host(usable_ram())
         with ranks.agreed():
             coder = Coder.on(request.device, request.chunk, undo)
-            planned = opened(index, request, coder.layout).plan(ranks.share_of_host(usable_ram()))
+            planned = opened(index, request, coder.layout).plan(free)
             if request.device.type == "cuda":
                 require_device_memory(planned, *free_device_memory(request.device))
         with ranks.agreed():

@@ -7,7 +7,7 @@ parameter's class says which of both it is, so that passes pay one assignment fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -36,11 +37,14 @@ _READS_NOTHING = {
 
 
 class Presence:
-    """Whether the weights of one unit are in its slot (or decoded), as its parameters' class says."""
+    """Whether the weights of one unit are in its slot (or decoded), as its parameters' class says.
 
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+    ``parts`` are what holds their bytes: the parameters themselves, or what they are made of.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], parts: Sequence[torch.Tensor]) -> None:
         self._classes = [(parameter, type(parameter), _away(type(parameter))) for parameter in parameters]
-        self._parameters = [parameter for parameter, _, _ in self._classes]
+        self._parts = parts
 
     def begin(self) -> None:
         """Note that the weights are there."""
@@ -52,7 +56,7 @@ class Presence:
         for parameter, _, away in self._classes:
             parameter.__class__ = away
         if torch.is_grad_enabled():
-            increment_version(self._parameters)
+            increment_version(self._parts)
 
 
 def presences(model: nn.Module, planned: Plan, weights: Weights) -> dict[str, Presence]:
@@ -72,10 +76,11 @@ def presences(model: nn.Module, planned: Plan, weights: Weights) -> dict[str, Pr
             image = None if tier is Tier.DISK else weights.images[unit.name]
             for part in weights.of(tensor):
                 parameter = made_of.get(id(part), part)
-                quantised = parameter is not part or hasattr(parameter, "quant_state")
+                is_shard = isinstance(parameter, DTensor)
+                quantised = (parameter is not part and not is_shard) or hasattr(parameter, "quant_state")
                 vars(parameter)["_elsewhere"] = _Elsewhere(unit, tensor, image, quantised)
                 parameters[id(parameter)] = parameter
-        found[unit.name] = Presence(parameters.values())
+        found[unit.name] = Presence(parameters.values(), weights.of(*unit.tensors))
         found[unit.name].end()
     return found
 
@@ -146,6 +151,17 @@ class _Away(torch.Tensor):
         return self.__deepcopy__({}).__reduce_ex__(protocol)
 
 
+class _AwayShard:
+    """Mixed into the class of a distributed parameter meanwhile: what it is made of here is a copy, made when asked."""
+
+    __slots__ = ()
+
+    @property
+    def _local_tensor(self) -> torch.Tensor:
+        elsewhere: _Elsewhere = vars(self)["_elsewhere"]
+        return elsewhere.copied(self.device).as_subclass(torch.Tensor)  # type: ignore[attr-defined]
+
+
 class _Copy(torch.Tensor):
     """A copy of a weight that streams. It can be read; what is written into it would be lost, and is refused."""
 
@@ -192,7 +208,7 @@ def _refuse_writing(name: str) -> NoReturn:
 @cache
 def _away(cls: type[torch.Tensor]) -> type[torch.Tensor]:
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (_Away, cls), names)
+    return type(cls.__name__, (_AwayShard if issubclass(cls, DTensor) else _Away, cls), names)
 
 
 def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
