@@ -153,7 +153,7 @@ def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_al
     if request.experts == "routed":
         units = by_expert(units, index.model)
     fits = index.nbytes + workspace_of(index, request) <= request.budget
-    is_packed = any(entry.crc32 is not None for entry in index.tensors.values())
+    is_packed = any(entry.is_packed for entry in index.tensors.values())
     if fits or request.coding == "none":
         units = [unit.raw() for unit in units]
     elif request.coding == "lossless" or is_packed:

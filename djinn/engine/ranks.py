@@ -1,8 +1,8 @@
 """Several GPUs: a process for each of them, a **rank**, holds its own shard of every weight and streams that.
 
 Every rank plans, fills and streams by itself, as one process does alone; transformers adds up what they have computed
-(see :mod:`djinn.engine.sharding`). What ranks have to agree on goes over a group of their own: errors while loading, the
-memory that each may take, and what a pass is called with.
+(see :mod:`djinn.engine.sharding`). What ranks have to agree on goes over a group of their own: errors while loading,
+the memory that each may take, and what a pass is called with.
 """
 
 from __future__ import annotations
@@ -131,26 +131,26 @@ class Ranks(Alone):
         for value in tree_iter((args, {name: kwargs[name] for name in kwargs if name != "past_key_values"})):
             if isinstance(value, torch.Tensor):
                 stored = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-                checksum = zlib.crc32(stored.numpy(), zlib.crc32(str(tuple(value.shape)).encode(), checksum))
+                checksum = zlib.crc32(stored.numpy().data, zlib.crc32(str(tuple(value.shape)).encode(), checksum))
         found = self.gather(checksum)
         if len(set(found)) > 1:
             other = next(rank for rank, each in enumerate(found) if each != found[0])
-            raise RanksDiffer(
-                f"the inputs of rank {other} are not those of rank 0: every rank has to be called with the same tokens, "
-                "and to sample with the same seed (torch.manual_seed)"
+            raise RanksDifferError(
+                f"the inputs of rank {other} are not those of rank 0: every rank has to be called with the same "
+                "tokens, and to sample with the same seed (torch.manual_seed)"
             )
 
     def _end(self, *_: object) -> None:
         """End this process if its pass has failed: the others wait for it in a sum, and end with it."""
         error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, RanksDiffer):
+        if error is not None and not isinstance(error, RanksDifferError):
             traceback.print_exception(error)
             print(f"rank {self.rank}: its pass failed, for which the other ranks wait; ending", file=sys.stderr)
             sys.stderr.flush()
             os._exit(ENDED)
 
 
-class RanksDiffer(ConfigError):
+class RanksDifferError(ConfigError):
     """Ranks were called with different inputs; all of them know."""
 
 

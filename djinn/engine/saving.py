@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -55,10 +56,14 @@ def save_from_store(model: nn.Module, planned: Plan, weights: Weights) -> Iterat
 
 
 def _refuse_state_dict(module: nn.Module, *_: object) -> NoReturn:
-    """Refuse what quantisers make of parameters, which show what is in the ring; bitsandbytes changes them in place."""
+    """Refuse what quantisers make of parameters, which show what is in the ring; bitsandbytes changes them in place.
+
+    And what is split over ranks: all of it would be copied to the device, to be gathered there.
+    """
+    is_split = any(isinstance(each, DTensor) for each in module._parameters.values())
     raise ConfigError(
-        f"state_dict: this {type(module).__name__} is quantised and streams, so that its weights cannot be saved; "
-        "copy the checkpoint, or djinn.detach(model) first"
+        f"state_dict: this {type(module).__name__} is {'split over ranks' if is_split else 'quantised'} and streams, "
+        "so that its weights cannot be saved; copy the checkpoint, or djinn.detach(model) first"
     )
 
 

@@ -1,7 +1,7 @@
 """Shards: transformers' tensor parallelism splits a model, and each rank's index has what that rank holds of it.
 
-Which part of a weight that is torch says (its DTensor), so any of transformers' plans will do; what is no shard is whole
-on every rank. All that is transformers' or torch's of this stands here.
+Which part of a weight that is torch says (its DTensor), so any of transformers' plans will do; what is no shard is
+whole on every rank. All that is transformers' or torch's of this stands here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from djinn.weights.tensors import TensorEntry
 from djinn.weights.ties import untie
 from djinn.weights.units import readers_of
 
+_ATTENTION = ("k_proj", "qkv_proj", "query_key_value")
+"""What transformers calls the modules that make the keys, by themselves or with queries and values."""
+
 
 def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> WeightIndex[PreTrainedModel]:
     """Return the index of this rank's shards of a model, which transformers distributes as ``config`` says.
 
     Raises:
-        ConfigError: a model or a configuration that cannot be distributed so.
+        ConfigError: a configuration that is no tensor parallelism over all ranks, or a model that cannot be split so.
     """
+    _require_tensor_parallel(config)
     model = index.model
+    if index.reads is not None:
+        raise ConfigError(f"distributed_config: this {type(model).__name__} is quantised, and stays on one GPU")
     readers, tensors = readers_of(index)
     tied = dict(model.all_tied_weights_keys)
     untie(model)
@@ -45,9 +51,32 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
         module, local = held[target]
         source_module, source_local = held[source]
         module._parameters[local] = source_module._parameters[source_local]
+    _require_whole_heads(model, config.tp_size or 1)
     shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
     reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]
-    return replace(index, tensors=shards, reads=reads)
+    return replace(index, tensors=shards, reads=reads, ranks=config.tp_size or 1)
+
+
+def _require_tensor_parallel(config: DistributedConfig) -> None:
+    for name, what in (("pp_size", "pipeline"), ("fsdp_size", "data"), ("dp_replicate_size", "data")):
+        if (getattr(config, name, None) or 1) > 1:
+            raise ConfigError(
+                f"distributed_config: {name}={getattr(config, name)} is {what} parallelism, which djinn does not "
+                'stream; tp_plan="auto" alone splits every weight over all GPUs'
+            )
+
+
+def _require_whole_heads(model: PreTrainedModel, ranks: int) -> None:
+    """transformers splits keys wherever ranks end, and fails in the first pass where that is within a head."""
+    text = model.config.get_text_config()
+    parameters = model.named_parameters()
+    are_split = any(isinstance(each, DTensor) and path.split(".")[-2] in _ATTENTION for path, each in parameters)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(text, name, None)
+        if are_split and count and count % ranks:
+            raise ConfigError(
+                f"distributed_config: {name} {count} of this {type(model).__name__} does not divide by {ranks} ranks"
+            )
 
 
 def _shard(entry: TensorEntry, parameter: nn.Parameter) -> TensorEntry:
@@ -56,8 +85,8 @@ def _shard(entry: TensorEntry, parameter: nn.Parameter) -> TensorEntry:
         return entry
     for mesh_dim, placement in enumerate(parameter.placements):
         if not placement.is_replicate():
-            size = entry.shape[placement.dim]
-            entry = entry.kept(placement.dim, _stretches(size, placement, parameter.device_mesh, mesh_dim))
+            dim: int = placement.dim  # type: ignore[attr-defined]  # of every placement that is a shard
+            entry = entry.kept(dim, _stretches(entry.shape[dim], placement, parameter.device_mesh, mesh_dim))
     return entry
 
 
@@ -90,7 +119,7 @@ def local_parameters(model: nn.Module, device: torch.device) -> dict[str, list[t
                 stride=parameter.stride(),
             )
             made[id(parameter)] = nn.Parameter(wrapped, requires_grad=False)
-            found[name] = [made[id(parameter)]._local_tensor]
+            found[name] = [made[id(parameter)]._local_tensor]  # type: ignore[attr-defined]
         else:
             made[id(parameter)] = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
             found[name] = [made[id(parameter)]]

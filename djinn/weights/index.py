@@ -54,6 +54,8 @@ class WeightIndex(Generic[Model]):
     """What a recorded pass has read, where there was one: for units in its order (see :mod:`djinn.weights.units`)."""
     kept_bytes: int = 0
     """Of what the weights need beside them on the device: scales of quantised ones, and one of them dequantised."""
+    ranks: int = 1
+    """Processes that hold the model together; ``tensors`` are then what this one holds."""
 
     @property
     def nbytes(self) -> int:

@@ -149,6 +149,12 @@ class TensorEntry:
         return self.layout is None and self.crc32 is None and self.dtype == torch.bfloat16
 
     @property
+    def is_packed(self) -> bool:
+        """Whether its bytes come out of a packed checkpoint."""
+        whole = self.source.whole if isinstance(self.source, Sliced) else self
+        return whole.crc32 is not None or isinstance(whole.source, Decoded)
+
+    @property
     def raw(self) -> TensorEntry:
         """The tensor as a model computes with it, without its code; itself where it is not coded."""
         if isinstance(self.source, Encoded):
