@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
+from transformers.distributed import DistributedConfig
 
 import djinn
 from djinn.bench.limits import cpu_shares, gpu_shares, limit_of
@@ -16,6 +17,7 @@ from djinn.bench.measure import MemoryPeak, peak_device
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.devices import require_here
 from djinn.engine.load import load_requested
+from djinn.engine.ranks import own_device
 from djinn.errors import CheckpointError, ConfigError
 from djinn.planning.prediction import Limit
 from djinn.planning.request import Request
@@ -77,6 +79,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
+    distributed_config: DistributedConfig | None = None,
     show: Callable[[str], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Generated:
@@ -85,6 +88,7 @@ def generate(
     Args:
         temperature: for sampling, which ``seed`` seeds; 0 takes the most likely token.
         chat: put the prompt into the tokenizer's chat template, as the message of a user.
+        distributed_config: as for :func:`djinn.load`; what is returned is then of this rank.
         show: is given the text piece by piece, as it comes.
         say: is told what is done next, in a few words.
 
@@ -96,6 +100,8 @@ def generate(
     where, work = request.device, request.keep
     assert isinstance(work, Workload)
     require_here(where)
+    if distributed_config is not None:
+        where = own_device(where)
     on_gpu = where.type == "cuda"
     peak = MemoryPeak()
     peak.mark_bare()
@@ -111,7 +117,7 @@ def generate(
     request = request.asking(work=replace(work, prompt_tokens=prompt_tokens))
     say("loading the weights")
     # Events around every unit would slow a GPU; on a CPU they are two clock readings.
-    streaming = load_requested(folder, request, trace=not on_gpu)
+    streaming = load_requested(folder, request, distributed_config=distributed_config, trace=not on_gpu)
     if not streaming.can_generate():
         raise CheckpointError(
             f"{folder}: a {type(streaming).__name__} does not generate text; djinn.load gives the model"

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 import djinn
 from djinn.cli import artifact, measure, models
 from djinn.cli.ending import terminable
+from djinn.cli.ranks import is_first
 from djinn.cli.show import say
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 from djinn.files import remedy
@@ -53,7 +54,8 @@ class _Commands(TyperGroup):
             with terminable():
                 return super().invoke(ctx)
         except DjinnError as error:
-            say(f"djinn: {error}", err=True)
+            if is_first():  # all ranks are refused alike
+                say(f"djinn: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from None
         except ModuleNotFoundError as error:
             lacking = _extra(error)

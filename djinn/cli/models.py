@@ -15,6 +15,7 @@ from djinn.cli.options import (
     Chunk,
     CodingOption,
     Device,
+    Gpus,
     HitRate,
     HostMemory,
     Json,
@@ -24,6 +25,7 @@ from djinn.cli.options import (
     PromptTokens,
     Ring,
 )
+from djinn.cli.ranks import is_first, is_rank, run_as_ranks
 from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes, say, working
 from djinn.errors import ConfigError
 from djinn.text import printable
@@ -41,6 +43,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     coding: CodingOption = None,
     hit_rate: HitRate = None,
+    gpus: Gpus = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
     machine: OtherMachine = None,
     figure: Annotated[Path | None, typer.Option(help="Draw it too, as .png, .pdf and .csv of this name.")] = None,
@@ -66,6 +69,7 @@ def plan(
             batch=batch,
             coding=coding,  # type: ignore[arg-type]
             hit_rate=hit_rate,
+            gpus=gpus,
         )
     outlook.print_forecast(found, there, as_json)
     if figure is not None:
@@ -87,11 +91,20 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: a GPU where there is one]")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    gpus: Gpus = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the weights, and say how fast that was, and what limited it."""
+    if gpus > 1 and not is_rank():
+        from djinn.weights.resolve import resolve
+
+        resolve(model)  # once, not by each rank: it may have to be fetched or written
+        run_as_ranks(gpus, sys.argv[1:])
+        return
     with working(_IMPORTING):
+        from transformers.distributed import DistributedConfig
+
         from djinn.bench.generation import generate as run
         from djinn.devices import require_here
         from djinn.planning.request import Request
@@ -123,13 +136,16 @@ def generate(
             temperature=temperature,
             seed=seed,
             chat=chat,
-            show=None if as_json else show,
+            distributed_config=DistributedConfig(tp_plan="auto") if gpus > 1 else None,
+            show=show if is_first() and not as_json else None,
             say=line.update,
         )
+    if not is_first():
+        return
     if as_json:
         print_json(asdict(made))
     else:
-        print_generated(made)
+        print_generated(made, gpus)
 
 
 def synth(

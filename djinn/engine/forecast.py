@@ -34,6 +34,7 @@ def forecast(
     dtype: torch.dtype | None = None,
     coding: Coding | None = None,
     hit_rate: float | None = None,
+    gpus: int = 1,
 ) -> Forecast:
     """Return the forecast of :func:`djinn.load` with the same arguments; reads headers at the most, no weights.
 
@@ -44,6 +45,7 @@ def forecast(
         hit_rate: share of the experts that routers pick which decode finds in the pool; by default that of routers that
             pick evenly, with no locality.
         free: host memory that is free there, bytes; by default what is free here.
+        gpus: GPUs that hold the model together, each over its own link; the forecast is of the slowest.
 
     Raises:
         ConfigError, CheckpointError, PlanError: as :func:`djinn.load`. The device need not be here.
@@ -54,8 +56,8 @@ def forecast(
     request = Request.of(
         budget=budget, keep=work, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding
     )
-    room = usable_ram() if free is None else free
-    found = outlined(model, request).on_disk()
+    found = outlined(model, request, gpus).on_disk()
+    room = (usable_ram() if free is None else free) // gpus
 
     def plan_for(budget_bytes: int, workload: Workload) -> Plan:
         return found.alternative(budget_bytes, workload, room)

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from djinn.engine.coding import Coder
-from djinn.errors import PlanError
+from djinn.engine.sharding import pretended, sharded
+from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, place_on
@@ -114,10 +116,12 @@ def plan(
     dtype: torch.dtype | None = None,
     coding: Coding | None = None,
     experts: Experts = "routed",
+    gpus: int = 1,
 ) -> Plan:
     """Return the plan that :func:`djinn.load` would follow with the same arguments; loads no weights.
 
-    What weights would come to if they were coded while they are loaded is estimated from the first MiB of each.
+    What weights would come to if they were coded while they are loaded is estimated from the first MiB of each. With
+    several ``gpus``, which need not be here, it is that of the first rank, which holds the most.
 
     Raises:
         ConfigError, CheckpointError, PlanError: as :func:`djinn.load`.
@@ -126,22 +130,27 @@ def plan(
         budget=budget, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding,
         experts=experts, keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
     )  # fmt: skip
-    return outlined(model, request).plan()
+    return outlined(model, request, gpus).plan(usable_ram() // gpus)
 
 
-def outlined(model: str | Path, request: Request) -> Opened:
+def outlined(model: str | Path, request: Request, gpus: int = 1) -> Opened:
     """Open a model for planning alone: headers are read, and where weights would be coded, one MiB of each tensor.
 
+    With several ``gpus`` it is what the first of as many ranks of this host would open.
+
     Raises:
-        ConfigError, CheckpointError, UnavailableError: a model that cannot be had, or is damaged.
+        ConfigError, CheckpointError, UnavailableError: a model that cannot be had, is damaged, or cannot be split so.
     """
-    reader = Reader(PAGE, threads=1)
-    try:
-        with spill_folder() as spill:
-            index = outline_of(model, spill, request.device, request.dtype)
-            return opened(index, request, Coder(reader, torch.device("cpu")).estimate, experts_alike=True)
-    finally:
-        reader.close()
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
+        raise ConfigError(f"gpus {gpus!r}: it is a whole number of at least 1")
+    with ExitStack() as undo:
+        reader = Reader(PAGE, threads=1)
+        undo.callback(reader.close)
+        index = outline_of(model, undo.enter_context(spill_folder()), request.device, request.dtype)
+        if gpus > 1:
+            index = sharded(index, undo.enter_context(pretended(gpus)))
+        estimate = Coder(reader, torch.device("cpu")).estimate
+        return opened(index, request.shared_by(gpus), estimate, experts_alike=True)
 
 
 def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_alike: bool = False) -> Opened:
@@ -167,7 +176,7 @@ def workspace_of(index: WeightIndex, request: Request) -> int:
         config, dtype = index.model.config, index.model.dtype
         expert, picked = widest_experts(index.model), picked_experts(config)
         routed = routed_bytes(expert, picked, dtype, request.device, request.keep)
-        needed = workspace_bytes(config, dtype, request.device, request.keep, routed)
+        needed = workspace_bytes(config, dtype, request.device, request.keep, routed, index.ranks)
     else:
         needed = request.keep + (CUDA_OVERHEAD_BYTES if request.device.type == "cuda" else 0)
     return needed + index.kept_bytes

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from djinn import errors
+from djinn.devices import require_here
 from djinn.engine.binding import parameters_of
 from djinn.engine.sharding import local_parameters, sharded
 from djinn.errors import ConfigError, DjinnError, UnavailableError
@@ -81,8 +82,7 @@ class Ranks(Alone):
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def share(self, request: Request) -> Request:
-        host_memory = None if request.host_memory is None else request.host_memory // self._here
-        return replace(request, host_memory=host_memory, device=self._device)
+        return replace(request.shared_by(self._here), device=self._device)
 
     def share_of_host(self, nbytes: int) -> int:
         return int(min(self.gather(nbytes))) // self._here
@@ -172,12 +172,23 @@ def ranks_of(config: DistributedConfig | None, device: torch.device) -> Alone:
         raise ConfigError(
             "distributed_config: this process was started alone; torchrun --nproc-per-node N starts one for each GPU"
         )
+    return Ranks(config, own_device(device))
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return this rank's own device of the kind that was asked for, which becomes torch's current one.
+
+    Raises:
+        ConfigError: another rank's GPU, or processors beside GPUs.
+        UnavailableError: more ranks than GPUs.
+    """
     if device.type == "cuda":
         number = int(os.environ.get("LOCAL_RANK", "0"))
         if device.index not in (None, number):
             raise ConfigError(f"device {device}: this is rank {number} of its host, whose GPU is cuda:{number}")
         device = torch.device("cuda", number)
+        require_here(device)
         torch.cuda.set_device(device)
     elif torch.cuda.is_available():
         raise ConfigError("device cpu: transformers distributes a model over the GPUs that this machine has")
-    return Ranks(config, device)
+    return device

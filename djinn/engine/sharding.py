@@ -6,14 +6,17 @@ whole on every rank. All that is transformers' or torch's of this stands here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -51,10 +54,41 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
         module, local = held[target]
         source_module, source_local = held[source]
         module._parameters[local] = source_module._parameters[source_local]
-    _require_whole_heads(model, config.tp_size or 1)
+    ranks = config.tp_size or 1
+    _require_whole_heads(model, ranks)
     shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
     reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]
-    return replace(index, tensors=shards, reads=reads, ranks=config.tp_size or 1)
+    return replace(index, tensors=shards, reads=reads, ranks=ranks, sums=sum(map(_is_summed, model.modules())))
+
+
+@contextmanager
+def pretended(ranks: int) -> Iterator[DistributedConfig]:
+    """Let this process be the first of ``ranks`` that nobody has started, to see what it would hold.
+
+    The first holds the most, where a weight cannot be divided evenly. torch's ``fake`` group sends nothing.
+
+    Raises:
+        ConfigError: this process is one of several already.
+    """
+    if dist.is_initialized():
+        raise ConfigError(f"{ranks} GPUs are planned for in a process that is no rank itself")
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield DistributedConfig(tp_size=ranks, tp_plan="auto")
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_summed(module: nn.Module) -> bool:
+    """Return whether ranks add up what they compute in a module: each has columns, experts, or rows of a vocabulary."""
+    for parameter in module._parameters.values():
+        if isinstance(parameter, DTensor) and parameter.ndim > 1:
+            split = [getattr(placement, "dim", None) for placement in parameter.placements]
+            if parameter.ndim - 1 in split or (split != [None] and isinstance(module, nn.Embedding)):
+                return True
+            if parameter.ndim > 2 and 0 in split:
+                return True
+    return False
 
 
 def _require_tensor_parallel(config: DistributedConfig) -> None:
@@ -90,14 +124,14 @@ def _shard(entry: TensorEntry, parameter: nn.Parameter) -> TensorEntry:
     return entry
 
 
-@cache
 def _stretches(size: int, placement: Any, mesh: DeviceMesh, mesh_dim: int) -> tuple[tuple[int, int], ...]:
     """Return which of ``size`` indices along a dimension this rank holds, as stretches (begin, end)."""
     numbers = torch.arange(size, device=mesh.device_type).view(*[1] * placement.dim, size)
     placements = [placement if dim == mesh_dim else Replicate() for dim in range(mesh.ndim)]
-    held = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().flatten().tolist()
-    begins = [at for at, number in enumerate(held) if at == 0 or number != held[at - 1] + 1]
-    return tuple((held[at], held[end - 1] + 1) for at, end in zip(begins, [*begins[1:], len(held)], strict=True))
+    held = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().flatten().cpu()
+    jumps = (held.diff() != 1).nonzero().flatten() + 1
+    found = tuple((int(part[0]), int(part[-1]) + 1) for part in held.tensor_split(jumps.tolist()) if len(part))
+    return found or ((0, 0),)
 
 
 def local_parameters(model: nn.Module, device: torch.device) -> dict[str, list[torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -26,10 +26,15 @@ class Dimensions:
     """Patches of an image, or frames of a sound, that go through the layers at once."""
 
 
-def dimensions(config: PretrainedConfig) -> Iterator[Dimensions]:
-    """Yield the sizes of the part of ``config`` that makes text, then those of its other parts (images, sound)."""
+def dimensions(config: PretrainedConfig, ranks: int = 1) -> Iterator[Dimensions]:
+    """Yield the sizes of the part of ``config`` that makes text, then those of its other parts (images, sound).
+
+    Over several ranks each has its share of the heads, and of the width of the MLP, in the part that makes text.
+    """
     text = config.get_text_config()
-    yield _dimensions(text)
+    whole = _dimensions(text)
+    attention, cache, intermediate = (-(-n // ranks) for n in (whole.attention, whole.cache, whole.intermediate))
+    yield replace(whole, attention=attention, cache=cache, intermediate=intermediate)
     for part in (getattr(config, name, None) for name in config.sub_configs):
         if isinstance(part, PretrainedConfig) and part is not text:
             yield _dimensions(part)

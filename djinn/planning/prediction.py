@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 
 from djinn.errors import UnavailableError
+from djinn.planning.dimensions import dimensions
 from djinn.planning.experts import LAYER_IDLE_S
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.workspace import Workload, attention_flops, kv_cache_bytes
@@ -64,6 +65,10 @@ class Rates:
     """Host seconds of a call of ``generate`` before its first pass."""
     last_token: float | None = None
     """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
+    sum_s: float = 0.0
+    """Seconds in which several GPUs add up what they have computed of a few numbers."""
+    sum_rate: float | None = None
+    """Bytes/s at which they add up many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,10 @@ class Work:
     cache_bytes: int
     """KV cache that a decode step reads at the longest."""
     workload: Workload
+    sums: int = 0
+    """Times in a pass that several GPUs add up what they have computed."""
+    sum_bytes: int = 0
+    """What they add up of each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +144,10 @@ def work_of(index: WeightIndex, units: Sequence[Unit], workload: Workload) -> Wo
     return Work(
         shares=shares,
         head=frozenset(last),
-        attention_flops=attention_flops(model.config, workload),
-        cache_bytes=kv_cache_bytes(model.config, model.dtype, workload),
+        attention_flops=attention_flops(model.config, workload, index.ranks),
+        cache_bytes=kv_cache_bytes(model.config, model.dtype, workload, index.ranks),
+        sums=index.sums,
+        sum_bytes=next(dimensions(model.config)).hidden * model.dtype.itemsize,
         workload=workload,
     )
 
@@ -154,10 +165,15 @@ def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None)
     known = {"compute": rates.compute, "host": rates.module_s}
     if rates.device == "cpu" and work.head and load.prompt_tokens > 1:
         known["last token"] = rates.last_token
+    if work.sums:
+        known["sums over GPUs"] = rates.sum_s and rates.sum_rate
     peak = rates.compute[-1].rate * rates.compute[-1].tokens if rates.compute else float("inf")
     memory = rates.compute[0].rate if rates.compute else float("inf")
-    prefill = _visits(plan, rates, work, load.prompt_tokens * load.batch, work.attention_flops / peak, 0.0)
-    decode = _visits(plan, rates, work, load.batch, work.cache_bytes / memory, hit_rate)
+    tokens = load.prompt_tokens * load.batch
+    prefill = _visits(plan, rates, work, tokens, work.attention_flops / peak + _sums_s(work, rates, tokens), 0.0)
+    decode = _visits(
+        plan, rates, work, load.batch, work.cache_bytes / memory + _sums_s(work, rates, load.batch), hit_rate
+    )
     return Prediction(
         ttft_s=rates.call_s + _end(plan, [prefill]),
         token_s=_end(plan, [decode] * DECODE_PASSES) / DECODE_PASSES,
@@ -222,6 +238,12 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
             )
         )
     return visits
+
+
+def _sums_s(work: Work, rates: Rates, tokens: int) -> float:
+    """Return the seconds in which GPUs add up what they have computed of ``tokens``; compute waits for that."""
+    each = tokens * work.sum_bytes / rates.sum_rate if rates.sum_rate else 0.0
+    return work.sums * (rates.sum_s + each)
 
 
 def _multiply_s(nbytes: int, tokens: int, share: float, rates: Sequence[ComputeRate]) -> float:

@@ -77,6 +77,11 @@ class Request:
         """Return the same request with another budget, or for another generation."""
         return replace(self, budget=budget or self.budget, keep=work or self.keep)
 
+    def shared_by(self, processes: int) -> Self:
+        """Return what each of several processes on one host may ask for: all of them share its memory."""
+        host_memory = None if self.host_memory is None else self.host_memory // processes
+        return replace(self, host_memory=host_memory)
+
     def arena_bytes(self, free: int, given_back: int) -> int:
         """Return the largest arena: what was asked for, or a share of the host memory that is ``free``.
 

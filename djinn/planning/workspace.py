@@ -26,6 +26,9 @@ CUDA_OVERHEAD_BYTES = CUDA_CONTEXT_BYTES + CUDA_LIBRARIES_BYTES + SMALL_TENSORS_
 """What a GPU needs beside weights, KV cache and activations."""
 
 
+COLLECTIVES_BYTES = 400 * 10**6
+"""What NCCL takes on a GPU to add up what several have computed. Assumed; not measured yet."""
+
 _FRAGMENTS_SHARE = 0.02
 """What may be lost between tensors that torch's allocator cuts from one piece: more than in any case of the tests."""
 
@@ -42,13 +45,15 @@ class Workload:
         return f"prompt_tokens={self.prompt_tokens}, new_tokens={self.new_tokens} and batch={self.batch}"
 
 
-def kv_cache_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload) -> int:
+def kv_cache_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload, ranks: int = 1) -> int:
     """Return the size of the KV cache at its longest: 2 · layers · KV heads · head size · tokens · batch.
+
+    Each of several ``ranks`` caches its own heads.
 
     An encoder-decoder caches keys and values of what the encoder read, too; the layers of a state-space model keep a
     state of the same size for any length. A model without a vocabulary caches nothing.
     """
-    text = next(dimensions(config))
+    text = next(dimensions(config, ranks))
     if not text.vocab:
         return 0
     tokens = work.prompt_tokens + work.new_tokens
@@ -57,20 +62,20 @@ def kv_cache_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload)
     return text.layers * (text.cache * tokens + text.state) * work.batch * dtype.itemsize
 
 
-def attention_flops(config: PretrainedConfig, work: Workload) -> float:
+def attention_flops(config: PretrainedConfig, work: Workload, ranks: int = 1) -> float:
     """Return what a prefill computes between its tokens: 2 products · 2 · head size · heads · tokens² ÷ 2 a layer."""
-    text = next(dimensions(config))
+    text = next(dimensions(config, ranks))
     return float(2 * text.layers * text.attention * work.prompt_tokens**2 * work.batch)
 
 
-def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload) -> int:
+def activation_bytes(config: PretrainedConfig, dtype: torch.dtype, work: Workload, ranks: int = 1) -> int:
     """Return the largest set of activations alive at once.
 
     In a gated MLP: the residual stream and the normed input (2 · hidden), gate, its activation, up and their product
     (4 · intermediate), for each token of the prompt, patch of an image or frame of a sound, whichever part of the model
     needs most. Then the logits of each sequence's last token, once in the model's dtype and twice in float32.
     """
-    text, *others = dimensions(config)
+    text, *others = dimensions(config, ranks)
     widths = [max(work.prompt_tokens, text.positions) * (2 * text.hidden + 4 * text.intermediate)]
     widths += [part.positions * (2 * part.hidden + 4 * part.intermediate) for part in others]
     logits = text.vocab * (dtype.itemsize + 2 * torch.float32.itemsize)
@@ -99,16 +104,20 @@ def workspace_bytes(
     device: torch.device,
     work: Workload,
     routed: int = 0,
+    ranks: int = 1,
 ) -> int:
     """Return the device memory to keep free of weights; ``routed`` is what :func:`routed_bytes` says.
+
+    Over several ``ranks`` it is each one's.
 
     A CPU's torch (2.13) copies the output projection for every sequence whose last position alone goes through it,
     as it does in ``generate``; a tenth more is for what the C library keeps around such copies and other tensors, once
     it maps large ones by themselves (:func:`djinn.engine.heap.map_large_blocks`).
     """
-    tensors = kv_cache_bytes(config, dtype, work) + activation_bytes(config, dtype, work) + routed
+    tensors = kv_cache_bytes(config, dtype, work, ranks) + activation_bytes(config, dtype, work, ranks) + routed
     if device.type == "cuda":
-        return CUDA_OVERHEAD_BYTES + round((1 + _FRAGMENTS_SHARE) * tensors)
+        sums = COLLECTIVES_BYTES if ranks > 1 else 0
+        return CUDA_OVERHEAD_BYTES + sums + round((1 + _FRAGMENTS_SHARE) * tensors)
     text = next(dimensions(config))
     return 11 * (tensors + work.batch * text.vocab * text.hidden * dtype.itemsize) // 10
 

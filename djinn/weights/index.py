@@ -56,6 +56,8 @@ class WeightIndex(Generic[Model]):
     """Of what the weights need beside them on the device: scales of quantised ones, and one of them dequantised."""
     ranks: int = 1
     """Processes that hold the model together; ``tensors`` are then what this one holds."""
+    sums: int = 0
+    """Times in a pass that what ranks have computed is added up."""
 
     @property
     def nbytes(self) -> int:

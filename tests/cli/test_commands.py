@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,43 @@ def test_generate_streams_and_says_how_fast(tiny_checkpoint: Path) -> None:
     assert set(measured["shares"]) == {"link", "disk", "host", "compute"}
     assert sum(measured["shares"].values()) == pytest.approx(1)
     assert measured["shares"][measured["limit"]] == max(measured["shares"].values())
+
+
+@pytest.mark.slow
+def test_generate_over_several_ranks_prints_once(tiny_checkpoint: Path) -> None:
+    """It starts them itself; one speaks for all, and their exit code is the command's."""
+
+    def in_ranks(budget: str) -> subprocess.CompletedProcess[str]:
+        told = [
+            "generate",
+            str(tiny_checkpoint),
+            "--prompt",
+            "Hello",
+            "--budget",
+            budget,
+            "--new-tokens",
+            "4",
+            "--json",
+        ]
+        start = [sys.executable, "-m", "djinn", *told, "--device", "cpu", "--gpus", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(start, capture_output=True, text=True, env=environment, timeout=300)
+
+    made = in_ranks("5 MB")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["new_tokens"] in range(1, 5)
+    refused = in_ranks("5 KB")
+    assert refused.returncode == 2
+    assert refused.stderr.count("djinn: budget: 5 KB is too small") == 1
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_plan_for_several_gpus_is_each_ones() -> None:
+    """A laptop answers: no process is started, and no GPU is there."""
+    alone, split = (json.loads(djinn(*PLAN, "--json", "--gpus", gpus).stdout) for gpus in ("1", "2"))
+    assert split["model_bytes"] == pytest.approx(alone["model_bytes"] / 2, rel=0.01)
+    assert split["predicted"]["token_s"] < alone["predicted"]["token_s"] / 2
+    assert "sums over GPUs" in split["predicted"]["not_measured"]
 
 
 @pytest.mark.slow

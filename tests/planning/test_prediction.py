@@ -118,6 +118,21 @@ def test_a_resident_model_takes_its_compute() -> None:
     assert predict(plan, slow_pass, plain).token_s == pytest.approx(predicted.token_s + 1)
 
 
+def test_sums_over_gpus_are_waited_for() -> None:
+    """In decode for their latency, in prefill for their bytes as well; a rate that is missing is named."""
+    plan = make_plan([unit("a", 1000), unit("b", 3000)], budget=10**9, workspace_bytes=0, host_bytes=0)
+    known = Rates(device="cuda", compute=COMPUTE)
+    summed = work(attention_flops=0.0, cache_bytes=0, sums=3, sum_bytes=100)
+    alone = predict(plan, known, replace(summed, sums=0))
+    assert "sums over GPUs" in predict(plan, known, summed).blind
+    assert "sums over GPUs" not in alone.blind
+    quick = predict(plan, replace(known, sum_s=1.0, sum_rate=1e9), summed)
+    assert "sums over GPUs" not in quick.blind
+    tokens = LOAD.prompt_tokens * LOAD.batch
+    assert quick.token_s - alone.token_s == pytest.approx(3 * (1.0 + LOAD.batch * 100 / 1e9))
+    assert quick.ttft_s - alone.ttft_s == pytest.approx(3 * (1.0 + tokens * 100 / 1e9))
+
+
 def test_the_head_sees_one_token_of_each_sequence_and_looked_up_rows_cost_nothing() -> None:
     plan = make_plan([unit("a", 1000), unit("b", 3000)], budget=10**9, workspace_bytes=0, host_bytes=0)
     known = Rates(device="cuda", compute=COMPUTE)
