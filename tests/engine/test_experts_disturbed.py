@@ -68,6 +68,25 @@ def test_after_an_error_in_an_experts_module_passes_are_right(
 
 
 @whole_too
+def test_after_an_interrupt_a_module_shows_its_weights_at_once(
+    folder: Path, resident: PreTrainedModel, whole_from: int | None
+) -> None:
+    model = streaming(folder, whole_from=whole_from)
+    module = experts_of(model, 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = module.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    handle.remove()
+    assert not {"gate_up_proj", "down_proj"} & vars(module).keys()
+    assert torch.equal(module.gate_up_proj.detach(), experts_of(resident, 1).gate_up_proj)  # type: ignore[operator]
+    assert_right(model, resident)
+
+
+@whole_too
 @pytest.mark.parametrize("layer", [0, 1])
 def test_what_was_on_its_way_at_an_interrupt_is_waited_for_in_the_next_pass(
     folder: Path, resident: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, whole_from: int | None, layer: int
