@@ -21,7 +21,7 @@ import numpy as np
 from torch import nn
 
 from djinn.errors import UnavailableError
-from djinn.planning.experts import LAYER_IDLE_S
+from djinn.planning.experts import LAYER_IDLE_S, mean_rate
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.workspace import Workload, attention_flops, kv_cache_bytes
 from djinn.weights.index import WeightIndex
@@ -273,9 +273,12 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
 
 
 def _expert_rate(plan: Plan, rates: Rates) -> float:
-    """Return how fast experts come into the pool: from disk, if any of them wait there, else over the link."""
-    on_disk = any(unit.experts for unit in plan.at(Tier.DISK))
-    return _known("disk", rates.disk) if on_disk else _known("link", rates.link)
+    """Return how fast experts come into the pool, those of all layers together: from disk, or over the link."""
+    by_tier = {
+        tier: sum(unit.weight_bytes for unit in plan.at(tier) if unit.experts) for tier in (Tier.DISK, Tier.PINNED)
+    }
+    known = {Tier.DISK: ("disk", rates.disk), Tier.PINNED: ("link", rates.link)}
+    return mean_rate([(nbytes, _known(*known[tier])) for tier, nbytes in by_tier.items() if nbytes])
 
 
 def _known(what: str, rate: float | None) -> float:

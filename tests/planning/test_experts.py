@@ -12,7 +12,17 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from djinn.errors import PlanError
-from djinn.planning.experts import HOST_S, LAYER_IDLE_S, MOST_GROUPS, MOVE_S, NO_POOL, ONE_S, Pool, pool_for
+from djinn.planning.experts import (
+    HOST_S,
+    LAYER_IDLE_S,
+    MOST_GROUPS,
+    MOVE_S,
+    NO_POOL,
+    ONE_S,
+    Pool,
+    mean_rate,
+    pool_for,
+)
 from djinn.planning.placement import Plan, Tier, make_plan
 from djinn.planning.prediction import ComputeRate, Rates, Work, predict
 from djinn.planning.workspace import Workload
@@ -89,6 +99,11 @@ def test_a_pool_has_what_one_token_needs_at_least_and_all_experts_at_most(
 def test_the_largest_expert_sets_the_slots_and_without_units_there_is_no_pool() -> None:
     assert pool_for([mixture("a", 4, PAGE), mixture("b", 2, 7 * PAGE)], 1, 100 * PAGE).slot_bytes == 7 * PAGE
     assert pool_for([], 4, BIG) == NO_POOL
+
+
+def test_the_rate_of_several_layers_is_that_at_which_all_of_them_come() -> None:
+    assert mean_rate([(10, 5.0)]) == 5.0
+    assert mean_rate([(10, 5.0), (30, 1.0)]) == 40 / (2 + 30)
 
 
 pools = st.builds(
