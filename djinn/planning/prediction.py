@@ -24,6 +24,7 @@ from djinn.errors import UnavailableError
 from djinn.planning.experts import LAYER_IDLE_S, mean_rate
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.workspace import Workload, attention_flops, kv_cache_bytes
+from djinn.weights.experts import picked_share
 from djinn.weights.index import WeightIndex
 from djinn.weights.units import Unit
 
@@ -117,19 +118,16 @@ class Prediction:
 
 def work_of(index: WeightIndex, units: Sequence[Unit], workload: Workload) -> Work:
     """Return what passes of ``workload`` compute with the units of a model."""
-    model, text = index.model, index.model.config.get_text_config()
-    head, experts = model.get_output_embeddings(), getattr(text, "num_experts_per_tok", None)
-    count = next(
-        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0
-    )
+    model = index.model
+    head, picked = model.get_output_embeddings(), picked_share(model.config)
     shares: dict[str, float] = {}
     last = set()
     for unit in units:
         modules = [model.get_submodule(reader) for reader in unit.readers]
         if all(isinstance(module, nn.Embedding) for module in modules):
             shares[unit.name] = 0.0
-        elif experts and count and any("experts" in tensor.name for tensor in unit.tensors):
-            shares[unit.name] = min(experts / count, 1.0)
+        elif picked < 1 and any("experts" in tensor.name.split(".") for tensor in unit.tensors):
+            shares[unit.name] = picked
         if head is not None and head in modules:
             last.add(unit.name)
     return Work(
