@@ -77,15 +77,16 @@ class Request:
         """Return the same request with another budget, or for another generation."""
         return replace(self, budget=budget or self.budget, keep=work or self.keep)
 
-    def arena_bytes(self, free: int, given_back: int) -> int:
+    def arena_bytes(self, free: int, given_back: int, staging: int = 0) -> int:
         """Return the largest arena: what was asked for, or a share of the host memory that is ``free``.
 
-        What loading gives back while it fills the arena is all the arena's.
+        It leaves what ``staging`` from disk may take. What loading gives back while it fills the arena is all the
+        arena's.
         """
         if self.host_memory is not None:
             return self.host_memory
         on_device = self.budget if self.device.type == "cpu" else 0
-        return given_back + max(round(HOST_SHARE * free) - on_device, 0)
+        return given_back + max(min(round(HOST_SHARE * free), free - staging) - on_device, 0)
 
 
 def _check(work: Workload) -> None:

@@ -23,6 +23,7 @@ from djinn.planning.experts import (
     mean_rate,
     pool_for,
 )
+from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, Tier, make_plan
 from djinn.planning.prediction import ComputeRate, Rates, Work, predict
 from djinn.planning.workspace import Workload
@@ -310,3 +311,16 @@ def test_routed_layers_wait_for_their_router_and_whole_ones_do_not() -> None:
     few = predict(routed, RATES, work(prompt=1), hit_rate=0.0)
     assert few.token_s >= 6 * (2 * nbytes / 10e9 + LAYER_IDLE_S)
     assert few.token_s < everything / 2
+
+
+def test_host_memory_has_to_hold_the_buffers_of_each_stream_from_disk() -> None:
+    """One brings what is read in every pass, the other one experts; they are page-locked before the first of both."""
+    gpu, buffers = torch.device("cuda"), 1000 * PAGE
+    for host, streams in ((BIG, 0), (DENSE, 1), (0, 2)):
+        planned = plan(model(), 60 * PAGE, host=host)
+        assert planned.disk_streams == streams, host
+        needed = planned.pinned_bytes + streams * buffers
+        require_host_memory(planned, gpu, needed, buffers)
+        with pytest.raises(PlanError, match="host memory: the plan needs"):
+            require_host_memory(planned, gpu, needed - 1, buffers)
+        require_host_memory(planned, torch.device("cpu"), planned.pinned_bytes + planned.device_bytes, buffers)
