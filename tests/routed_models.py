@@ -48,6 +48,21 @@ ROUTED: dict[str, PretrainedConfig] = {
         v_head_dim=16, n_shared_experts=1, vocab_size=256,
     ),
 }  # fmt: skip
+ROUTED_ON_GPU: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+    ),
+    "qwen3": Qwen3MoeConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
+    ),
+    "gpt_oss": GptOssConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, num_local_experts=16, num_experts_per_tok=4, pad_token_id=0,
+    ),
+}  # fmt: skip
+"""Wide enough for the kernels that a GPU has for large models."""
 WORK: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 8, "batch": 3, "device": "cpu"}
 
 

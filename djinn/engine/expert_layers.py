@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from djinn.engine.expert_tensors import ExpertTensor
 from djinn.engine.whereabouts import Whereabouts
+from djinn.planning.experts import Pool, mean_rate
 from djinn.transport.copier import Source
+from djinn.transport.fetcher import Arrival, Fetcher
 from djinn.transport.reader import Buffer
 from djinn.weights.units import Unit
+
+MEASURED_BYTES = 2**30
+"""Of experts, by which the rate is measured at which they come."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,30 @@ def _only(source: Source, name: str) -> Source:
     unit = source.unit
     tensors = tuple(tensor for tensor in unit.tensors if tensor.name == name)
     return Source(replace(unit, name=f"{unit.name} {name}", tensors=tensors), source.image)
+
+
+def measured_rate(layers: Sequence[Layer], fetcher: Fetcher, pool: Pool) -> float:
+    """Return how fast the experts of all ``layers`` come, bytes/s: from bringing some of them into the pool.
+
+    A layer waits in host memory or on disk as a whole, so one of each is measured. Nobody waits for what comes, so
+    neither statistics nor the timeline know of it.
+    """
+    by_tier: dict[bool, list[Layer]] = {}
+    for layer in layers:
+        by_tier.setdefault(layer.sources[0].image is None, []).append(layer)
+    return mean_rate(
+        [
+            (sum(layer.unit.weight_bytes for layer in alike), _rate(alike[0], fetcher, pool))
+            for alike in by_tier.values()
+        ]
+    )
+
+
+def _rate(layer: Layer, fetcher: Fetcher, pool: Pool) -> float:
+    count = min(pool.slots, len(layer.sources), max(MEASURED_BYTES // pool.slot_bytes, 1))
+    arrivals = [Arrival(source, slot) for slot, source in enumerate(layer.sources[:count])]
+    fetcher.fetch(arrivals[:1], [])  # the first one opens files
+    begin = fetcher.clock()
+    fetcher.fetch(arrivals, [])
+    seconds = fetcher.clock() - begin
+    return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / max(seconds, 1e-9)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.compiler import disable as opaque
 
-from djinn.engine.expert_layers import Layer
+from djinn.engine.expert_layers import Layer, measured_rate
 from djinn.engine.handed import Call, HandedWeights
 from djinn.engine.turns import Turns
 from djinn.planning.expert_cache import ExpertCache
@@ -27,8 +27,6 @@ from djinn.planning.experts import Pool
 from djinn.transport.fetcher import Arrival, Fetch, Fetcher
 from djinn.transport.stats import Stats
 
-MEASURED_BYTES = 2**30
-"""Of experts, by which the link's rate is measured when a model is loaded."""
 SPLIT_BYTES = 32 * 2**20
 """Experts of at least this size come tensor by tensor: the first is multiplied while the second is still on its way.
 The halves of smaller ones would take longer to come (9.4 MB in one copy 53.6 GB/s, 3 MB 51.7, on an H100)."""
@@ -47,7 +45,7 @@ class Experts:
         self._stats = stats
         self._turns = turns
         self._cache = ExpertCache(pool.slots, len(layers))
-        self._whole_from = pool.whole_from(self._measured_link())
+        self._whole_from = pool.whole_from(measured_rate(layers, fetcher, pool))
         self._coming: dict[int, Fetch] = {}
         """By layer, what a whole pass has fetched of it and nobody has waited for."""
         self._released: dict[int, Any] = {}
@@ -72,6 +70,7 @@ class Experts:
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
         self._turns.recoveries.append(self.recover)
+        self._turns.endings.append(self._take_away)  # an interrupt runs no hook
 
     def detach(self) -> None:
         """Take every hook off again."""
@@ -262,19 +261,6 @@ class Experts:
         for expert, slot in places.items():
             cache.enter(number, expert, slot)
         self._told_otherwise.add(number)
-
-    def _measured_link(self) -> float:
-        """Return how fast experts come, bytes/s, from bringing some into the pool, which does not count."""
-        before = self._stats.link_bytes, self._stats.disk_read_bytes, self._stats.stall_s
-        sources = self._layers[0].sources
-        count = min(self._pool.slots, len(sources), max(MEASURED_BYTES // self._pool.slot_bytes, 1))
-        arrivals = [Arrival(sources[expert], expert) for expert in range(count)]
-        self.fetcher.wait(self.fetcher.fetch(arrivals[:1], []))
-        begin = self.fetcher.clock()
-        self.fetcher.wait(self.fetcher.fetch(arrivals, []))
-        seconds = self.fetcher.clock() - begin
-        self._stats.link_bytes, self._stats.disk_read_bytes, self._stats.stall_s = before
-        return sum(arrival.source.unit.weight_bytes for arrival in arrivals) / max(seconds, 1e-9)
 
 
 def _index(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, bool]:

@@ -14,8 +14,9 @@ from djinn.errors import ConfigError, UnavailableError
 from djinn.hardware import usable_ram
 from djinn.planning.outlook import MOST_TOKENS, Forecast, outlook
 from djinn.planning.placement import Plan
-from djinn.planning.prediction import Prediction, Rates, predict, work_of
+from djinn.planning.prediction import Prediction, Rates, predict
 from djinn.planning.request import Coding, Request
+from djinn.planning.work import work_of
 from djinn.planning.workspace import Workload
 
 

@@ -23,6 +23,8 @@ _REFUSED = {
 """What every such call goes through, and the words for it."""
 _OVERWRITE = ("pissa_init", "olora_init", "corda_init", "loftq_init", "lora_ga_init")
 """Methods of PEFT's layers that begin an adapter by taking a part of the weights beside it away."""
+_CHOOSES = "resolve_lora_variant"
+"""What PEFT's layers are asked for a variant of LoRA first of all; KaSA takes a part of the weights away."""
 
 
 def guard(model: nn.Module) -> Iterator[RemovableHandle]:
@@ -39,7 +41,7 @@ def guard(model: nn.Module) -> Iterator[RemovableHandle]:
 def unguard(model: nn.Module) -> None:
     """Let ``model`` be moved, copied and pickled again."""
     for module in model.modules():
-        for method in (*_REFUSED, *_OVERWRITE, "_apply", "merge"):
+        for method in (*_REFUSED, *_OVERWRITE, _CHOOSES, "_apply", "merge"):
             vars(module).pop(method, None)
 
 
@@ -84,6 +86,8 @@ def _keep_apart(module: nn.Module, _: str, part: nn.Module | None) -> None:
         for method in _OVERWRITE:
             if hasattr(type(module), method):
                 vars(module)[method] = partial(_refuse_to_overwrite, type(part).__name__, method)
+        if hasattr(type(module), _CHOOSES):
+            vars(module)[_CHOOSES] = partial(_refuse_variant, weakref.ref(module), type(part).__name__)
     if is_guarded(module) and callable(getattr(part, "merge", None)):
         vars(part)["merge"] = partial(_refuse_merge, type(module).__name__)
 
@@ -95,10 +99,17 @@ def _refuse_merge(kind: str, *_: object, **__: object) -> NoReturn:
     )
 
 
+def _refuse_variant(layer: weakref.ref[nn.Module], kind: str, *, config: Any, **options: Any) -> Any:
+    if getattr(config, "kasa_config", None) is not None:
+        _refuse_to_overwrite(kind, "KaSA")
+    found = layer()
+    return getattr(type(found), _CHOOSES)(found, config=config, **options)
+
+
 def _refuse_to_overwrite(kind: str, method: str, *_: object, **__: object) -> NoReturn:
     raise ConfigError(
-        f"this {kind} streams and its weights cannot be overwritten, as PEFT's {method} does; begin the adapter in "
-        "another way (init_lora_weights), or djinn.detach(model) first"
+        f"this {kind} streams and its weights cannot be overwritten, as PEFT's {method} does; take another kind of "
+        "adapter or another beginning of it (init_lora_weights), or djinn.detach(model) first"
     )
 
 

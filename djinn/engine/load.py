@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers.distributed import DistributedConfig
 from djinn.devices import free_device_memory, require_here
 from djinn.engine.assembly import Engine, restore, start
 from djinn.engine.binding import Weights
+from djinn.engine.closing import closer
 from djinn.engine.coding import Coder
 from djinn.engine.device_memory import shortage_hook
 from djinn.engine.opened import opened
@@ -214,13 +214,7 @@ def _detach(model: nn.Module, engine: Engine) -> None:
 def register(model: nn.Module, engine: Engine) -> None:
     """Keep ``engine`` for as long as ``model`` lives."""
     engines[model] = engine
-    weakref.finalize(model, _release, engine.resources, os.getpid())
-
-
-def _release(resources: ExitStack, owner: int) -> None:
-    """Give everything back; but a forked child has neither the threads nor the right to its parent's files."""
-    if os.getpid() == owner:
-        resources.close()
+    weakref.finalize(model, closer().close, engine.resources, engine.weights.coder.device)
 
 
 def engine_of(model: nn.Module) -> Engine:

@@ -20,6 +20,7 @@ from djinn.planning.placement import Plan, place_on
 from djinn.planning.request import Coding, Experts, Request
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, routed_bytes, what_fits, workspace_bytes
 from djinn.spill import spill_folder
+from djinn.transport.disk_stream import staging_bytes
 from djinn.transport.reader import Reader
 from djinn.weights.coding import LayoutOf, coded
 from djinn.weights.experts import by_expert, picked_experts, widest_experts
@@ -97,10 +98,12 @@ class Opened:
         )
 
     def _arena_bytes(self, request: Request, free: int) -> int:
-        return request.arena_bytes(free, self.index.in_host_memory_bytes)
+        streams = 1 + any(unit.experts for unit in self.units) if request.device.type == "cuda" else 0
+        return request.arena_bytes(free, self.index.in_host_memory_bytes, streams * staging_bytes(request.chunk))
 
     def _require_host_memory(self, planned: Plan, free: int) -> None:
-        require_host_memory(planned, self.request.device, free + self.index.in_host_memory_bytes)
+        there = free + self.index.in_host_memory_bytes
+        require_host_memory(planned, self.request.device, there, staging_bytes(self.request.chunk))
 
 
 def plan(

@@ -2,7 +2,8 @@
 
 Its parameters show whatever is in the ring. So a hook puts the weights from where they wait into every state dict that
 is made of the model or of a part of it: those in host memory as they lie there, those on disk as maps of their files.
-Neither is a copy, and a checkpoint of several shards is written with one shard's pages in memory at a time.
+Neither is a copy, and a checkpoint of several shards is written with one shard's pages in memory at a time. Experts on
+disk that their checkpoint keeps apart are put together when they are read, in a file (:mod:`djinn.engine.late`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from djinn.engine.binding import Weights
-from djinn.engine.waiting import waiting_weights
+from djinn.engine.late import file_memory, late
+from djinn.engine.waiting import mapped, waiting_weights
 from djinn.errors import ConfigError
 from djinn.planning.placement import Plan, Tier
-from djinn.weights.tensors import FileSpan
+from djinn.weights.tensors import FileSpan, Stacked, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
 
@@ -83,8 +85,21 @@ def _complete(
         if prefix + name in state:
             found = given.get(tensor.name)
             if found is None:
-                found = given[tensor.name] = waiting_weights(unit, tensor, image)
+                found = given[tensor.name] = _given(unit, tensor, image)
             state[prefix + name] = found
+
+
+def _given(unit: Unit, tensor: PlacedTensor, image: torch.Tensor | None) -> torch.Tensor:
+    entry = tensor.entry
+    if image is None and isinstance(entry.source, Stacked):
+        return late(entry.shape, entry.dtype, partial(_joined, entry))
+    return waiting_weights(unit, tensor, image)
+
+
+def _joined(entry: TensorEntry) -> torch.Tensor:
+    joined = file_memory(entry.nbytes)
+    torch.cat([mapped(part) for part in entry.parts], out=joined)
+    return entry.view(joined)
 
 
 def _save_pretrained(

@@ -34,6 +34,8 @@ class Turns:
         self.running = False
         """Whether a module is running; only the thread that holds the lock may read it."""
         self.recoveries = [recover]
+        self.endings: list[Callable[[], None]] = []
+        """Called when a turn ends, however it does, to take away what is there for passes alone."""
         self._forked = False
         self._taking: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         _alive.add(self)
@@ -53,6 +55,7 @@ class Turns:
             del vars(module)["_turns"]
         self._taking.clear()
         self.recoveries.clear()
+        self.endings.clear()
 
     def begin(self) -> None:
         """Begin the turn of the thread that holds the lock.
@@ -63,6 +66,11 @@ class Turns:
         self._refuse_in_child()
         for recover in self.recoveries:
             recover()
+
+    def end(self) -> None:
+        """Leave nothing of the turn behind; what an interrupt of this leaves is mended when the next one begins."""
+        for tidy in self.endings:
+            tidy()
 
     def _refuse_in_child(self) -> None:
         if self._forked:
@@ -116,6 +124,7 @@ class _TakesTurns(nn.Module):
                 return call(*args, **kwargs)
             finally:
                 turns.running = False
+                turns.end()
 
 
 def _own_call(module: nn.Module) -> Callable[..., Any]:

@@ -51,7 +51,7 @@ def stored_bytes(tensor: PlacedTensor, image: torch.Tensor | None) -> torch.Tens
         CheckpointError: the file cannot be read.
     """
     entry = tensor.entry
-    stored = _mapped(entry) if image is None else own(image[tensor.offset : tensor.offset + entry.nbytes].cpu())
+    stored = mapped(entry) if image is None else own(image[tensor.offset : tensor.offset + entry.nbytes].cpu())
     if entry.layout is None:
         return stored
     if stored.data_ptr() % 16:
@@ -66,10 +66,10 @@ def own(host: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(host.numpy()) if host.numel() else torch.empty(0, dtype=torch.uint8)
 
 
-def _mapped(entry: TensorEntry) -> torch.Tensor:
+def mapped(entry: TensorEntry) -> torch.Tensor:
     """Return a tensor's bytes as they are stored: a map of them in their file, or what is in several, joined."""
     if isinstance(entry.source, Stacked):
-        return torch.cat([_mapped(part) for part in entry.parts])
+        return torch.cat([mapped(part) for part in entry.parts])
     source, nbytes = entry.source, entry.nbytes
     assert isinstance(source, FileSpan)
     if nbytes == 0:

@@ -79,6 +79,11 @@ class Pool:
         return max(math.ceil(math.log(1 - max(needed, 0.0) / self.widest) / math.log(missed)), 1)
 
 
+def mean_rate(parts: Sequence[tuple[int, float]]) -> float:
+    """Return the rate at which all of ``parts`` come one after the other: of each its bytes, and bytes/s."""
+    return sum(nbytes for nbytes, _ in parts) / sum(nbytes / rate for nbytes, rate in parts)
+
+
 NO_POOL = Pool(0, 0, 0, 0, 0)
 
 

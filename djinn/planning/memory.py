@@ -10,13 +10,14 @@ from djinn.planning.workspace import CUDA_CONTEXT_BYTES
 from djinn.sizes import format_bytes
 
 
-def require_host_memory(planned: Plan, device: torch.device, free: int) -> None:
-    """Hold a plan against the host memory that is free, bytes.
+def require_host_memory(planned: Plan, device: torch.device, free: int, staging_bytes: int) -> None:
+    """Hold a plan against the host memory that is free, bytes; a stream from disk to a GPU takes ``staging_bytes``.
 
     Raises:
         PlanError: it needs more.
     """
-    needed = planned.pinned_bytes + (planned.device_bytes if device.type == "cpu" else 0)
+    beside = planned.device_bytes if device.type == "cpu" else planned.disk_streams * staging_bytes
+    needed = planned.pinned_bytes + beside
     if needed > free:
         raise PlanError(
             f"host memory: the plan needs {format_bytes(needed)}, but {format_bytes(free)} are free; "

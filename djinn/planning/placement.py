@@ -87,6 +87,11 @@ class Plan:
         return self._bytes(Tier.DISK)
 
     @property
+    def disk_streams(self) -> int:
+        """How many streams from disk there are: one for the ring, one for the pool."""
+        return len({bool(unit.experts) for unit in self.at(Tier.DISK)})
+
+    @property
     def device_bytes(self) -> int:
         """Device memory in all."""
         return self.resident_bytes + self.ring_bytes + self.scratch_bytes + self.pool.nbytes + self.workspace_bytes

@@ -13,20 +13,16 @@ was not measured makes its part free; :attr:`Prediction.blind` says which.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import nn
 
 from djinn.errors import UnavailableError
-from djinn.planning.dimensions import dimensions
-from djinn.planning.experts import LAYER_IDLE_S
+from djinn.planning.experts import LAYER_IDLE_S, mean_rate
 from djinn.planning.placement import Plan, Tier
-from djinn.planning.workspace import Workload, attention_flops, kv_cache_bytes
-from djinn.weights.index import WeightIndex
-from djinn.weights.units import Unit
+from djinn.planning.work import Work
 
 Limit = Literal["link", "disk", "compute", "host"]
 
@@ -72,25 +68,6 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a model's passes compute with its units, beside which the plan need not know the model."""
-
-    shares: Mapping[str, float]
-    """Of a unit's weights, the share that one token is multiplied by, where it is not all: experts, looked-up rows."""
-    head: frozenset[str]
-    """Units that see only the last token of each sequence."""
-    attention_flops: float
-    """Of a prefill, beside the weights'."""
-    cache_bytes: int
-    """KV cache that a decode step reads at the longest."""
-    workload: Workload
-    sums: int = 0
-    """Times in a pass that several GPUs add up what they have computed."""
-    sum_bytes: int = 0
-    """What they add up of each token."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Predicted seconds. The four times are of one decode step, each as if it were alone."""
 
@@ -122,34 +99,6 @@ class Prediction:
             "host": self.host_s,
         }
         return max(times, key=lambda name: times[name])
-
-
-def work_of(index: WeightIndex, units: Sequence[Unit], workload: Workload) -> Work:
-    """Return what passes of ``workload`` compute with the units of a model."""
-    model, text = index.model, index.model.config.get_text_config()
-    head, experts = model.get_output_embeddings(), getattr(text, "num_experts_per_tok", None)
-    count = next(
-        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0
-    )
-    shares: dict[str, float] = {}
-    last = set()
-    for unit in units:
-        modules = [model.get_submodule(reader) for reader in unit.readers]
-        if all(isinstance(module, nn.Embedding) for module in modules):
-            shares[unit.name] = 0.0
-        elif experts and count and any("experts" in tensor.name for tensor in unit.tensors):
-            shares[unit.name] = min(experts / count, 1.0)
-        if head is not None and head in modules:
-            last.add(unit.name)
-    return Work(
-        shares=shares,
-        head=frozenset(last),
-        attention_flops=attention_flops(model.config, workload, index.ranks),
-        cache_bytes=kv_cache_bytes(model.config, model.dtype, workload, index.ranks),
-        sums=index.sums,
-        sum_bytes=next(dimensions(model.config)).hidden * model.dtype.itemsize,
-        workload=workload,
-    )
 
 
 def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None) -> Prediction:
@@ -295,9 +244,12 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
 
 
 def _expert_rate(plan: Plan, rates: Rates) -> float:
-    """Return how fast experts come into the pool: from disk, if any of them wait there, else over the link."""
-    on_disk = any(unit.experts for unit in plan.at(Tier.DISK))
-    return _known("disk", rates.disk) if on_disk else _known("link", rates.link)
+    """Return how fast experts come into the pool, those of all layers together: from disk, or over the link."""
+    by_tier = {
+        tier: sum(unit.weight_bytes for unit in plan.at(tier) if unit.experts) for tier in (Tier.DISK, Tier.PINNED)
+    }
+    known = {Tier.DISK: ("disk", rates.disk), Tier.PINNED: ("link", rates.link)}
+    return mean_rate([(nbytes, _known(*known[tier])) for tier, nbytes in by_tier.items() if nbytes])
 
 
 def _known(what: str, rate: float | None) -> float:

@@ -82,15 +82,16 @@ class Request:
         host_memory = None if self.host_memory is None else self.host_memory // processes
         return replace(self, host_memory=host_memory)
 
-    def arena_bytes(self, free: int, given_back: int) -> int:
+    def arena_bytes(self, free: int, given_back: int, staging: int = 0) -> int:
         """Return the largest arena: what was asked for, or a share of the host memory that is ``free``.
 
-        What loading gives back while it fills the arena is all the arena's.
+        It leaves what ``staging`` from disk may take. What loading gives back while it fills the arena is all the
+        arena's.
         """
         if self.host_memory is not None:
             return self.host_memory
         on_device = self.budget if self.device.type == "cpu" else 0
-        return given_back + max(round(HOST_SHARE * free) - on_device, 0)
+        return given_back + max(min(round(HOST_SHARE * free), free - staging) - on_device, 0)
 
 
 def _check(work: Workload) -> None:

@@ -14,12 +14,17 @@ import torch
 
 from djinn.transport.arena import PinnedMemory
 from djinn.transport.feeder import Feeder, Fill
-from djinn.transport.reader import THREADS, Buffer, Piece, Reader, pieces
+from djinn.transport.reader import THREADS, Buffer, Piece, Reader, piece_bytes, pieces
 from djinn.weights.tensors import PAGE
 from djinn.weights.units import Unit
 
 STAGING_BUFFERS = THREADS
 """Page-locked buffers between disk and link: one for every reading thread; copying one takes a tenth of reading it."""
+
+
+def staging_bytes(chunk_bytes: int) -> int:
+    """Return the host memory that a stream takes: a buffer each for pieces and what else is on their outer pages."""
+    return STAGING_BUFFERS * (piece_bytes(chunk_bytes) + 2 * PAGE)
 
 
 @dataclass
@@ -39,8 +44,8 @@ class DiskStream:
         self._fills: dict[str, Fill] = {}
         self._feeder = Feeder(reader)
         self._lock = threading.Lock()
-        size = reader.chunk_bytes + 2 * PAGE
-        self._memory = PinnedMemory(STAGING_BUFFERS * size)
+        self._memory = PinnedMemory(staging_bytes(reader.chunk_bytes))
+        size = self._memory.buffer.nbytes // STAGING_BUFFERS
         self._memory.buffer[::PAGE] = 0
         self._memory.pin()
         self._free: queue.SimpleQueue[_Staging] = queue.SimpleQueue()

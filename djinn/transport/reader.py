@@ -55,6 +55,11 @@ class Piece:
     """As of the tensor: see :class:`djinn.weights.units.PlacedTensor`."""
 
 
+def piece_bytes(chunk_bytes: int) -> int:
+    """Return the most bytes of a piece: whole pages."""
+    return max(chunk_bytes // PAGE * PAGE, PAGE)
+
+
 def pieces(unit: Unit, chunk_bytes: int) -> list[Piece]:
     """Cut a unit into pieces of at most ``chunk_bytes`` that no two reads share a page of."""
     cut = []
@@ -88,7 +93,7 @@ class Reader:
     """
 
     def __init__(self, chunk_bytes: int, threads: int = THREADS, cpus: set[int] | None = None) -> None:
-        self.chunk_bytes = max(chunk_bytes // PAGE * PAGE, PAGE)
+        self.chunk_bytes = piece_bytes(chunk_bytes)
         self.pool = ThreadPoolExecutor(threads, "djinn-reader", partial(_run_on, cpus) if cpus else None)
         _start(self.pool, threads)
         self._files: dict[Path, int] = {}

@@ -23,6 +23,8 @@ PICKED_NAMES = (
     "moe_k",
 )
 """What configs call the number of experts that a router picks for a token."""
+_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What they call the number of those that it picks from."""
 
 
 def routed_experts(module: nn.Module) -> int:
@@ -47,9 +49,19 @@ def widest_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def picked_experts(config: object) -> int:
     """Return how many experts a config's routers pick for each token; 1 where it does not say."""
+    return _first(config, PICKED_NAMES) or 1
+
+
+def picked_share(config: object) -> float:
+    """Return how many that is of all experts of a layer; 1 where a config does not say."""
+    picked, count = _first(config, PICKED_NAMES), _first(config, _COUNT_NAMES)
+    return min(picked / count, 1.0) if picked and count else 1.0
+
+
+def _first(config: object, names: Iterable[str]) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = (getattr(text, name, None) for name in PICKED_NAMES)
-    return next((count for count in found if isinstance(count, int) and count > 0), 1)
+    found = (getattr(text, name, None) for name in names)
+    return next((count for count in found if isinstance(count, int) and count > 0), 0)
 
 
 def by_expert(units: Iterable[Unit], model: nn.Module) -> list[Unit]:

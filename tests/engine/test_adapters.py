@@ -156,11 +156,15 @@ def test_adapters_that_read_the_weights_beside_them(folder: Path, kind: str) -> 
         assert_equal(*both)
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["pissa_init", "olora_init", "KaSA"])
 def test_adapters_that_take_weights_apart_are_refused_before_they_do(folder: Path, kind: str) -> None:
     model = streaming(folder)
-    config = peft.LoraConfig(r=4, target_modules=TARGETS["attention"], init_lora_weights=kind)
-    with pytest.raises(ConfigError, match=rf"weights cannot be overwritten, as PEFT's {kind}_init does"):
+    if kind == "KaSA":
+        config = _lora(kasa_config=peft.KasaConfig())
+    else:
+        begin = kind.removesuffix("_init")
+        config = peft.LoraConfig(r=4, target_modules=TARGETS["attention"], init_lora_weights=begin)
+    with pytest.raises(ConfigError, match=rf"weights cannot be overwritten, as PEFT's {kind} does"):
         peft.get_peft_model(model, config)
     whole, found = resident(folder), model.state_dict()
     assert found.keys() == whole.state_dict().keys()

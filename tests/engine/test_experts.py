@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,6 @@ IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
 PROMPT = torch.arange(3, 23).view(2, 10)
 MASK = torch.ones_like(PROMPT)
 MASK[0, :4] = 0
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    def save(name: str) -> Path:
-        model = AutoModelForCausalLM.from_config(ROUTED[name], dtype=torch.bfloat16)
-        return save_model(model, name, tmp_path_factory.mktemp(name))
-
-    return cache(save)
-
-
-@pytest.fixture(scope="module")
-def residents(folders: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
-    return cache(lambda name: AutoModelForCausalLM.from_pretrained(folders(name), dtype="auto").eval())
 
 
 Folders = Callable[[str], Path]

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from routed_models import PROMPT, ROUTED, assert_right, engine_experts, experts_of, logits, streaming
-from tiny_models import save_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from routed_models import PROMPT, assert_right, engine_experts, experts_of, logits, streaming
+from transformers import PreTrainedModel
 
 import djinn
 from djinn.engine.load import engine_of, placement
@@ -26,17 +25,6 @@ from djinn.transport.fetcher import CpuFetcher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 whole_too = pytest.mark.parametrize("whole_from", [None, 8], ids=["routed", "whole"])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = AutoModelForCausalLM.from_config(ROUTED["mixtral"], dtype=torch.bfloat16)
-    return save_model(model, "mixtral", tmp_path_factory.mktemp("mixtral"))
-
-
-@pytest.fixture(scope="module")
-def resident(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 class OfTheTestError(Exception):
@@ -64,6 +52,25 @@ def test_after_an_error_in_an_experts_module_passes_are_right(
             logits(model)
         handle.remove()
         assert torch.equal(logits(model), expected)
+    assert_right(model, resident)
+
+
+@whole_too
+def test_after_an_interrupt_a_module_shows_its_weights_at_once(
+    folder: Path, resident: PreTrainedModel, whole_from: int | None
+) -> None:
+    model = streaming(folder, whole_from=whole_from)
+    module = experts_of(model, 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = module.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    handle.remove()
+    assert not {"gate_up_proj", "down_proj"} & vars(module).keys()
+    assert torch.equal(module.gate_up_proj.detach(), experts_of(resident, 1).gate_up_proj)  # type: ignore[operator]
     assert_right(model, resident)
 
 

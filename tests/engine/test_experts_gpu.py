@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
+from routed_models import ROUTED_ON_GPU
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.engine.load import engine_of
@@ -15,28 +16,14 @@ from djinn.errors import PlanError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-CONFIGS = {
-    "mixtral": MixtralConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
-    ),
-    "qwen3": Qwen3MoeConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4,
-    ),
-    "gpt_oss": GptOssConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=64, num_local_experts=16, num_experts_per_tok=4, pad_token_id=0,
-    ),
-}  # fmt: skip
 WORK = {"prompt_tokens": 40, "new_tokens": 12, "batch": 4}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=ROUTED_ON_GPU)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.bfloat16).save_pretrained(path)
+    AutoModelForCausalLM.from_config(ROUTED_ON_GPU[request.param], dtype=torch.bfloat16).save_pretrained(path)
     return path
 
 

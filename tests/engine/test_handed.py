@@ -7,24 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from routed_models import ROUTED, assert_right, experts_of, logits, streaming
-from tiny_models import save_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from routed_models import assert_right, experts_of, logits, streaming
+from transformers import PreTrainedModel
 
 from djinn.engine.handed import Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = AutoModelForCausalLM.from_config(ROUTED["mixtral"], dtype=torch.bfloat16)
-    return save_model(model, "mixtral", tmp_path_factory.mktemp("mixtral"))
-
-
-@pytest.fixture(scope="module")
-def resident(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 @pytest.mark.parametrize("pool", ["k", "two windows"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,8 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.engine import load as engine_model
+from djinn.engine import saving
 from djinn.engine.load import engine_of
-from djinn.errors import CheckpointError, ConfigError, PlanError
+from djinn.errors import CheckpointError, ConfigError, PlanError, UnavailableError
 from djinn.planning.placement import Tier
 
 Tiny = Callable[[str], Path]
@@ -111,6 +114,55 @@ def test_what_is_in_memory_or_in_files_is_not_copied(tiny_checkpoint: Tiny) -> N
         for unit in engine.plan.at(Tier.DISK):
             assert str(unit.tensors[0].entry.source.path) in maps
         assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
+
+
+def test_experts_on_disk_are_put_together_when_they_are_read_and_not_in_memory(tiny_checkpoint: Tiny) -> None:
+    wanted = resident(tiny_checkpoint("mixtral")).state_dict()
+    model = streaming(tiny_checkpoint("mixtral"))
+    names = {tensor.name for unit in engine_of(model).plan.at(Tier.DISK) for tensor in unit.tensors if unit.experts}
+    assert names
+    state = model.state_dict()
+    for name in names:
+        value, whole = state[name], wanted[name]
+        assert (value.shape, value.dtype, value.numel(), len(value)) == (whole.shape, whole.dtype, whole.numel(), 4)
+        assert isinstance(value, torch.Tensor)
+        assert not value.requires_grad
+        assert value.untyped_storage().nbytes() == value.nbytes
+        low = value.data_ptr()
+        maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(f"{low:x}-")]
+        assert maps
+        assert "(deleted)" in maps[0], "a file without a name"
+        assert torch.equal(value, whole)
+
+
+def test_an_adapter_is_saved_without_reading_experts(tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a state dict PEFT takes what is its own."""
+    model = streaming(tiny_checkpoint("mixtral"))
+
+    def none(_: int) -> torch.Tensor:
+        raise AssertionError("somebody reads them")
+
+    monkeypatch.setattr(saving, "file_memory", none)
+    state = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    assert not state
+    with pytest.raises(AssertionError, match="somebody reads them"):
+        _ = model.state_dict()["model.layers.0.mlp.experts.down_proj"].sum()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_without_room_for_experts_is_named(
+    tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    state = streaming(tiny_checkpoint("mixtral")).state_dict()
+
+    def full(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UnavailableError, match=rf"{os.strerror(error)}; set TMPDIR to a folder with more room"):
+        state["model.layers.0.mlp.experts.down_proj"].clone()
+    monkeypatch.undo()
+    state["model.layers.0.mlp.experts.down_proj"].clone()
 
 
 @pytest.mark.slow

@@ -163,6 +163,44 @@ def test_copies_that_were_given_end_before_their_unit_fails(monkeypatch: pytest.
     reader.close()
 
 
+COLLECTED = """
+import gc, sys, threading, time, djinn
+from djinn.engine import closing
+from djinn.engine.load import engine_of
+from djinn.transport.feeder import Fill
+closing.PATIENCE_S = 0.1
+model = [djinn.load(sys.argv[1], budget=int(sys.argv[2]), prompt_tokens=8, new_tokens=8, device="cpu")]
+where = sys.argv[3]
+begin = engine_of(model[0]).copier._feeder.begin
+
+def collect():
+    model.clear()
+    gc.collect()
+    return time.perf_counter()
+
+def moves():
+    if where == "feeder":
+        collect()
+    yield collect if where == "reader" else time.perf_counter
+
+if where == "start of a thread":
+    with threading._shutdown_locks_lock:
+        collect()
+else:
+    begin(Fill(), moves())
+while any(thread.name.startswith("djinn-reader") for thread in threading.enumerate()):
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("where", ["reader", "feeder", "start of a thread"])
+def test_a_model_may_be_collected_where_threads_cannot_be_waited_for(tiny_checkpoint: Tiny, where: str) -> None:
+    """On one that it would wait for itself, or while Python holds a lock that every thread needs to end."""
+    folder = tiny_checkpoint("llama")
+    finished = python(COLLECTED, str(folder), str(budget_for(folder)), where)
+    assert finished.returncode == 0, finished.stderr
+
+
 KILLED = """
 import os, signal, sys
 from djinn.spill import spill_folder

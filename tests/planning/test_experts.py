@@ -12,9 +12,21 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from djinn.errors import PlanError
-from djinn.planning.experts import HOST_S, LAYER_IDLE_S, MOST_GROUPS, MOVE_S, NO_POOL, ONE_S, Pool, pool_for
+from djinn.planning.experts import (
+    HOST_S,
+    LAYER_IDLE_S,
+    MOST_GROUPS,
+    MOVE_S,
+    NO_POOL,
+    ONE_S,
+    Pool,
+    mean_rate,
+    pool_for,
+)
+from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, Tier, make_plan
-from djinn.planning.prediction import ComputeRate, Rates, Work, predict
+from djinn.planning.prediction import ComputeRate, Rates, predict
+from djinn.planning.work import Work
 from djinn.planning.workspace import Workload
 from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
@@ -89,6 +101,11 @@ def test_a_pool_has_what_one_token_needs_at_least_and_all_experts_at_most(
 def test_the_largest_expert_sets_the_slots_and_without_units_there_is_no_pool() -> None:
     assert pool_for([mixture("a", 4, PAGE), mixture("b", 2, 7 * PAGE)], 1, 100 * PAGE).slot_bytes == 7 * PAGE
     assert pool_for([], 4, BIG) == NO_POOL
+
+
+def test_the_rate_of_several_layers_is_that_at_which_all_of_them_come() -> None:
+    assert mean_rate([(10, 5.0)]) == 5.0
+    assert mean_rate([(10, 5.0), (30, 1.0)]) == 40 / (2 + 30)
 
 
 pools = st.builds(
@@ -295,3 +312,16 @@ def test_routed_layers_wait_for_their_router_and_whole_ones_do_not() -> None:
     few = predict(routed, RATES, work(prompt=1), hit_rate=0.0)
     assert few.token_s >= 6 * (2 * nbytes / 10e9 + LAYER_IDLE_S)
     assert few.token_s < everything / 2
+
+
+def test_host_memory_has_to_hold_the_buffers_of_each_stream_from_disk() -> None:
+    """One brings what is read in every pass, the other one experts; they are page-locked before the first of both."""
+    gpu, buffers = torch.device("cuda"), 1000 * PAGE
+    for host, streams in ((BIG, 0), (DENSE, 1), (0, 2)):
+        planned = plan(model(), 60 * PAGE, host=host)
+        assert planned.disk_streams == streams, host
+        needed = planned.pinned_bytes + streams * buffers
+        require_host_memory(planned, gpu, needed, buffers)
+        with pytest.raises(PlanError, match="host memory: the plan needs"):
+            require_host_memory(planned, gpu, needed - 1, buffers)
+        require_host_memory(planned, torch.device("cpu"), planned.pinned_bytes + planned.device_bytes, buffers)

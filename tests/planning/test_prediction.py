@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Ernie4_5_MoeConfig, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from djinn.bench.certify.certification import read_certification
 from djinn.bench.records import Record, read_records
@@ -18,10 +19,12 @@ from djinn.engine.opened import Opened, outlined
 from djinn.errors import UnavailableError
 from djinn.places import REFERENCE_DIR
 from djinn.planning.placement import Plan, make_plan
-from djinn.planning.prediction import ComputeRate, Prediction, Rates, Work, predict, work_of
+from djinn.planning.prediction import ComputeRate, Prediction, Rates, predict
 from djinn.planning.request import Request
+from djinn.planning.work import Work, work_of
 from djinn.planning.workspace import Workload, attention_flops
 from djinn.weights.architectures import load_architecture
+from djinn.weights.experts import picked_share
 from djinn.weights.tensors import PAGE, FileSpan, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
@@ -186,6 +189,27 @@ def test_what_a_model_computes_is_read_from_its_modules() -> None:
     assert found.head == {"lm_head"}
     config = load_architecture("llama-2-13b")
     assert attention_flops(config, LOAD) == 40 * 2 * 40 * 128 * 64**2 * 2
+
+
+def test_experts_that_every_token_goes_to_are_no_routed_ones() -> None:
+    model = outlined("synthetic:deepseek-v3", Request.of(budget="80 GB", keep=LOAD, device="cpu"))
+    found = work_of(model.index, model.units, LOAD).shares
+    assert found["model.layers.5.mlp.experts"] == 8 / 256
+    assert not [name for name in found if "shared_experts" in name]
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (MixtralConfig(num_local_experts=8, num_experts_per_tok=2), 1 / 4),
+        (Ernie4_5_MoeConfig(moe_num_experts=16, moe_k=2), 1 / 8),
+        (LlamaConfig(), 1),
+    ],
+)
+def test_the_share_that_routers_pick_is_found_under_the_names_that_configs_have(
+    config: PretrainedConfig, share: float
+) -> None:
+    assert picked_share(config) == share
 
 
 CPU_FILES = ("2-cores_2026-11-25/results/baselines.jsonl", "2-cores_2026-11-25/results/sweep.jsonl")

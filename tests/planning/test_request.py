@@ -60,13 +60,16 @@ def test_every_door_refuses_alike(door: Any) -> None:
 
 @given(
     budget=st.integers(1, 10**12), free=st.integers(0, 10**12), given_back=st.integers(0, 10**12),
-    on_gpu=st.booleans(),
+    staging=st.integers(0, 10**11), on_gpu=st.booleans(),
 )  # fmt: skip
-def test_an_arena_by_default_leaves_memory_for_others(budget: int, free: int, given_back: int, on_gpu: bool) -> None:
+def test_an_arena_by_default_leaves_memory_for_others(
+    budget: int, free: int, given_back: int, staging: int, on_gpu: bool
+) -> None:
     asked = request(budget=budget, device="cuda" if on_gpu else "cpu")
-    arena = asked.arena_bytes(free, given_back)
+    arena = asked.arena_bytes(free, given_back, staging)
     assert arena >= given_back, "what loading gives back is all the arena's"
     assert arena - given_back <= HOST_SHARE * free + 1
+    assert arena - given_back <= max(free - staging, 0)
     if not on_gpu and arena > given_back:
         assert arena - given_back + budget <= HOST_SHARE * free + 1, "on a CPU the device is host memory too"
 
