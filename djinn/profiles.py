@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -52,10 +53,13 @@ class _Frozen(BaseModel):
 
 
 class Sweep(_Frozen):
-    """Points of notebook 03: each chunk size at the profile's ring, each ring size at the profile's chunk, coded."""
+    """Points of notebook 03: chunk sizes, ring sizes and budgets, one changed at a time, and coded weights."""
 
     chunks: tuple[Bytes, ...] = ()
     rings: tuple[Bytes, ...] = ()
+    # Left out of the dump where there are none: the digests in records are older than this field.
+    budgets: tuple[Bytes, ...] = Field(default=(), exclude_if=operator.not_)
+    """Device budgets, over which a mixture's hit rate and speed are drawn."""
     runs: int = Field(default=3, ge=1, le=10**6)
     new_tokens: int = Field(default=2, ge=1, le=10**6)
     coded: bool = False
@@ -122,9 +126,11 @@ class Profile(_Frozen):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.ring is not None and self.ring > self.budget:
+        smallest = min([self.budget, *self.sweep.budgets])
+        if self.ring is not None and self.ring > smallest:
+            which = "budget" if smallest == self.budget else "sweep's budget"
             raise ValueError(
-                f"ring {format_bytes(self.ring)} is larger than the budget {format_bytes(self.budget)} it must fit in"
+                f"ring {format_bytes(self.ring)} is larger than the {which} {format_bytes(smallest)} it must fit in"
             )
         if not self.disable_kv_swap and self.device != "cuda":
             raise ValueError("disable_kv_swap: false needs device: cuda (transformers' offloaded cache is CUDA-only)")

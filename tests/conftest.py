@@ -54,6 +54,13 @@ def fabricated_run(tmp_path: Path) -> Path:
                 wall_s=10 + 0.1 * run,
             )  # fmt: skip
             append_record(results / "sweep.jsonl", point)
+    for size, hits in (("2 GB", 10), ("4300 MB", 40)):
+        for run in range(2):
+            point = fabricated(
+                profile, "djinn", run, experiment="sweep", variant=f"budget={size}", expert_hits=hits,
+                expert_misses=50 - hits, settings={"pool_slots": hits, "pool_experts": 100},
+            )  # fmt: skip
+            append_record(results / "sweep.jsonl", point)
     append_record(
         results / "sweep.jsonl",
         failed(profile, "djinn", 0, "error", "refused").model_copy(

@@ -38,6 +38,8 @@ class Needs(_Frozen):
     """A part of the device's name, such as ``L4``, as a word of its own."""
     model_bytes: Bytes | None = None
     """The smallest model that the claim is about."""
+    experts: bool | None = None
+    """Whether the claim is about runs in which djinn fetches experts as routers pick them, or about those without."""
 
 
 class Claim(_Frozen):
@@ -167,6 +169,9 @@ def _require(needs: Needs, evidence: Evidence) -> None:
     if needs.device is not None and needs.device != device:
         lacking = "a GPU" if needs.device == "cuda" else "a run without a GPU"
         raise NotMeasuredError(f"needs device {needs.device}; this run used {device}", lacking)
+    if needs.experts is not None and needs.experts != evidence.routed:
+        lacking = "a mixture of experts" if needs.experts else "a model without routed experts"
+        raise NotMeasuredError(f"needs {lacking}", lacking)
     if needs.gpu is None and needs.model_bytes is None:
         return
     names = {record.device_name for record in evidence.finished()}

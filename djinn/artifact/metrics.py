@@ -49,6 +49,11 @@ class Evidence:
             raise NotMeasuredError(f"{system}: {ours[-1].status}: {ours[-1].reason}")
         return finished
 
+    @property
+    def routed(self) -> bool:
+        """Whether djinn fetched experts as routers picked them."""
+        return any(record.expert_hits is not None for record in self.finished())
+
     def values(self, field: str, system: str = "djinn") -> list[float]:
         """Return ``field`` of every finished run of ``system``; each of them must have it."""
         values = [getattr(record, field) for record in self.finished(system)]

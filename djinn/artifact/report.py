@@ -34,6 +34,7 @@ FIGURES = {
     "bits_per_weight": "Bits that coded tensors take, by kind of tensor",
     "chunk_sweep": "Link bandwidth by chunk size",
     "ring_sweep": "Link bandwidth by ring size",
+    "budget_sweep": "Hit rate of experts and time per token by budget",
     "device_memory": "Peak device memory of each system against the model's size and the budget",
     "timeline": "Copies, compute and stalls over time",
     "timeline_coded": "Copies, decoding and stalls over time, with coded weights",
@@ -48,6 +49,7 @@ _MEASURES = {
     "share of the ceiling": "link_utilisation",
     "effective, GB/s": "effective_gbps",
 }
+_OF_MIXTURES = {"picked experts found in the pool": "hit_rate"}
 _SIZES = {
     "model": "model_bytes",
     "resident weights": "resident_bytes",
@@ -114,6 +116,7 @@ def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
     summary = {str(row["label"]): row for row in summary_frame(records).to_dict("records")}
     agree = tokens_agree(records)
     words = frames.gaps(frames.runs(records, systems), "generate_s")
+    measures = _MEASURES | (_OF_MIXTURES if any(record.hit_rate is not None for record in records) else {})
     columns = {}
     for name in dict.fromkeys([*systems, *summary]):
         row: Mapping[Any, Any] = summary.get(name, {})
@@ -122,7 +125,7 @@ def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
             "reason": row.get("reason", ""),
             "finished runs": str(row.get("runs", 0)),
             "loading, s": _number(row, "load_s_median"),
-            **{title: _spread(row, measure) for title, measure in _MEASURES.items()},
+            **{title: _spread(row, measure) for title, measure in measures.items()},
             **{title: _size(row, size) for title, size in _SIZES.items()},
             "same tokens": {True: "yes", False: "NO", None: ""}[agree.get(name)],
         }
@@ -133,7 +136,7 @@ def _spread(row: Mapping[Any, Any], measure: str) -> str:
     mean, high = row.get(f"{measure}_mean", math.nan), row.get(f"{measure}_high", math.nan)
     if math.isnan(mean):
         return ""
-    scale, unit = (100, "%") if measure == "link_utilisation" else (1, "")
+    scale, unit = (100, "%") if measure in ("link_utilisation", "hit_rate") else (1, "")
     interval = "" if math.isnan(high) else f" ± {scale * (high - mean):.2g}{unit}"
     return f"{scale * mean:.3g}{unit}{interval} ({scale * row[f'{measure}_median']:.3g}{unit})"
 

@@ -115,11 +115,12 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     drop_pages([*files, *(path for path in job.scratch.rglob("*") if path.is_file())])
     with peak.looking_away():
         before = link.ceiling()
-    moved, stalled = link.moved(system), system.stall_s()
+    moved, stalled, picked = link.moved(system), system.stall_s(), system.experts()
     start = time.perf_counter()
     tokens = _generate(system, job, prompt, profile.new_tokens, times)
     wall_s = time.perf_counter() - start
     link_bytes, stalled_s = link.moved(system) - moved, system.stall_s()
+    experts = {name: count - picked[name] for name, count in system.experts().items()}
     peak.sample()
     system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
     with peak.looking_away():
@@ -134,6 +135,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         "link_utilisation": link_bytes / wall_s / ceiling,
         "stall_s": None if stalled is None or stalled_s is None else stalled_s - stalled,
         "effective_gbps": model_bytes * profile.new_tokens / wall_s / 1e9,
+        **experts,
         "peak_device_bytes": peak_device(peak, on_gpu=job.on_gpu, host_bytes=system.host_bytes),
         "peak_host_bytes": peak.rss_bytes,
         "peak_anon_bytes": peak.anon_bytes,

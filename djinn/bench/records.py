@@ -64,6 +64,13 @@ class Record(BaseModel):
     stall_s: _Amount | None = None
     """The part of wall_s in which compute waited for weights, where the system knows it."""
     effective_gbps: _Amount | None = None
+    expert_hits: Count | None = None
+    """Of experts that routers picked in this run, those that were in the pool; this and the next four: see
+    :class:`djinn.transport.stats.Stats`. None where no experts are fetched as routers pick them."""
+    expert_misses: Count | None = None
+    routed_layers: Count | None = None
+    whole_layers: Count | None = None
+    index_wait_s: _Amount | None = None
     peak_device_bytes: Count | None = None
     peak_host_bytes: Count | None = None
     """Peak resident set of the process, file pages included, in bytes."""
@@ -95,6 +102,18 @@ class Record(BaseModel):
     def link_gbps(self) -> float | None:
         """Bytes that crossed the link ÷ wall time, in 10^9 bytes/s."""
         return None if self.link_bytes is None or self.wall_s is None else self.link_bytes / self.wall_s / 1e9
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of picked experts that were in the pool; see :func:`hit_rate`."""
+        if self.expert_hits is None or self.expert_misses is None:
+            return None
+        return hit_rate(self.expert_hits, self.expert_misses)
+
+
+def hit_rate(hits: int, misses: int) -> float | None:
+    """Return the share of picked experts that were in the pool; None where no router picked any."""
+    return hits / (hits + misses) if hits + misses else None
 
 
 def system_label(record: Record) -> str:

@@ -35,6 +35,7 @@ MEASURES = (
     "ceiling_gbps",
     "link_utilisation",
     "effective_gbps",
+    "hit_rate",
 )
 """What :func:`summary_frame` summarises; ``token_s`` pools every inter-token time of every run."""
 

@@ -1,4 +1,4 @@
-"""djinn alone, over chunk sizes at the profile's ring, ring sizes at the profile's chunk, and with coded weights.
+"""djinn alone, over chunk sizes, ring sizes and budgets, each with all else as the profile has it, and coded weights.
 
 The points take turns run by run. They stay loaded all at once where host memory holds them; else each is loaded anew.
 """
@@ -42,9 +42,9 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
 
 
 def sweep_lanes(profile: Profile, results: Path) -> list[Lane]:
-    """Return the points in order: chunks, rings, coded. One of the first two and the last write timelines."""
-    points = [("chunk", exact_bytes(size)) for size in profile.sweep.chunks]
-    points += [("ring", exact_bytes(size)) for size in profile.sweep.rings]
+    """Return the points in order: chunks, rings, budgets, coded. One of the first and the last write timelines."""
+    sizes = {"chunk": profile.sweep.chunks, "ring": profile.sweep.rings, "budget": profile.sweep.budgets}
+    points = [(axis, exact_bytes(size)) for axis, swept in sizes.items() for size in swept]
     own = ("chunk", exact_bytes(profile.chunk))
     timelines = {own if own in points else next(iter(points), None): results / "timeline.jsonl"}
     if profile.sweep.coded:
@@ -63,5 +63,5 @@ def sweep_lanes(profile: Profile, results: Path) -> list[Lane]:
 
 def _fit_together(lanes: list[Lane], profile: Profile) -> bool:
     """Whether half of the free host memory holds every point at once; GPU memory is never shared between points."""
-    together = len(lanes) * (profile.budget + profile.host_memory + _PROCESS_BYTES)
+    together = sum(lane.profile.budget + lane.profile.host_memory + _PROCESS_BYTES for lane in lanes)
     return profile.device == "cpu" and together <= hardware.usable_ram() // 2

@@ -83,7 +83,7 @@ def sweep(
     output_dir: OutputDir = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the profile's chunk and ring sizes; an interrupted sweep is continued."""
+    """Measure the profile's chunk sizes, ring sizes and budgets; an interrupted sweep is continued."""
     chosen = _profile(profile, model=model, coding=coding)
 
     from djinn.bench import statistics  # noqa: F401  as in baseline

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from djinn.bench.run import Run
 from djinn.errors import DjinnError
-from djinn.figures import frames, plots
+from djinn.figures import experts, frames, plots
 from djinn.figures.perfetto import trace_events
 from djinn.figures.style import house_style, mark
 from djinn.files import write_bytes, write_text
@@ -90,6 +90,7 @@ def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFram
     yield "bits_per_weight", frames.bits(records), plots.bits_per_weight
     yield "chunk_sweep", points[points["axis"] == "chunk"], partial(plots.sweep, axis="chunk")
     yield "ring_sweep", points[points["axis"] == "ring"], partial(plots.sweep, axis="ring")
+    yield "budget_sweep", points[points["axis"] == "budget"], experts.by_budget
     pcie = frames.read_pcie(run.folder)
     yield "timeline", frames.read_timeline(run.folder), partial(plots.timeline, pcie=pcie)
     yield "timeline_coded", frames.read_timeline(run.folder, "timeline_coded"), plots.timeline

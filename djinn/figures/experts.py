@@ -1,4 +1,5 @@
-"""Mixtures of experts, measured by ``benchmarks/experts.py``: time per token over the share of experts in the pool."""
+"""Mixtures of experts: hit rate and time per token over the budgets of a run's sweep, and time per token over the hit
+rate of runs with steered routing, which ``benchmarks/experts.py`` measures."""
 
 from __future__ import annotations
 
@@ -9,11 +10,49 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from djinn.errors import ConfigError
+from djinn.bench.records import hit_rate
+from djinn.errors import ConfigError, DjinnError
+from djinn.figures.plots import MEAN, over_sizes
 from djinn.figures.style import COLUMN_IN, GREY, LOOKS, explain, house_style
 
 _LOOKS = {"routed": LOOKS["djinn"], "coded": LOOKS["djinn:lossless"]}
 _LINES = {"whole": (LOOKS["djinn:whole"], "whole layers"), "resident": (LOOKS["resident"], "resident")}
+_PANELS = {"hit_rate": "hit rate", "token_s": "s per token"}
+
+
+@house_style()
+def by_budget(points: pd.DataFrame) -> Figure:
+    """Draw hit rate and time per token over the budgets of a sweep (see :mod:`djinn.figures.frames`).
+
+    Where no experts were fetched as routers pick them there is no hit rate to draw.
+
+    Raises:
+        DjinnError: no records over budgets.
+    """
+    points = points[points["axis"] == "budget"].sort_values("size_bytes")
+    if points.empty:
+        raise DjinnError("no sweep records over budgets")
+    columns = [column for column in _PANELS if column == "token_s" or points[column].notna().any()]
+    figure = Figure(figsize=(COLUMN_IN, 0.7 + 1.3 * len(columns)), layout="constrained")
+    panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
+    words = f"Mean of the runs (dots). {MEAN}"
+    for ax, column in zip(panels, columns, strict=True):
+        if column == "hit_rate":  # of a model that fits whole there is no pool
+            over_sizes(ax, points.assign(words=points["words"].replace("", "no pool")), column)
+            shares = points.groupby("size_bytes")["pool_share"].first()
+            ax.plot(range(len(shares)), shares, "--", color="black")
+            ax.set_ylim(-0.05, 1.05)
+            words += (
+                " Hit rate: picked experts that were in the pool, which is empty when a run begins. Dashed: the share "
+                "of all experts that the pool holds, the rate of routers that pick evenly, once it is full. Routers "
+                "of synthetic weights say nothing of trained ones."
+            )
+        else:
+            over_sizes(ax, points, column)
+        ax.set_ylabel(_PANELS[column])
+    panels[-1].set_xlabel("budget")
+    explain(panels[0], "Experts by budget" if len(columns) > 1 else "Time per token by budget", words)
+    return figure
 
 
 def read(paths: Iterable[Path]) -> pd.DataFrame:
@@ -29,13 +68,12 @@ def read(paths: Iterable[Path]) -> pd.DataFrame:
             for record in records:
                 if "times" not in record:  # what a traced run adds has none
                     continue
-                picked = record["expert_hits"] + record["expert_misses"]
                 rows.append(
                     {
                         "model": record["model"],
                         "mode": record["mode"],
                         "steer": record["steer"] or "",
-                        "hit_rate": record["expert_hits"] / picked if picked else float("nan"),
+                        "hit_rate": hit_rate(record["expert_hits"], record["expert_misses"]),
                         "token_s": record["token_s"],
                         "moved_gb": record["link_bytes"] / len(record["times"]) / 1e9,
                     }

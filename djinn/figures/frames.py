@@ -15,12 +15,14 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     link_gbps        bytes that crossed the link / wall_s, 10^9 bytes/s
     effective_gbps   weight bytes the model consumed / wall_s, 10^9 bytes/s
     ceiling_gbps     the link's raw rate beside this run, 10^9 bytes/s
+    hit_rate         share of the experts that routers picked in the run that were in the pool; NaN where there is none
+    pool_share       share of all experts that the pool holds: the hit rate to expect of routers that pick evenly
     link_utilisation, model_bytes, budget_bytes, ring_bytes, chunk_bytes, resident_bytes   as recorded
     peak_device_bytes, peak_host_bytes, peak_anon_bytes   as recorded
     tokens           the generated ids, as a tuple
 ``tokens``: one row per token after the first: name, run, token (from 1), token_s, words.
 ``sweep``: as ``runs``, and
-    axis             what was varied: "chunk", "ring" or "coding"
+    axis             what was varied: "chunk", "ring", "budget" or "coding"
     size_bytes       the point, bytes; NaN for "coding"
 ``bits``: one row per kind of coded tensor and run of djinn: name, run, kind, bits (stored for every 16 of the weights).
 ``timeline``: one row per interval of the copy engine: lane, unit, start_s, end_s, nbytes, cause.
@@ -70,7 +72,7 @@ _COPIED = [
     "peak_host_bytes",
     "peak_anon_bytes",
 ]
-_NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps"]
+_NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps", "hit_rate", "pool_share"]
 RUN_COLUMNS = ["name", "run", "status", "reason", "words", "link", *_NUMBERS, "tokens"]
 _Number = Annotated[float, Field(ge=-(10**12), le=10**12)]
 
@@ -236,6 +238,7 @@ def _ordered(records: Sequence[Record], systems: Sequence[str]) -> list[Record]:
 def _row(record: Record) -> dict[str, object]:
     row: dict[str, object] = {column: getattr(record, column) for column in _COPIED}
     row |= {"name": system_label(record), "run": record.run, "status": record.status, "reason": record.reason}
+    row |= {"hit_rate": record.hit_rate, "pool_share": _pool_share(record)}
     row |= {"words": _words(record.status, record.reason), "link": record.link, "tokens": tuple(record.tokens)}
     if record.per_token_s:
         row["token_s"] = sum(record.per_token_s) / len(record.per_token_s)
@@ -244,6 +247,11 @@ def _row(record: Record) -> dict[str, object]:
     if record.link_bytes is not None and record.wall_s is not None:
         row["link_gbps"] = record.link_bytes / record.wall_s / 1e9
     return row
+
+
+def _pool_share(record: Record) -> float | None:
+    slots, experts = record.settings.get("pool_slots"), record.settings.get("pool_experts")
+    return slots / experts if isinstance(slots, int) and isinstance(experts, int) and 0 < slots <= experts else None
 
 
 def _words(status: str, reason: str) -> str:
@@ -260,8 +268,9 @@ def _point(variant: str) -> tuple[str, float]:
     axis, _, value = variant.partition("=")
     if axis == "coding" and value:
         return axis, np.nan
-    if axis not in ("chunk", "ring") or not value:
+    if axis not in ("chunk", "ring", "budget") or not value:
         raise ConfigError(
-            f"sweep record with variant {variant!r}: expected chunk=<size>, ring=<size> or coding=lossless"
+            f"sweep record with variant {variant!r}: expected chunk=<size>, ring=<size>, budget=<size> or "
+            "coding=lossless"
         )
     return axis, parse_bytes(value)

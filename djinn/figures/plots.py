@@ -29,7 +29,7 @@ from djinn.figures.style import (
 )
 from djinn.sizes import exact_bytes, format_bytes
 
-_MEAN = "Whiskers, from 3 runs on: 95% interval of the mean (Student t)."
+MEAN = "Whiskers, from 3 runs on: 95% interval of the mean (Student t)."
 _ENLARGED = 40
 """Intervals in the enlarged part of a timeline."""
 _CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band: range)."
@@ -51,7 +51,7 @@ def bandwidth(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFram
     _bars(ax, runs, "link_gbps")
     ax.set_xlabel("GB/s")
     filled = "Filled: bytes that crossed the link, mean of the runs (dots). Outline: weight bytes the model consumed."
-    explain(ax, "Bandwidth", f"{filled} {_MEAN} {_CEILING}{_overlay(ax, runs, reference, 'link_gbps')}")
+    explain(ax, "Bandwidth", f"{filled} {MEAN} {_CEILING}{_overlay(ax, runs, reference, 'link_gbps')}")
     return figure_of(ax)
 
 
@@ -63,7 +63,7 @@ def ttft(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFrame | N
     _bars(ax, runs, "ttft_s")
     ax.set_xlabel("seconds")
     overlay = _overlay(ax, runs, reference, "ttft_s")
-    explain(ax, "Time to first token", f"Mean of the runs (dots). {_MEAN}{overlay}")
+    explain(ax, "Time to first token", f"Mean of the runs (dots). {MEAN}{overlay}")
     return figure_of(ax)
 
 
@@ -75,7 +75,7 @@ def time_per_token(tokens: pd.DataFrame, ax: Axes | None = None, reference: pd.D
     _bars(ax, tokens, "token_s")
     ax.set_xlabel("seconds per token")
     overlay = _overlay(ax, tokens, reference, "token_s")
-    explain(ax, "Time per output token", f"Mean over all tokens of all runs (dots). {_MEAN}{overlay}")
+    explain(ax, "Time per output token", f"Mean over all tokens of all runs (dots). {MEAN}{overlay}")
     return figure_of(ax)
 
 
@@ -126,25 +126,30 @@ def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
     points = points[points["axis"] == axis].sort_values("size_bytes")
     _require(points, f"no sweep records over {axis} sizes")
     ax = canvas(ax, 2.2)
+    _ceiling(points, ax.axhline, ax.axhspan)
+    over_sizes(ax, points, "link_gbps")
+    ax.set_xlabel(f"{axis} size")
+    ax.set_ylabel("link, GB/s")
+    explain(ax, f"Bandwidth by {axis} size", f"Mean of the runs (dots). {MEAN} {_CEILING}")
+    return figure_of(ax)
+
+
+def over_sizes(ax: Axes, points: pd.DataFrame, column: str) -> None:
+    """Draw a column over the sizes of a sweep, which are sorted: every sample, mean and interval, and the gaps."""
     look = LOOKS["djinn"]
     sizes = points["size_bytes"].unique().tolist()
-    samples = [points.loc[points["size_bytes"] == size, "link_gbps"].dropna().tolist() for size in sizes]
+    samples = [points.loc[points["size_bytes"] == size, column].dropna().tolist() for size in sizes]
     means, below, above = zip(*map(_interval, samples), strict=True)
-    _ceiling(points, ax.axhline, ax.axhspan)
     for place, each in enumerate(samples):
         ax.plot([place] * len(each), each, ".", color="black", markersize=3, zorder=4)
     ax.errorbar(
         range(len(sizes)), means, yerr=[below, above], color=look.colour, marker=look.marker, markersize=5, capsize=2
     )
-    for size, words in frames.gaps(points, "link_gbps", by="size_bytes").items():
+    for size, words in frames.gaps(points, column, by="size_bytes").items():
         words_at(ax, words, sizes.index(size), 0, up=True)
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
     ax.set_xlim(-0.5, len(sizes) - 0.5)
     ax.set_xticks(range(len(sizes)), [exact_bytes(int(size)) for size in sizes])
-    ax.set_xlabel(f"{axis} size")
-    ax.set_ylabel("link, GB/s")
-    explain(ax, f"Bandwidth by {axis} size", f"Mean of the runs (dots). {_MEAN} {_CEILING}")
-    return figure_of(ax)
 
 
 @house_style()

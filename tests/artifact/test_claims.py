@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,16 +14,18 @@ from djinn.artifact.claims import Claim, evaluate, load_claims, read_claims, wri
 from djinn.artifact.metrics import Evidence
 from djinn.bench.records import Record
 from djinn.errors import ConfigError
-from djinn.profiles import load_profile
+from djinn.profiles import Profile, load_profile
 
-SMOKE, PAPER = load_profile("smoke_13b"), load_profile("virt_mem_l4")
+SMOKE, PAPER, MIXTURE = map(load_profile, ("smoke_13b", "virt_mem_l4", "moe_h100"))
 CLAIMS = {claim.id: claim for claim in load_claims()}
 SYSTEMS = ("djinn", "accelerate:disk", "deepspeed:nvme")
 
 
-def evidence(records: list[Record], paper: bool = False, timeline: list[tuple[str, float, float]] = []) -> Evidence:  # noqa: B006
+def evidence(
+    records: list[Record], profile: Profile = SMOKE, timeline: Sequence[tuple[str, float, float]] = ()
+) -> Evidence:
     spans = pd.DataFrame(timeline, columns=["lane", "start_s", "end_s"])
-    return Evidence(profile=PAPER if paper else SMOKE, records=records, proof=None, coded_timeline=spans)
+    return Evidence(profile=profile, records=records, proof=None, coded_timeline=spans)
 
 
 def smoke(**changes: object) -> list[Record]:
@@ -30,10 +33,10 @@ def smoke(**changes: object) -> list[Record]:
 
 
 @pytest.mark.parametrize("records", [[], [failed(SMOKE, "djinn", 0, "oom", "killed")]], ids=["nothing", "djinn failed"])
-@pytest.mark.parametrize("paper", [False, True])
-def test_no_claim_passes_without_its_inputs(records: list[Record], paper: bool):
+@pytest.mark.parametrize("profile", [SMOKE, PAPER], ids=lambda each: each.name)
+def test_no_claim_passes_without_its_inputs(records: list[Record], profile: Profile):
     for claim in CLAIMS.values():
-        outcome = evaluate(claim, evidence(records, paper))
+        outcome = evaluate(claim, evidence(records, profile))
         assert outcome.verdict == "NOT RUN", claim.id
         assert outcome.measured is None
         assert outcome.why
@@ -60,7 +63,7 @@ def test_what_is_about_a_large_model_is_not_run_on_a_small_one():
 def test_an_absolute_target_is_held_on_the_named_gpu_only():
     def seen_on(device_name: str) -> str:
         size = {"model_bytes": 138 * 10**9, "wall_s": 60.0, "link_bytes": 13 * 10**11, "device_name": device_name}
-        return evaluate(CLAIMS["C6"], evidence([fabricated(PAPER, "djinn", 0, **size)], paper=True)).verdict
+        return evaluate(CLAIMS["C6"], evidence([fabricated(PAPER, "djinn", 0, **size)], profile=PAPER)).verdict
 
     assert seen_on("NVIDIA L4") == "PASS"
     assert seen_on("NVIDIA L40S") == "NOT RUN"
@@ -105,21 +108,53 @@ def coded(**changes: object) -> list[Record]:
 def test_coded_weights_are_held_to_raw_ones(
     claim: str, measured: float | None, verdict: str, changes: dict[str, object]
 ) -> None:
-    outcome = evaluate(CLAIMS[claim], evidence(coded(**changes), paper=True))
+    outcome = evaluate(CLAIMS[claim], evidence(coded(**changes), profile=PAPER))
     assert outcome.verdict == verdict, outcome
     if measured is not None:
         assert outcome.measured == pytest.approx(measured)
 
 
+def mixture(routed_share: float, **changes: object) -> list[Record]:
+    """Return runs of a mixture of 93 GB: experts fetched as picked, in a share of the time of whole layers."""
+    whole = fabricated(MIXTURE, "djinn:whole", 0, model_bytes=93 * 10**9)
+    assert whole.ttft_s is not None
+    times = {"ttft_s": routed_share * whole.ttft_s, "per_token_s": [routed_share * each for each in whole.per_token_s]}
+    counts = {"expert_hits": 10, "expert_misses": 40, "link_utilisation": 0.8}
+    return [whole, fabricated(MIXTURE, "djinn", 0, model_bytes=93 * 10**9, **times | counts | changes)]
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.3, "PASS"), (0.6, "FAIL")])
+def test_routed_experts_are_held_to_whole_layers_of_the_same_run(share: float, verdict: str) -> None:
+    outcome = evaluate(CLAIMS["C17"], evidence(mixture(share), profile=MIXTURE))
+    assert (outcome.verdict, outcome.measured) == (verdict, pytest.approx(share))
+
+
+def test_what_is_about_routed_experts_is_not_run_without_them_and_the_other_way_round() -> None:
+    dense = evaluate(CLAIMS["C17"], evidence(mixture(0.3, expert_hits=None), profile=MIXTURE))
+    assert (dense.verdict, dense.lacking) == ("NOT RUN", "a mixture of experts")
+    for claim, profile in (("C4", SMOKE), ("C10", MIXTURE)):
+        routed = evaluate(CLAIMS[claim], evidence(mixture(0.3), profile=profile))
+        assert (routed.verdict, routed.lacking) == ("NOT RUN", "a model without routed experts")
+    alone = evaluate(CLAIMS["C17"], evidence(mixture(0.3)[1:], profile=MIXTURE))
+    assert (alone.verdict, alone.why) == ("NOT RUN", "none of djinn:whole finished")
+
+
+def test_the_tokens_of_routed_experts_are_held_to_those_of_systems_that_move_whole_layers() -> None:
+    peer = fabricated(MIXTURE, "accelerate:cpu-pinned", 0)
+    assert evaluate(CLAIMS["C3"], evidence([*mixture(0.3), peer], profile=MIXTURE)).verdict == "PASS"
+    other = [*mixture(0.3, tokens=[1, 2, 3]), peer]
+    assert evaluate(CLAIMS["C3"], evidence(other, profile=MIXTURE)).verdict == "FAIL"
+
+
 def test_the_share_of_decoding_is_that_of_the_traced_time() -> None:
     spans = [("copy", 0.0, 8.0), ("decode", 1.0, 1.3), ("decode", 9.8, 10.0)]
-    outcome = evaluate(CLAIMS["C16"], evidence(coded(), paper=True, timeline=spans))
+    outcome = evaluate(CLAIMS["C16"], evidence(coded(), profile=PAPER, timeline=spans))
     assert (outcome.verdict, outcome.measured) == ("PASS", pytest.approx(0.05))
 
 
 def test_djinn_with_coded_weights_is_no_independent_reference() -> None:
     raw, lossless = coded()
-    outcome = evaluate(CLAIMS["C3"], evidence([raw, lossless], paper=True))
+    outcome = evaluate(CLAIMS["C3"], evidence([raw, lossless], profile=PAPER))
     assert outcome.verdict == "NOT RUN"
 
 

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from fabricated import fabricated
 
 from djinn.artifact.claims import load_claims
 from djinn.artifact.provenance import write_provenance
-from djinn.artifact.report import FIGURES, write_report
+from djinn.artifact.report import FIGURES, systems_frame, write_report
 from djinn.errors import ConfigError
 from djinn.figures import draw_all
 from djinn.figures.style import LOOKS
@@ -42,6 +43,15 @@ def test_report(fabricated_run: Path):
     assert f"Not drawn, no records: {FIGURES['ring_sweep']}" in html
     assert not re.search(r"(src|href)=.?(https?:)?//", html)
     assert html.count("<img") == html.count("alt=")
+
+
+def test_a_mixture_has_a_row_for_its_hit_rate_and_no_other_model_has():
+    profile = load_profile("smoke_moe")
+    records = [fabricated(profile, "djinn", run, expert_hits=3 + run, expert_misses=7 - run) for run in range(2)]
+    records.append(fabricated(profile, "djinn:whole", 0))
+    row = systems_frame(records, []).loc["picked experts found in the pool"]
+    assert row.tolist() == ["35% (35%)", ""]
+    assert row.name not in systems_frame(records[2:], []).index
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from djinn.bench.records import Record, append_record, latest, read_records
 from djinn.errors import ConfigError
+from djinn.places import REFERENCE_DIR
 
 GOOD = {
     "experiment": "baselines",
@@ -28,6 +29,7 @@ GOOD = {
     "tokens": [4, 5, 6],
     "config_digest": "0123456789abcdef",
 }
+RECORDED = [path for path in sorted(REFERENCE_DIR.rglob("*.jsonl")) if path.stem in ("baselines", "sweep", "benchmark")]
 
 
 @given(
@@ -72,6 +74,17 @@ def test_a_failure_needs_no_numbers():
 
 def test_link_rate_is_bytes_over_wall_time():
     assert Record(**GOOD | {"link_bytes": 4 * 10**9, "wall_s": 2.0}).link_gbps == 2.0
+
+
+def test_a_hit_rate_is_of_experts_that_were_picked():
+    assert Record(**GOOD).hit_rate is None
+    assert Record(**GOOD | {"expert_hits": 1, "expert_misses": 3}).hit_rate == 0.25
+    assert Record(**GOOD | {"expert_hits": 0, "expert_misses": 0}).hit_rate is None
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.relative_to(REFERENCE_DIR).as_posix())
+def test_records_older_than_experts_are_read_as_they_are(path):
+    assert {record.expert_hits for record in read_records(path)} == {None}
 
 
 def test_no_file_holds_no_records(tmp_path):

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from djinn import hardware
 from djinn.bench import harness
-from djinn.bench.sweep import run_sweep, sweep_lanes
+from djinn.bench.sweep import _fit_together, run_sweep, sweep_lanes
 from djinn.profiles import load_profile
 from djinn.transport.stats import Interval
 
@@ -35,6 +36,22 @@ def test_coded_weights_are_a_point_with_a_timeline_of_its_own():
     *_, coded = sweep_lanes(load_profile("virt_mem_h100"), Path("results"))
     assert (coded.variant, coded.profile.coding) == ("coding=lossless", "lossless")
     assert coded.timeline == Path("results/timeline_coded.jsonl")
+
+
+def test_budgets_are_points_of_a_mixture():
+    profile = load_profile("smoke_moe")
+    lanes = [lane for lane in sweep_lanes(profile, Path("results")) if lane.variant.startswith("budget=")]
+    assert [lane.variant for lane in lanes] == ["budget=2500 KB", "budget=3 MB", "budget=5 MB", "budget=8 MB"]
+    assert [lane.profile.budget for lane in lanes] == list(profile.sweep.budgets)
+    assert {(lane.profile.chunk, lane.profile.new_tokens) for lane in lanes} == {(profile.chunk, 24)}
+
+
+def test_points_stay_loaded_where_each_of_them_has_room_for_its_own_budget(monkeypatch):
+    profile = load_profile("smoke_moe").override(sweep={"budgets": ["3 MB", "5 GB"]})
+    lanes = sweep_lanes(profile, Path("results"))
+    for free, together in ((13 * 10**9, False), (15 * 10**9, True)):
+        monkeypatch.setattr(hardware, "usable_ram", lambda free=free: free)
+        assert _fit_together(lanes, profile) is together
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from djinn.bench.systems.base import Job
 from djinn.errors import ConfigError, UnavailableError
 from djinn.figures import frames
 from djinn.profiles import SYSTEM_VARIANTS, load_profile
+from djinn.weights.synthetic_checkpoint import synthesise
 
 TINY_BYTES = 21_708_288
 
@@ -87,6 +88,21 @@ def test_systems_agree_and_count_what_they_move(job):
     assert moved["resident"] == 0
     assert moved["accelerate"] == TINY_BYTES * job.profile.new_tokens
     assert 0 < moved["djinn"] < moved["accelerate"] + TINY_BYTES
+
+
+@pytest.mark.slow
+def test_what_experts_did_is_counted_run_by_run_and_only_where_they_are_routed(tmp_path):
+    profile = load_profile("smoke_moe").override(new_tokens=3)
+    folder = synthesise("qwen3-moe-tiny", tmp_path / "qwen3-moe-tiny", progress=False)
+    asked = Job(profile=profile, variant="", model=str(folder), scratch=tmp_path)
+    system = loader("djinn").load(asked)
+    for _ in range(2):
+        counts = measure(system, asked, TINY_BYTES, MemoryPeak())
+        assert counts["routed_layers"] + counts["whole_layers"] == system.model.config.num_hidden_layers * 3
+        assert counts["expert_misses"] > 0
+        assert 0 <= counts["index_wait_s"] < counts["wall_s"]
+    whole = dataclasses.replace(asked, variant="whole")
+    assert "expert_hits" not in measure(loader("djinn").load(whole), whole, TINY_BYTES, MemoryPeak())
 
 
 def test_resident_owes_nothing_to_the_page_cache(job):

@@ -34,7 +34,7 @@ def runs(fabricated_run: Path) -> pd.DataFrame:
 def test_every_figure_is_written_as_pdf_png_and_csv(fabricated_run: Path, capsys: pytest.CaptureFixture[str]):
     written = draw_all(fabricated_run)
     names = {"bandwidth", "ttft", "time_per_token", "device_memory", "bits_per_weight", "chunk_sweep"}
-    names |= {"timeline", "timeline_coded"}
+    names |= {"budget_sweep", "timeline", "timeline_coded"}
     expected = {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")}
     expected |= {"timeline.trace.json", "timeline_coded.trace.json"}
     assert {path.name for path in written} == expected

@@ -1,4 +1,5 @@
-"""The picture of a mixture of experts: every steered run is a mark, what has no pool is a line."""
+"""The pictures of a mixture of experts: over hit rates every steered run is a mark, what has no pool is a line; over
+budgets hit rates stand above times, where there are any."""
 
 from __future__ import annotations
 
@@ -7,9 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from fabricated import fabricated, failed
+from matplotlib.axes import Axes
 
-from djinn.errors import ConfigError
-from djinn.figures.experts import draw, read
+from djinn.bench.records import Record
+from djinn.errors import ConfigError, DjinnError
+from djinn.figures import frames
+from djinn.figures.experts import by_budget, draw, read
+from djinn.profiles import load_profile
+
+PROFILE = load_profile("smoke_moe")
 
 
 def record(mode: str, steer: str | None, hits: int, misses: int, token_s: float) -> str:
@@ -54,3 +62,43 @@ def test_a_file_of_other_things_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"times": 3}')
     with pytest.raises(ConfigError, match=r"other\.jsonl"):
         read([tmp_path / "other.jsonl"])
+
+
+def at(budget: str, run: int = 0, **changes: object) -> Record:
+    pool = {"pool_slots": 32, "pool_experts": 128}
+    fields: dict[str, object] = {"expert_hits": 30, "expert_misses": 70, "settings": pool, "per_token_s": [0.5] * 7}
+    return fabricated(
+        PROFILE, "djinn", run, experiment="sweep", variant=f"budget={budget}", **fields | changes, new_tokens=8
+    )
+
+
+def lines(ax: Axes, style: str) -> list[list[float]]:
+    return [list(line.get_ydata()) for line in ax.get_lines() if line.get_linestyle() == style]  # type: ignore[arg-type]
+
+
+def test_hit_rates_and_times_are_drawn_over_budgets_in_order_of_size() -> None:
+    whole = {"expert_hits": None, "expert_misses": None, "settings": {}, "per_token_s": [0.1] * 7}
+    records = [at("8 MB", expert_hits=60, expert_misses=40), at("3 MB"), at("12 MB", **whole)]
+    records.append(at("3 MB").model_copy(update={"variant": "chunk=3 MB"}))
+    hits, times = by_budget(frames.sweep(records)).axes
+    (means,), (shares,) = lines(hits, "-"), lines(hits, "--")
+    assert means[:2] == pytest.approx([0.3, 0.6])
+    assert shares[:2] == pytest.approx([0.25, 0.25])
+    assert [label.get_text() for label in times.get_xticklabels()] == ["3 MB", "8 MB", "12 MB"]
+    assert "no pool" in [text.get_text() for text in hits.texts]
+    assert lines(times, "-") == [pytest.approx([0.5, 0.5, 0.1])]
+
+
+def test_a_model_without_experts_has_times_alone_and_failures_their_words() -> None:
+    dense = at("3 MB", expert_hits=None, expert_misses=None, settings={})
+    lost = failed(PROFILE, "djinn", 0, "oom", "killed").model_copy(
+        update={"experiment": "sweep", "variant": "budget=2 MB"}
+    )
+    (times,) = by_budget(frames.sweep([dense, lost])).axes
+    assert times.get_ylabel() == "s per token"
+    assert "OOM" in [text.get_text() for text in times.texts]
+
+
+def test_without_records_over_budgets_there_is_no_figure() -> None:
+    with pytest.raises(DjinnError, match="no sweep records over budgets"):
+        by_budget(frames.sweep([]))

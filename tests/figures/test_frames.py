@@ -89,6 +89,21 @@ def test_sweep_points_are_read_from_the_variant():
         frames.sweep([record.model_copy(update={"variant": "disk"})])
 
 
+def test_a_mixtures_runs_have_their_hit_rate_and_the_pools_share():
+    counts = {"expert_hits": 3, "expert_misses": 1}
+    pool = {"pool_slots": 52, "pool_experts": 256}
+    mixture = fabricated(PROFILE, "djinn", 0, variant="budget=3 MB", **counts, settings=pool)
+    points = frames.sweep([mixture, fabricated(PROFILE, "djinn", 0, variant="chunk=3 MB")])
+    assert points[["axis", "hit_rate", "pool_share"]].iloc[0].tolist() == ["budget", 0.75, 52 / 256]
+    assert points[["hit_rate", "pool_share"]].iloc[1].isna().all()
+
+
+@pytest.mark.parametrize(("slots", "experts"), [("many", 4), (5, 4), (0, 0), (10**400, 1), (-1, 4)])
+def test_a_pool_that_cannot_be_has_no_share(slots: object, experts: int):
+    record = fabricated(PROFILE, "djinn", 0, settings={"pool_slots": slots, "pool_experts": experts})
+    assert frames.runs([record])["pool_share"].isna().all()
+
+
 def test_an_empty_run_directory_gives_empty_frames(tmp_path: Path):
     assert frames.read_sweep(tmp_path).empty
     assert frames.read_timeline(tmp_path).empty

@@ -71,6 +71,10 @@ class System(ABC):
         """Return the seconds since loading in which compute waited for weights; None where nobody knows."""
         return None
 
+    def experts(self) -> dict[str, float]:
+        """Return what a record says of experts, counted since loading; nothing where none are fetched as picked."""
+        return {}
+
     def timeline(self) -> list[Interval]:
         """Return what the copy engine did since :meth:`begin`, if the system keeps account of it."""
         return []

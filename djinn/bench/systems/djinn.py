@@ -12,6 +12,9 @@ from djinn.planning.placement import Plan
 from djinn.transport.stats import Interval
 from djinn.weights.tensors import kind_of
 
+EXPERTS = ("expert_hits", "expert_misses", "routed_layers", "whole_layers", "index_wait_s")
+"""The statistics of experts that a record has."""
+
 
 def bits_by_kind(plan: Plan) -> dict[str, float]:
     """Return the bits that coded tensors take for every 16 of theirs, by kind of tensor (``q_proj``)."""
@@ -48,7 +51,7 @@ class Djinn(System):
         self.settings |= {f"bits {kind}": bits for kind, bits in bits_by_kind(placement(self.model)).items()}
         if job.on_gpu:
             self.settings["planned_pass_s"] = (stats.host_bytes + stats.disk_bytes) / link
-        pool = placement(self.model).pool
+        self._pool = pool = placement(self.model).pool
         if pool.slots:
             self.settings |= {"pool_slots": pool.slots, "pool_experts": pool.experts, "slot_bytes": pool.slot_bytes}
         self._began_at = 0
@@ -72,6 +75,11 @@ class Djinn(System):
         """Return the seconds of stalls since loading; on a GPU only a traced model knows them."""
         stats = djinn.stats(self.model)
         return None if self._on_gpu and not stats.traced else stats.stall_s
+
+    def experts(self) -> dict[str, float]:
+        """Return the counts of experts since loading; nothing where the plan has no pool for them."""
+        stats = djinn.stats(self.model)
+        return {name: getattr(stats, name) for name in EXPERTS} if self._pool.slots else {}
 
     def timeline(self) -> list[Interval]:
         """Return the copy engine's intervals since the run began."""
