@@ -23,6 +23,7 @@ ORDER = (
     "figures",
     "artifact",
     "cli",
+    "__main__",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

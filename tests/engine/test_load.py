@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.engine import load as engine_model
-from djinn.engine import opened
 from djinn.engine.load import engine_of, engines, placement
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 from djinn.planning.placement import Tier
@@ -483,7 +482,7 @@ def test_bad_arguments_are_refused_by_name(changes: dict[str, object], message: 
 def test_host_memory_that_is_not_there_is_refused(tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_checkpoint("llama")
     budget = budget_for(folder)
-    monkeypatch.setattr(opened, "usable_ram", lambda: 10**6)
+    monkeypatch.setattr(engine_model, "usable_ram", lambda: 10**6)
     with pytest.raises(
         PlanError, match=r"host memory: the plan needs .* but 1 MB are free; lower host_memory or budget"
     ):
