@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.engine import load as engine_model
+from djinn.engine import opened
 from djinn.engine.load import engine_of, engines, placement
 from djinn.errors import CheckpointError, ConfigError, DjinnError, PlanError, UnavailableError
 from djinn.planning.placement import Tier
