@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from launched import launch
 from pages import APPENDIX, ARCHITECTURE, CLI, GENERATED, PAGES, PATHS, README, REVIEWERS, ROOT, Page
 from typer.testing import CliRunner
 
@@ -235,9 +236,17 @@ def test_python_examples_run(
 ) -> None:
     monkeypatch.setattr(resolve, "CHECKPOINT_DIR", tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    ranks = re.match(r"# torchrun --nproc-per-node (\d)", block)
+    if ranks:
+        Path("this_file.py").write_text(block)
+        ended = launch(Path("this_file.py"), int(ranks[1]), tmp_path)
+        assert ended.status == 0, ended.printed
+        shown = ended.printed
+    else:
+        exec(compile(block, "README.md", "exec"), {})
+        shown = capsys.readouterr().out
     if "bytes were streamed" in block:
-        streamed = re.search(r"(\d+) bytes were streamed", capsys.readouterr().out)
+        streamed = re.search(r"(\d+) bytes were streamed", shown)
         assert streamed is not None
         assert int(streamed[1]) > 0
     else:
