@@ -24,7 +24,7 @@ from djinn.errors import PlanError
 from djinn.hardware import local_cpus
 from djinn.transport.arena import PinnedMemory
 from djinn.transport.reader import Buffer, Piece, Reader, allocate, settle
-from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, TensorEntry
+from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, Stacked, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
 _SAMPLE_BYTES = 2**20
@@ -66,13 +66,17 @@ class Coder:
     def estimate(self, entry: TensorEntry) -> Layout | None:
         """Return about what :meth:`layout` would, from the tensor's first MiB."""
         stored, *_ = (entry.source.stored if isinstance(entry.source, Converted) else entry).parts
+        elements = entry.raw_bytes // entry.dtype.itemsize
+        if isinstance(stored.source, Decoded):
+            found = stored.source.coded.layout
+            assert found is not None
+            return Layout(elements, found.escapes * elements // found.elements)
         nbytes = min(_SAMPLE_BYTES, stored.nbytes)
         sample = allocate(nbytes)
         self.reader.read(Piece("", stored, 0, nbytes, 0), sample)
         found = layout_of(torch.from_numpy(sample).view(stored.dtype).to(entry.dtype))
         if found is None:
             return None
-        elements = entry.raw_bytes // entry.dtype.itemsize
         return Layout(elements, found.escapes * elements // found.elements)
 
     def fill(self, unit: Unit, image: Buffer) -> list[Future[int]]:
@@ -94,7 +98,8 @@ class Coder:
             done += pieces
             if tensor.entry.crc32 is not None:
                 # The threads take what they are given in order, so none waits for a piece that none has taken.
-                done.append(self.reader.pool.submit(_verified, tensor, image, pieces))
+                name = f"{tensor.name} of {unit.name}" if unit.is_expert else tensor.name
+                done.append(self.reader.pool.submit(_verified, name, tensor, image, pieces))
         return done
 
     def check(self, units: Iterable[Unit]) -> None:
@@ -138,6 +143,11 @@ class Coder:
         """Return a raw tensor on the device; valid until the next call."""
         if isinstance(entry.source, Converted):
             return self._weights(entry.source.stored.raw, name).to(entry.dtype)
+        if isinstance(entry.source, Stacked):
+            made = torch.empty(entry.raw_bytes, dtype=torch.uint8, device=self.device)
+            for part, room in zip(entry.parts, made.split([part.raw_bytes for part in entry.parts]), strict=True):
+                room.copy_(self._weights(part, name).reshape(-1).view(torch.uint8))
+            return made.view(entry.dtype).view(entry.shape)
         if not isinstance(entry.source, Decoded):
             return self._stored(entry, name).view(entry.dtype).view(entry.shape)
         packed = entry.source.coded
@@ -165,7 +175,7 @@ class Coder:
         return memory
 
 
-def _verified(tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]) -> int:
+def _verified(name: str, tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]) -> int:
     """Verify a packed tensor once its ``pieces`` have come; return 0, since they have counted its bytes."""
     for piece in pieces:
         piece.result()
@@ -173,7 +183,7 @@ def _verified(tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]
     assert entry.crc32 is not None
     assert isinstance(entry.source, FileSpan)
     stored = torch.from_numpy(image[tensor.offset : tensor.offset + entry.nbytes])
-    verify(stored, entry.layout, entry.crc32, f"{entry.source.path}: tensor {tensor.name}")
+    verify(stored, entry.layout, entry.crc32, f"{entry.source.path}: tensor {name}")
     return 0
 
 

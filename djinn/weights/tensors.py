@@ -76,7 +76,8 @@ class InMemory:
 class Stacked:
     """Bytes of several stored tensors, one behind the other: experts that a checkpoint keeps apart.
 
-    Each expert has as many ``parts`` as every other, in their order: its gate, its up, then those of the next one.
+    Each expert has as many ``parts`` as every other, in their order: its gate, its up, then those of the next one. Of
+    a packed checkpoint they are decoded ones, whose bytes stand one behind the other, too.
     """
 
     parts: tuple[TensorEntry, ...]
@@ -157,13 +158,16 @@ class TensorEntry:
     def expert(self, number: int) -> tuple[TensorEntry, ...]:
         """Return the stored tensors that, one behind the other, are the tensor at ``number`` of the first dimension.
 
+        Packed ones are coded, as they are stored.
+
         Raises:
             ValueError: a tensor that is coded as a whole.
         """
         shape, source = self.shape[1:], self.source
         if isinstance(source, Stacked):
             each = len(source.parts) // self.shape[0]
-            return source.parts[number * each : (number + 1) * each]
+            parts = source.parts[number * each : (number + 1) * each]
+            return tuple(part.source.coded if isinstance(part.source, Decoded) else part for part in parts)
         start = number * math.prod(shape) * self.dtype.itemsize
         match source:
             case FileSpan():
