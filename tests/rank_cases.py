@@ -136,6 +136,25 @@ def each_way(folder: Path) -> None:
     say(WORDS, "synthetic", equal(*made))
 
 
+def offloaded(folder: Path) -> None:
+    """A module that transformers has split and loaded; its own parts then stream, and are given back."""
+    whole = resident(folder)
+    before = {name: parameter.to_local().clone() for name, parameter in split_parameters(whole)}
+    wanted, tokens = logits(whole), generated(whole)
+    held = sum(local_bytes(parameter) for parameter in whole.parameters())
+    djinn.offload(whole, budget=held // 2, example={"input_ids": prompt(7)}, workspace=held // 8, device="cpu")
+    assert placement(whole).away
+    say(WORDS, "offloaded", equal(logits(whole), wanted) and equal(generated(whole), tokens))
+    say(WORDS, "offloaded: its shards alone", placement(whole).model_bytes == held)
+    djinn.detach(whole)
+    after = {name: parameter.to_local() for name, parameter in split_parameters(whole)}
+    say(WORDS, "offloaded: detached", equal(after, before) and equal(logits(whole), wanted))
+
+
+def split_parameters(model: PreTrainedModel) -> list[tuple[str, DTensor]]:
+    return [(name, each) for name, each in model.named_parameters() if isinstance(each, DTensor)]
+
+
 def each_refusal(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     for refused in sorted((CHECKPOINTS / "refused").iterdir()):
@@ -158,6 +177,7 @@ def main() -> None:
     torch.set_num_threads(1)
     each_family()
     each_way(CHECKPOINTS / "families" / "llama")
+    offloaded(CHECKPOINTS / "families" / "llama")
     each_refusal(CHECKPOINTS / "families" / "llama")
 
 
