@@ -18,7 +18,10 @@ from djinn.errors import ConfigError
 from djinn.weights.pack import pack
 from djinn.weights.synthetic_checkpoint import synthesise
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.device_count() == 1, reason="ranks take a GPU each, or none, and there is one here"),
+]
 
 RANKS = 2
 SMALL = {
