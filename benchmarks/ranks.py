@@ -6,7 +6,7 @@
 The weights are synthetic. Before and after the runs of each coding every rank copies the same page-locked bytes with
 nothing computed beside them, all ranks at once: what the links carry together, bare. A line of JSON for each run, by
 the first rank, has every token's seconds and, by rank, the bytes over the link, the waits and the memory. With --check
-the model is also resident on the same ranks, and logits and tokens are compared bit for bit.
+the model is also resident on the same ranks, and logits of the prompt and tokens are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -114,13 +114,20 @@ def sums_s(device: str) -> dict[str, float]:
     return found
 
 
+def logits(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the prompt's last token, on the host."""
+    with torch.no_grad():
+        found: torch.Tensor = model(prompt, logits_to_keep=1).logits.cpu()
+    return found
+
+
 def host_bytes() -> int:
     """Return the host memory that this rank has to itself, page-locked included."""
     return int(psutil.Process().memory_full_info().uss)
 
 
-def measure(coding: str, options: argparse.Namespace) -> list[list[int]]:
-    """Load and generate; write a record for each run; return its tokens."""
+def measure(coding: str, options: argparse.Namespace) -> list[tuple[torch.Tensor, list[int]]]:
+    """Load and generate; write a record for each run; return its logits and tokens."""
     work = {"prompt_tokens": options.prompt, "new_tokens": options.new_tokens, "batch": 1}
     split = {"distributed_config": DistributedConfig(tp_plan="auto")} if RANKS > 1 else {}
     device = "cuda" if ON_GPU else "cpu"
@@ -154,7 +161,7 @@ def measure(coding: str, options: argparse.Namespace) -> list[list[int]]:
             **shared, "run": run, "times": times, "tokens": tokens, "ttft_s": times[0],
             "token_s": statistics.median(times[1:]), "by_rank": together({**moved, "peak_reserved": peak}),
         }  # fmt: skip
-        made.append(tokens)
+        made.append((logits(model, prompt), tokens))
         write(record | ({"bare_gbps_after": bare_gbps(model)} if run == options.runs - 1 else {}), options)
         djinn.cool(model)
     if options.trace:
@@ -175,16 +182,20 @@ def write(record: dict[str, Any], options: argparse.Namespace) -> None:
         print(json.dumps(shown | {"link_gbps": links}), flush=True)
 
 
-def check(options: argparse.Namespace, made: list[list[int]]) -> None:
+def check(options: argparse.Namespace, made: list[tuple[torch.Tensor, list[int]]]) -> None:
     """Compare with the model that is resident on the same ranks."""
     split = {"distributed_config": DistributedConfig(tp_plan="auto")} if RANKS > 1 else {}
     device = "cuda" if ON_GPU else "cpu"
+    if RANK == 0:
+        resolve(options.source)  # once: it is written there
+    together(None)
     whole: Any = AutoModelForCausalLM.from_pretrained(resolve(options.source), dtype="auto", **split).eval()
     if RANKS == 1:
         whole.to(device)
     prompt = torch.randint(10, 200, (1, options.prompt), generator=torch.Generator().manual_seed(0)).to(device)
     times, tokens = generate(whole, prompt, options.new_tokens)
-    equal = together(all(tokens == each for each in made))
+    wanted = logits(whole, prompt)
+    equal = together(all(tokens == each and torch.equal(wanted, found) for found, each in made))
     if RANK == 0:
         record = {
             "model": options.model,

@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 import djinn
 from djinn.engine.load import placement
 from djinn.errors import DjinnError
-from djinn.planning.workspace import CUDA_OVERHEAD_BYTES
+from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, kv_cache_bytes
 
 WORDS, CHECKPOINTS = (Path(argument) for argument in sys.argv[1:3])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,8 +126,17 @@ def each_way(folder: Path) -> None:
     truth = dict(whole.named_parameters())
     say(WORDS, "read while away", all(equal(found, truth[name].full_tensor()) for name, found in read.items()))
     say(WORDS, "state dict", refusal(model.state_dict))
+    try:
+        raise ValueError("what the caller is handling is no error of a pass")
+    except ValueError:
+        say(WORDS, "while an error is handled", equal(logits(model), logits(whole)))
     rank = int(os.environ["RANK"])
     plan = placement(model)
+    ranks = int(os.environ["WORLD_SIZE"])
+    cache = model(prompt(7), use_cache=True).past_key_values
+    held = 2 * sum(layer.keys.nbytes for layer in cache.layers)
+    work = Workload(prompt_tokens=7, new_tokens=0, batch=1)
+    say(WORDS, "cache", held == kv_cache_bytes(model.config, torch.bfloat16, work, ranks))
     uneven = streamed(folder, budget=plan.budget + rank * plan.model_bytes // 4)
     say(WORDS, "streams", len(placement(uneven).away))
     compare("a plan of its own on each rank", uneven, whole)
@@ -152,8 +161,10 @@ def offloaded(folder: Path) -> None:
     wanted, tokens = logits(whole), generated(whole)
     held = sum(local_bytes(parameter) for parameter in whole.parameters())
     budget = held // 2 + (CUDA_OVERHEAD_BYTES if DEVICE == "cuda" else 0)
-    djinn.offload(whole, budget=budget, example={"input_ids": prompt(7)}, workspace=held // 8, device=DEVICE)
+    example, room = {"input_ids": prompt(7)}, 2 * held
+    djinn.offload(whole, budget=budget, example=example, workspace=held // 8, host_memory=room, device=DEVICE)
     assert placement(whole).away
+    say(WORDS, "host memory", placement(whole).pinned_bytes <= room // int(os.environ["WORLD_SIZE"]))
     say(WORDS, "offloaded", equal(logits(whole), wanted) and equal(generated(whole), tokens))
     say(WORDS, "offloaded: its shards alone", placement(whole).model_bytes == held)
     djinn.detach(whole)
@@ -170,6 +181,8 @@ def each_refusal(folder: Path) -> None:
     for refused in sorted((CHECKPOINTS / "refused").iterdir()):
         say(WORDS, refused.name, refusal(lambda refused=refused: streamed(refused, budget=ROOM)))  # type: ignore[misc]
     say(WORDS, "bare", refusal(lambda: djinn.load(folder, budget=ROOM, **WORK)))
+    whole = DistributedConfig(tp_size=1)
+    say(WORDS, "not split", refusal(lambda: djinn.load(folder, budget=ROOM, distributed_config=whole, **WORK)))
     pipeline = DistributedConfig(pp_size=2)
     say(WORDS, "pipeline", refusal(lambda: djinn.load(folder, budget=ROOM, distributed_config=pipeline, **WORK)))
     say(WORDS, "budget", refusal(lambda: streamed(folder, budget=ROOM if rank else "10 KB")))

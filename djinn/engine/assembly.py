@@ -19,6 +19,7 @@ from djinn.engine.experts import Experts
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
 from djinn.engine.presence import presences
+from djinn.engine.ranks import Alone
 from djinn.engine.saving import save_from_store
 from djinn.engine.streamer import Streamer
 from djinn.planning.placement import Plan, Tier
@@ -54,6 +55,8 @@ class Engine:
     """What fetches routed experts, where there are any."""
     stats: Stats
     before: Before
+    ranks: Alone
+    """The processes that hold the model together."""
     resources: ExitStack
     """Undoes everything, last things first: hooks, copies, host memory, files, converted weights."""
 
@@ -67,6 +70,7 @@ def start(
     trace: bool,
     progress: bool,
     undo: ExitStack,
+    ranks: Alone,
 ) -> Engine:
     """Allocate, fill, bind and hook; ``undo`` learns how to take each step back, but for what :func:`restore` does.
 
@@ -150,7 +154,7 @@ def start(
     undo.callback(model.register_forward_hook(explain, always_call=True).remove)
     for handle in itertools.chain(guard(model), save_from_store(model, planned, weights)):
         undo.callback(handle.remove)
-    return Engine(planned, weights, copier, streamer, experts, stats, before, undo.pop_all())
+    return Engine(planned, weights, copier, streamer, experts, stats, before, ranks, undo.pop_all())
 
 
 def _fetcher(planned: Plan, copier: Copier, reader: Reader, stats: Stats, device: torch.device) -> Fetcher:

@@ -137,7 +137,11 @@ def load_requested(
             vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
             weights = Weights(ranks.parameters_of(index), coder)
             explain = shortage_hook(str(request.keep))
-            engine = start(index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo)
+            engine = start(
+                index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo, ranks=ranks
+            )
+            undo.push(engine.resources)  # until no other rank can fail any more
+        undo.pop_all()
     for handle in ranks.hold_together(index.model):
         engine.resources.callback(handle.remove)
     register(index.model, engine)
@@ -199,16 +203,36 @@ def detach(model: Model) -> Model:
 
 def _detach(model: nn.Module, engine: Engine) -> None:
     units = engine.plan.units
-    needed = engine.weights.copied_bytes(units)
-    if needed > usable_ram():
-        raise PlanError(
-            f"host memory: the whole model needs another {format_bytes(needed)}, {format_bytes(usable_ram())} are "
-            "free; it goes on streaming"
-        )
+    needed, free = engine.weights.copied_bytes(units), engine.ranks.share_of_host(usable_ram())
+    with engine.ranks.agreed():
+        if needed > free:
+            raise PlanError(
+                f"host memory: the whole model needs another {format_bytes(needed)}, {format_bytes(free)} are free; it "
+                "goes on streaming"
+            )
+        for device in engine.weights.devices:
+            _require_room_at_home(engine.plan, device)
     engine.weights.give_back(units)
     del engines[model]
     engine.resources.close()
     restore(model, engine.weights, engine.before)
+
+
+def _require_room_at_home(planned: Plan, device: torch.device) -> None:
+    """Hold a model that goes back to a GPU against the memory there, with what streaming gives back.
+
+    Raises:
+        PlanError: there is less.
+    """
+    if device.type != "cuda":
+        return
+    needed = sum(unit.raw_bytes for unit in planned.units)
+    free = free_device_memory(device)[0] + planned.device_bytes - planned.workspace_bytes
+    if needed > free:
+        raise PlanError(
+            f"device memory: the whole model needs {format_bytes(needed)} on {device}, {format_bytes(free)} are free; "
+            "it goes on streaming"
+        )
 
 
 def register(model: nn.Module, engine: Engine) -> None:

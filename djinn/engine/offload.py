@@ -97,10 +97,12 @@ def offload(
     examples = _checked_examples(example)
     _check(module)
     ranks = ranks_holding(module, where)
+    request = ranks.share(request)
+    where = _with_index(request.device)
     parameters = parameters_by_name(module)
     names = {id(parameter): name for name, alike in parameters.items() for parameter in alike}
     tensors = {name: _entry(name, alike[0]) for name, alike in parameters.items()}
-    with ranks.agreed():
+    with ranks.computing():
         reads = recorded_reads(module, names, examples)
     index = WeightIndex(module, tensors, synthetic=False, reads=reads, kept_bytes=quantised_bytes(module))
     there = (tensors[name].nbytes for name, alike in parameters.items() if alike[0].device == where)
@@ -112,21 +114,23 @@ def offload(
         try:
             with ranks.agreed():
                 planned = model.plan(free)
-            if where.type == "cuda":
-                free, total = free_device_memory(where)
-                require_device_memory(planned, free + on_device, total)
+                if where.type == "cuda":
+                    there_now, total = free_device_memory(where)
+                    require_device_memory(planned, there_now + on_device, total)
         except PlanError as error:
             raise PlanError(f"{error}{_unread_words(model.units)}") from None
         before = note_state(module)
         weights = Weights(parameters, coder)
         try:
             explain = shortage_hook(f"a workspace of {format_bytes(parse_bytes(workspace))}")
-            engine = start(module, planned, weights, explain, trace=trace, progress=False, undo=undo)
-            undo.push(engine.resources)
+            with ranks.agreed():
+                engine = start(module, planned, weights, explain, trace=trace, progress=False, undo=undo, ranks=ranks)
+                undo.push(engine.resources)
+            with ranks.computing():
+                _check_reads(module, engine, names, examples, where)
+            undo.pop_all()
             for handle in ranks.hold_together(module):
                 engine.resources.callback(handle.remove)
-            _check_reads(module, engine, names, examples, where)
-            undo.pop_all()
         except BaseException:
             undo.close()
             weights.give_back(planned.units)

@@ -18,7 +18,14 @@ from djinn.hardware import usable_ram
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, place_on
 from djinn.planning.request import Coding, Experts, Request
-from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, routed_bytes, what_fits, workspace_bytes
+from djinn.planning.workspace import (
+    COLLECTIVES_BYTES,
+    CUDA_OVERHEAD_BYTES,
+    Workload,
+    routed_bytes,
+    what_fits,
+    workspace_bytes,
+)
 from djinn.spill import spill_folder
 from djinn.transport.disk_stream import staging_bytes
 from djinn.transport.reader import Reader
@@ -182,4 +189,6 @@ def workspace_of(index: WeightIndex, request: Request) -> int:
         needed = workspace_bytes(config, dtype, request.device, request.keep, routed, index.ranks)
     else:
         needed = request.keep + (CUDA_OVERHEAD_BYTES if request.device.type == "cuda" else 0)
+    if index.sums and request.device.type == "cuda":
+        needed += COLLECTIVES_BYTES
     return needed + index.kept_bytes

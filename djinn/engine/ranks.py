@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,11 @@ class Alone:
         """Raise on all ranks what fails here on any."""
         yield
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """End this process if a pass within fails, as one does later: others wait for what it did not compute."""
+        yield
+
     def distribute(self, index: WeightIndex[PreTrainedModel]) -> WeightIndex[PreTrainedModel]:
         """Return the index of what this process holds."""
         return index
@@ -80,7 +85,9 @@ class Ranks(Alone):
         self._here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self._config = config
         self._device = device
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._group = _control_group()
+        self._handled: BaseException | None = None
+        """What the caller of a pass was handling when it began: no error of the pass."""
 
     def share(self, request: Request) -> Request:
         return replace(request.shared_by(self._here), device=self._device)
@@ -127,8 +134,16 @@ class Ranks(Alone):
             raise UnavailableError(f"rank {self.rank}: another rank has ended or does not answer: {error}") from error
         return found
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._report(error)
+
     def _compare(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse a pass whose inputs differ: sums over ranks would add up what does not belong together, silently."""
+        self._handled = sys.exc_info()[1]
         checksum = 0
         for value in tree_iter((args, {name: kwargs[name] for name in kwargs if name != "past_key_values"})):
             if isinstance(value, torch.Tensor):
@@ -145,11 +160,26 @@ class Ranks(Alone):
     def _end(self, *_: object) -> None:
         """End this process if its pass has failed: the others wait for it in a sum, and end with it."""
         error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, RanksDifferError):
-            traceback.print_exception(error)
-            print(f"rank {self.rank}: its pass failed, for which the other ranks wait; ending", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(ENDED)
+        if error is not None and error is not self._handled and not isinstance(error, RanksDifferError):
+            self._report(error)
+
+    def _report(self, error: BaseException) -> NoReturn:
+        traceback.print_exception(error)
+        print(f"rank {self.rank}: its pass failed, for which the other ranks wait; ending", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(ENDED)
+
+
+_control: tuple[Any, Any] | None = None
+
+
+def _control_group() -> Any:
+    """Return the group in which ranks agree, one for each default group: groups are never given back."""
+    global _control
+    default = dist.group.WORLD
+    if _control is None or _control[0] is not default:
+        _control = default, dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return _control[1]
 
 
 class RanksDifferError(ConfigError):

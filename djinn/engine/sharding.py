@@ -6,6 +6,8 @@ whole on every rank. All that is transformers' or torch's of this stands here.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -20,13 +24,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from djinn.errors import ConfigError
+from djinn.errors import ConfigError, UnavailableError
 from djinn.weights.index import Reads, WeightIndex
 from djinn.weights.models import owners
 from djinn.weights.tensors import TensorEntry
 from djinn.weights.ties import untie
 from djinn.weights.units import readers_of
 
+LEAST = Version("5.23")
+"""Of transformers: earlier ones split models in other ways, or not at all, without a word."""
+_LITTLE = 1.5
+"""Times its even share that a rank may hold without being told of it."""
 _ATTENTION = ("k_proj", "qkv_proj", "query_key_value")
 """What transformers calls the modules that make the keys, by themselves or with queries and values."""
 
@@ -37,7 +45,7 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
     Raises:
         ConfigError: a configuration that is no tensor parallelism over all ranks, or a model that cannot be split so.
     """
-    _require_tensor_parallel(config)
+    _require_tensor_parallel(config, dist.get_world_size())
     model = index.model
     if index.reads is not None:
         raise ConfigError(f"distributed_config: this {type(model).__name__} is quantised, and stays on one GPU")
@@ -54,11 +62,21 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
         module, local = held[target]
         source_module, source_local = held[source]
         module._parameters[local] = source_module._parameters[source_local]
-    ranks = config.tp_size or 1
-    _require_whole_heads(model, ranks)
+    ranks = dist.get_world_size()
+    heads_are_split = _has_split_heads(model, ranks)
     shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
     reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]
-    return replace(index, tensors=shards, reads=reads, ranks=ranks, sums=sum(map(_is_summed, model.modules())))
+    sums = sum(map(_is_summed, model.modules()))
+    found = replace(index, tensors=shards, reads=reads, ranks=ranks if heads_are_split else 1, sums=sums)
+    if not sums:
+        raise ConfigError(f"distributed_config: transformers splits nothing of this {type(model).__name__}")
+    if found.nbytes * ranks > _LITTLE * index.nbytes:
+        warnings.warn(
+            f"each of {ranks} ranks holds {found.nbytes / index.nbytes:.0%} of this {type(model).__name__}: the plan "
+            "that transformers has for it splits little; ep_size divides the experts of a mixture",
+            stacklevel=2,
+        )
+    return found
 
 
 @contextmanager
@@ -73,10 +91,14 @@ def pretended(ranks: int) -> Iterator[DistributedConfig]:
     if dist.is_initialized():
         raise ConfigError(f"{ranks} GPUs are planned for in a process that is no rank itself")
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    local, os.environ["LOCAL_RANK"] = os.environ.get("LOCAL_RANK"), "0"  # transformers asks for it
     try:
         yield DistributedConfig(tp_size=ranks, tp_plan="auto")
     finally:
         dist.destroy_process_group()
+        del os.environ["LOCAL_RANK"]
+        if local is not None:
+            os.environ["LOCAL_RANK"] = local
 
 
 def _is_summed(module: nn.Module) -> bool:
@@ -91,17 +113,32 @@ def _is_summed(module: nn.Module) -> bool:
     return False
 
 
-def _require_tensor_parallel(config: DistributedConfig) -> None:
+def _require_tensor_parallel(config: DistributedConfig, ranks: int) -> None:
+    if Version(transformers.__version__) < LEAST:
+        raise UnavailableError(
+            f"distributed_config: transformers {LEAST} or later splits models as djinn streams them, and "
+            f"{transformers.__version__} is installed"
+        )
     for name, what in (("pp_size", "pipeline"), ("fsdp_size", "data"), ("dp_replicate_size", "data")):
         if (getattr(config, name, None) or 1) > 1:
             raise ConfigError(
                 f"distributed_config: {name}={getattr(config, name)} is {what} parallelism, which djinn does not "
                 'stream; tp_plan="auto" alone splits every weight over all GPUs'
             )
+    if config.tp_size != ranks:
+        raise ConfigError(
+            f'distributed_config: tp_size={config.tp_size}, and there are {ranks} ranks; tp_plan="auto" splits every '
+            "weight over all of them"
+        )
 
 
-def _require_whole_heads(model: PreTrainedModel, ranks: int) -> None:
-    """transformers splits keys wherever ranks end, and fails in the first pass where that is within a head."""
+def _has_split_heads(model: PreTrainedModel, ranks: int) -> bool:
+    """Return whether each rank has some of the heads.
+
+    Raises:
+        ConfigError: heads that do not divide. transformers splits keys wherever ranks end, and fails in the first pass
+            where that is within a head.
+    """
     text = model.config.get_text_config()
     parameters = model.named_parameters()
     are_split = any(isinstance(each, DTensor) and path.split(".")[-2] in _ATTENTION for path, each in parameters)
@@ -111,6 +148,7 @@ def _require_whole_heads(model: PreTrainedModel, ranks: int) -> None:
             raise ConfigError(
                 f"distributed_config: {name} {count} of this {type(model).__name__} does not divide by {ranks} ranks"
             )
+    return are_split
 
 
 def _shard(entry: TensorEntry, parameter: nn.Parameter) -> TensorEntry:
@@ -155,7 +193,8 @@ def local_parameters(model: nn.Module, device: torch.device) -> dict[str, list[t
             made[id(parameter)] = nn.Parameter(wrapped, requires_grad=False)
             found[name] = [made[id(parameter)]._local_tensor]  # type: ignore[attr-defined]
         else:
-            made[id(parameter)] = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
+            nothing = torch.empty(0, dtype=parameter.dtype, device=device)
+            made[id(parameter)] = nn.Parameter(nothing, requires_grad=False)
             found[name] = [made[id(parameter)]]
     for _, module, local, parameter in list(owners(model)):
         module._parameters[local] = made[id(parameter)]

@@ -116,8 +116,7 @@ def workspace_bytes(
     """
     tensors = kv_cache_bytes(config, dtype, work, ranks) + activation_bytes(config, dtype, work, ranks) + routed
     if device.type == "cuda":
-        sums = COLLECTIVES_BYTES if ranks > 1 else 0
-        return CUDA_OVERHEAD_BYTES + sums + round((1 + _FRAGMENTS_SHARE) * tensors)
+        return CUDA_OVERHEAD_BYTES + round((1 + _FRAGMENTS_SHARE) * tensors)
     text = next(dimensions(config))
     return 11 * (tensors + work.batch * text.vocab * text.hidden * dtype.itemsize) // 10
 

@@ -55,7 +55,7 @@ class WeightIndex(Generic[Model]):
     kept_bytes: int = 0
     """Of what the weights need beside them on the device: scales of quantised ones, and one of them dequantised."""
     ranks: int = 1
-    """Processes that hold the model together; ``tensors`` are then what this one holds."""
+    """Processes among which heads and MLPs are divided; ``tensors`` are then what this one holds."""
     sums: int = 0
     """Times in a pass that what ranks have computed is added up."""
 

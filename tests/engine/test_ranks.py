@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from launched import Ended, launch
+from packaging.version import Version
 from tiny_models import TINY, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 import djinn
+from djinn.engine.sharding import LEAST
 from djinn.errors import ConfigError
 from djinn.weights.pack import pack
 from djinn.weights.synthetic_checkpoint import synthesise
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(Version(transformers.__version__) < LEAST, reason=f"ranks need transformers {LEAST}"),
     pytest.mark.skipif(torch.cuda.device_count() == 1, reason="ranks take a GPU each, or none, and there is one here"),
 ]
 
@@ -43,7 +47,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
 }
 WAYS = (
     "greedy", "sampled", "beams", "static cache", "prompt lookup", "padded", "several sequences", "with gradients",
-    "read while away", "synthetic",
+    "read while away", "synthetic", "while an error is handled", "cache", "host memory",
 )  # fmt: skip
 STORED = ("offloaded", "a plan of its own on each rank", "coded", "packed", "packed, decoded", "converted")
 
@@ -111,6 +115,7 @@ def test_shards_are_coded_where_they_were_asked_to_be(said: Ended) -> None:
         *((name, words) for name, (_, words) in REFUSED.items()),
         ("bare", r"this is one of 2 processes .* distributed_config=DistributedConfig\(tp_plan=\"auto\"\)"),
         ("pipeline", "pp_size=2 is pipeline parallelism"),
+        ("not split", "tp_size=1, and there are 2 ranks"),
         ("budget", "^PlanError: (rank 0: )?budget: 10 KB is too small"),
         ("missing", "^CheckpointError: (rank 1: )?no folder"),
         ("other tokens", "the inputs of rank 1 are not those of rank 0"),

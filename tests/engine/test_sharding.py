@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -21,8 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import djinn
 from djinn.engine.coding import Coder
 from djinn.engine.opened import outlined
-from djinn.engine.sharding import _stretches, pretended
-from djinn.errors import ConfigError
+from djinn.engine.sharding import LEAST, _stretches, pretended
+from djinn.errors import ConfigError, UnavailableError
 from djinn.planning.placement import Tier
 from djinn.planning.request import Request
 from djinn.planning.workspace import Workload
@@ -108,6 +110,12 @@ def request(**options: object) -> Request:
     return Request.of(**{"budget": "24 GB", "keep": work, "device": "cuda", "host_memory": "100 GB"} | options)  # type: ignore[arg-type]
 
 
+needs_transformers = pytest.mark.skipif(
+    Version(transformers.__version__) < LEAST, reason=f"ranks need transformers {LEAST}"
+)
+
+
+@needs_transformers
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_a_plan_for_several_gpus_is_made_in_one_process(gpus: int) -> None:
     """Every weight but the norms is divided; the KV cache and the host's memory are, too."""
@@ -130,11 +138,19 @@ def test_gpus_are_a_whole_number() -> None:
             djinn.plan("synthetic:llama-tiny", budget="1 GB", gpus=wrong)  # type: ignore[arg-type]
 
 
+@needs_transformers
 def test_a_model_that_cannot_be_split_is_not_planned_for() -> None:
     with pytest.raises(ConfigError, match="has no `tp_plan`"):
         djinn.plan("synthetic:gpt2-tiny", budget="1 GB", gpus=2)
     with pytest.raises(ConfigError, match=r"num_attention_heads 64 .* by 3 ranks"):
         djinn.plan("synthetic:llama-2-70b", budget="24 GB", device="cuda", gpus=3)
+    assert not dist.is_initialized()
+
+
+def test_earlier_transformers_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(UnavailableError, match=r"transformers 5\.23 or later .* 5\.17\.0 is installed"):
+        djinn.plan("synthetic:llama-tiny", budget="1 GB", gpus=2)
     assert not dist.is_initialized()
 
 
