@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PretrainedConfig, StoppingCriteria
 
 from djinn import gpus
@@ -62,7 +63,7 @@ class MemoryPeak:
         """
         self.sample()
         self.bare_bytes = self.anon_bytes
-        self.bare_device_bytes = gpus.gpu_used_bytes() or 0
+        self.bare_device_bytes = gpus.gpu_used_bytes(gpus.own_gpu()) or 0
 
     def sample(self) -> None:
         """Take one more sample. Shared memory counts as anonymous: the kernel cannot take it back either."""
@@ -113,9 +114,11 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     gc.collect()
     system.begin()
     drop_pages([*files, *(path for path in job.scratch.rglob("*") if path.is_file())])
+    meet()
     with peak.looking_away():
         before = link.ceiling()
     moved, stalled, picked = link.moved(system), system.stall_s(), system.experts()
+    meet()
     start = time.perf_counter()
     tokens = _generate(system, job, prompt, profile.new_tokens, times)
     wall_s = time.perf_counter() - start
@@ -123,6 +126,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     experts = {name: count - picked[name] for name, count in system.experts().items()}
     peak.sample()
     system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
+    meet()
     with peak.looking_away():
         ceiling = max(before, link.ceiling())
     return {
@@ -141,6 +145,15 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         "peak_anon_bytes": peak.anon_bytes,
         "tokens": tokens,
     }
+
+
+def meet() -> None:
+    """Wait for the other ranks, where there are any: all begin at once, and look at their links at once.
+
+    So the ceilings of all ranks add up to what the links carry together.
+    """
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def warm(system: System, job: Job) -> None:
@@ -239,8 +252,8 @@ def peak_device(peak: MemoryPeak, *, on_gpu: bool, host_bytes: int) -> int:
     that it keeps aside in host memory: residents, ring, KV cache, activations and scratch of its libraries.
     """
     if on_gpu:
-        free, total = torch.cuda.mem_get_info()
-        used = gpus.gpu_used_bytes() or total - free
+        free, total = torch.cuda.mem_get_info(gpus.own_gpu())
+        used = gpus.gpu_used_bytes(gpus.own_gpu()) or total - free
         context = used - peak.bare_device_bytes - torch.cuda.memory_reserved()
         return torch.cuda.max_memory_reserved() + max(context, 0)
     return max(peak.anon_bytes - peak.bare_bytes - host_bytes, 0)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from djinn.profiles import Profile
 from djinn.transport.stats import Interval
@@ -37,6 +38,11 @@ class Job:
     def in_memory(self) -> bool:
         """Whether the weights are made in host memory instead of read from files."""
         return self.profile.weights == "memory"
+
+    @property
+    def distributed_config(self) -> DistributedConfig | None:
+        """How transformers splits the model over the processes that hold it; None where there is one."""
+        return DistributedConfig(tp_plan="auto") if self.profile.gpus > 1 else None
 
     @property
     def on_gpu(self) -> bool:
