@@ -59,17 +59,12 @@ class RankWorkers:
     """
 
     def __init__(self, log: Path, count: int) -> None:
-        together = {
-            "WORLD_SIZE": count,
-            "LOCAL_WORLD_SIZE": count,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-            "OMP_NUM_THREADS": max(len(hardware.allowed_cpus() or ()) // count, 1),
-        }
+        threads = max(len(hardware.allowed_cpus() or ()) // count, 1)
+        together = rendezvous(count) | {"OMP_NUM_THREADS": str(threads)}
         self._workers = [
             WorkerProcess(
                 log.with_name(f"{log.stem}-{rank}{log.suffix}"),
-                {name: str(value) for name, value in (together | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+                together | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(count)
         ]
@@ -135,9 +130,10 @@ class RankWorkers:
         return any(worker.alive for worker in self._workers)
 
 
-def free_port() -> int:
-    """Return a port of this host that nobody listens on now."""
+def rendezvous(count: int) -> dict[str, str]:
+    """Return the environment in which ``count`` processes of this host find each other, at a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+        port = free.getsockname()[1]
+    size = str(count)
+    return {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -135,7 +135,7 @@ def test_weights_that_deepspeed_is_still_given_need_room_too(job, monkeypatch, t
     made = load_profile("virt_mem_h100").override(model="synthetic:llama-tiny")
     needed = []
     monkeypatch.setattr(deepspeed, "require_ram", lambda size, what: needed.append(size))
-    monkeypatch.setattr(deepspeed, "_single_process", lambda job: None)
+    monkeypatch.setattr(deepspeed, "_set_environment", lambda job: None)
     monkeypatch.setattr(deepspeed, "_build", lambda job: None)
     for profile, model in ((made, made.model), (made.override(weights="disk"), job.model)):
         deepspeed.check(Job(profile=profile, variant="cpu", model=model, scratch=tmp_path))
