@@ -52,18 +52,23 @@ class MemoryPeak:
         self.rss_bytes = 0
         self.anon_bytes = 0
         self.bare_bytes = 0
-        self.bare_device_bytes = 0
+        self.bare_device_bytes: dict[int, int] = {}
+        """By number of each of this process's GPUs."""
         self._looking = True
         threading.Thread(target=self._watch, name="memory-peak", daemon=True).start()
 
-    def mark_bare(self) -> None:
+    def mark_bare(self, own: Sequence[int] | None = None) -> None:
         """Call what is held now the baseline: interpreter and libraries, before a system loads.
 
         Device memory held now is the driver's and other processes': this one has no context there yet.
+
+        Args:
+            own: the GPUs of this process, as torch counts; by default its one GPU.
         """
         self.sample()
         self.bare_bytes = self.anon_bytes
-        self.bare_device_bytes = gpus.gpu_used_bytes(gpus.own_gpu()) or 0
+        numbers = [gpus.own_gpu()] if own is None else own
+        self.bare_device_bytes = {number: gpus.gpu_used_bytes(number) or 0 for number in numbers}
 
     def sample(self) -> None:
         """Take one more sample. Shared memory counts as anonymous: the kernel cannot take it back either."""
@@ -246,14 +251,18 @@ def _read_bytes() -> int:
 
 
 def peak_device(peak: MemoryPeak, *, on_gpu: bool, host_bytes: int) -> int:
-    """Return the peak of device memory, bytes.
+    """Return the peak of device memory, bytes; where a process has several GPUs, that of the fullest.
 
     On a CPU the device is what a system added to the process's anonymous memory, less the ``host_bytes`` of weights
     that it keeps aside in host memory: residents, ring, KV cache, activations and scratch of its libraries.
     """
     if on_gpu:
-        free, total = torch.cuda.mem_get_info(gpus.own_gpu())
-        used = gpus.gpu_used_bytes(gpus.own_gpu()) or total - free
-        context = used - peak.bare_device_bytes - torch.cuda.memory_reserved()
-        return torch.cuda.max_memory_reserved() + max(context, 0)
+        return max(_peak_of(gpu, bare) for gpu, bare in peak.bare_device_bytes.items())
     return max(peak.anon_bytes - peak.bare_bytes - host_bytes, 0)
+
+
+def _peak_of(gpu: int, bare_bytes: int) -> int:
+    free, total = torch.cuda.mem_get_info(gpu)
+    used = gpus.gpu_used_bytes(gpu) or total - free
+    context = used - bare_bytes - torch.cuda.memory_reserved(gpu)
+    return torch.cuda.max_memory_reserved(gpu) + max(context, 0)

@@ -36,7 +36,6 @@ from djinn.bench.systems.common import deterministic_attention, skeleton, weight
 from djinn.engine.ranks import own_device
 from djinn.errors import DjinnError, PlanError, UnavailableError
 from djinn.files import write_text
-from djinn.gpus import own_gpu
 from djinn.planning.workspace import CUDA_CONTEXT_BYTES
 from djinn.text import one_line
 
@@ -70,10 +69,12 @@ class Worker:
             if not torch.cuda.is_available():
                 raise UnavailableError("device: the profile asks for cuda, and torch finds no GPU here")
             deterministic_attention()
-            if system != "resident":
-                total = torch.cuda.get_device_properties(own_gpu()).total_memory
+            if (found := torch.cuda.device_count()) <= max(self._job.own_gpus):
+                raise UnavailableError(f"device: the profile asks for {profile.gpus} GPUs, and torch finds {found}")
+            for gpu in self._job.own_gpus if system != "resident" else ():
+                total = torch.cuda.get_device_properties(gpu).total_memory
                 allowed = profile.budget - CUDA_CONTEXT_BYTES  # the allocator's limit leaves the context out
-                torch.cuda.set_per_process_memory_fraction(min(max(allowed / total, 0.0), 1.0), own_gpu())
+                torch.cuda.set_per_process_memory_fraction(min(max(allowed / total, 0.0), 1.0), gpu)
         self._is_rank = profile.processes(system) > 1
         self._loader = loader(system)
         self._loader.check(self._job)
@@ -82,7 +83,7 @@ class Worker:
     def load(self) -> dict[str, Any]:
         """Load the system and return what a record says of it."""
         self._model_bytes = weight_bytes(skeleton(self._job))  # which imports the model's code
-        self._peak.mark_bare()
+        self._peak.mark_bare(self._job.own_gpus)
         if self._is_rank:
             own_device(torch.device(self._job.profile.device))  # only now: it may make the GPU's context
         start = time.perf_counter()

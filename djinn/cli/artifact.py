@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from djinn.cli.options import OutputDir, RunDir
+from djinn.cli.options import OtherGpus, OutputDir, RunDir
 from djinn.cli.show import exit_unless, print_paths, print_table, say
 
 
@@ -61,6 +61,7 @@ def replay(
 def reproduce(
     profile: Annotated[str, typer.Option(help="A profile, or auto: the largest this machine can hold.")] = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory to make or continue.")] = None,
+    gpus: OtherGpus = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show all that the notebooks print.")] = False,
 ) -> None:
     """Run the four notebooks in order, write figures and report, and say whether the claims hold."""
@@ -71,4 +72,4 @@ def reproduce(
 
     from djinn.artifact.runner import reproduce as run
 
-    run(profile, run_dir, verbose=verbose)
+    run(profile, run_dir, verbose=verbose, **({} if gpus is None else {"gpus": gpus}))
