@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 import djinn
+from djinn.bench.systems.common import synthetic_weight
 from djinn.engine.load import placement
+from djinn.engine.sharding import filled
 from djinn.errors import DjinnError
+from djinn.weights.models import empty_model
 
 WORDS, CHECKPOINTS = (Path(argument) for argument in sys.argv[1:3])
 WORK: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 16, "batch": 4, "device": "cpu", "chunk": "32 KiB"}
@@ -132,8 +135,13 @@ def each_way(folder: Path) -> None:
         say(WORDS, f"{name}: is coded", any(unit.coded for unit in placement(model).away))
     wide = resident(folder, dtype=torch.float32)
     compare("converted", streamed(folder, dtype=torch.float32), wide)
-    made = [generated(streamed("synthetic:llama-tiny")), generated(resident(CHECKPOINTS / "synthetic"))]
-    say(WORDS, "synthetic", equal(*made))
+    whole = resident(CHECKPOINTS / "synthetic")
+    say(WORDS, "synthetic", equal(generated(streamed("synthetic:llama-tiny")), generated(whole)))
+    empty = empty_model(whole.config, torch.bfloat16)
+    made = filled(
+        empty, split(), torch.device("cpu"), lambda name, each: synthetic_weight(name, each.shape, each.dtype, 0)
+    )
+    say(WORDS, "made where it stays", equal(logits(made.eval()), logits(whole)))
 
 
 def each_refusal(folder: Path) -> None:

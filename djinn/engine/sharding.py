@@ -6,7 +6,7 @@ whole on every rank. All that is transformers' or torch's of this stands here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -42,6 +42,57 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
     if index.reads is not None:
         raise ConfigError(f"distributed_config: this {type(model).__name__} is quantised, and stays on one GPU")
     readers, tensors = readers_of(index)
+    _distribute(model, config)
+    ranks = config.tp_size or 1
+    _require_whole_heads(model, ranks)
+    shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
+    reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]
+    return replace(index, tensors=shards, reads=reads, ranks=ranks, sums=sum(map(_is_summed, model.modules())))
+
+
+def filled(
+    model: PreTrainedModel,
+    config: DistributedConfig,
+    device: torch.device,
+    weight_of: Callable[[str, nn.Parameter], torch.Tensor],
+) -> PreTrainedModel:
+    """Distribute a model without memory, and put this rank's shards of the weights that are made for it on ``device``.
+
+    Args:
+        weight_of: returns a whole weight in host memory, of its name and the parameter without memory.
+
+    Raises:
+        ConfigError: as :func:`sharded`.
+    """
+    _distribute(model, config)
+    made: dict[int, nn.Parameter] = {}
+    for name, module, local, parameter in list(owners(model)):
+        if id(parameter) not in made:
+            held = weight_of(name, parameter).to(device)
+            if isinstance(parameter, DTensor):
+                split = distribute_tensor(held, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                held = like(parameter, split.to_local().clone())  # a copy: a shard would keep all of the weight
+            made[id(parameter)] = nn.Parameter(held, requires_grad=False)
+        module._parameters[local] = made[id(parameter)]
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return model
+
+
+def like(parameter: DTensor, local: torch.Tensor) -> DTensor:
+    """Return a distributed tensor of the shape and placement of ``parameter``, with ``local`` on this rank."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _distribute(model: PreTrainedModel, config: DistributedConfig) -> None:
+    """Make transformers distribute a model without memory; tied weights are one parameter before and after."""
     tied = dict(model.all_tied_weights_keys)
     untie(model)
     try:
@@ -54,11 +105,6 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
         module, local = held[target]
         source_module, source_local = held[source]
         module._parameters[local] = source_module._parameters[source_local]
-    ranks = config.tp_size or 1
-    _require_whole_heads(model, ranks)
-    shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
-    reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]
-    return replace(index, tensors=shards, reads=reads, ranks=ranks, sums=sum(map(_is_summed, model.modules())))
 
 
 @contextmanager
@@ -144,15 +190,7 @@ def local_parameters(model: nn.Module, device: torch.device) -> dict[str, list[t
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             nothing = torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.to_local().shape)
-            wrapped = DTensor.from_local(
-                nothing,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-            made[id(parameter)] = nn.Parameter(wrapped, requires_grad=False)
+            made[id(parameter)] = nn.Parameter(like(parameter, nothing), requires_grad=False)
             found[name] = [made[id(parameter)]._local_tensor]  # type: ignore[attr-defined]
         else:
             made[id(parameter)] = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)

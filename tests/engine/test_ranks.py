@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
 }
 WAYS = (
     "greedy", "sampled", "beams", "static cache", "prompt lookup", "padded", "several sequences", "with gradients",
-    "read while away", "synthetic",
+    "read while away", "synthetic", "made where it stays",
 )  # fmt: skip
 STORED = ("a plan of its own on each rank", "coded", "packed", "packed, decoded", "converted")
 

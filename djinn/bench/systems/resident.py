@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from djinn.bench.systems.base import Job, System
-from djinn.bench.systems.common import host_model, require_ram, skeleton, weight_bytes
+from djinn.bench.systems.common import host_model, require_ram, skeleton, synthetic_weight, weight_bytes
+from djinn.engine.sharding import filled, like
 from djinn.errors import UnavailableError
 from djinn.gpus import own_gpu
 from djinn.sizes import format_bytes
@@ -39,8 +40,6 @@ def check(job: Job) -> None:
     Raises:
         UnavailableError: with what it needs and what there is.
     """
-    if job.profile.gpus > 1 and job.in_memory:
-        raise UnavailableError("resident on several GPUs reads a checkpoint, and this profile makes weights in memory")
     needed = weight_bytes(skeleton(job))
     if job.profile.gpus == 1 or not job.on_gpu:
         require_ram(needed, "the whole model in host memory")
@@ -68,20 +67,21 @@ def local_of(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _split(job: Job) -> PreTrainedModel:
-    """Return the model as transformers' own tensor parallelism loads it."""
+    """Return the model as transformers' own tensor parallelism holds it."""
+    config = job.distributed_config
+    if job.in_memory:
+
+        def weight_of(name: str, parameter: nn.Parameter) -> torch.Tensor:
+            return synthetic_weight(name, parameter.shape, parameter.dtype, job.profile.seed)
+
+        assert config is not None
+        return filled(skeleton(job), config, torch.device("cuda", own_gpu()), weight_of).eval()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=job.dtype, distributed_config=job.distributed_config, trust_remote_code=False
+        job.model, dtype=job.dtype, distributed_config=config, trust_remote_code=False
     )
     for parameter in [] if job.on_gpu else list(model.parameters()):  # whole rows are still the mapped files'
         held = local_of(parameter.data).clone()
         if isinstance(parameter, DTensor):
-            held = DTensor.from_local(
-                held,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+            held = like(parameter, held)
         torch.utils.swap_tensors(parameter, nn.Parameter(held, requires_grad=False))
     return model.eval()
