@@ -5,6 +5,7 @@ What ranks do they do together, so whichever fails first ends the others, which 
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -60,7 +61,7 @@ class RankWorkers:
 
     def __init__(self, log: Path, count: int) -> None:
         threads = max(len(hardware.allowed_cpus() or ()) // count, 1)
-        together = rendezvous(count) | {"OMP_NUM_THREADS": str(threads)}
+        together = rendezvous(count) | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         self._workers = [
             WorkerProcess(
                 log.with_name(f"{log.stem}-{rank}{log.suffix}"),
@@ -94,11 +95,14 @@ class RankWorkers:
         return found
 
     def _answering(self, waiting: set[int], deadline: float) -> list[int]:
-        """Return the ranks that have something to say, or that nobody waits for any longer."""
+        """Return the ranks that have something to say, or that nobody waits for any longer.
+
+        Those that are dead come first: others may only say that they have lost them.
+        """
         while time.monotonic() < deadline:
             pipes = {self._workers[rank].look(): rank for rank in waiting}
             if ready := select.select(list(pipes), [], [], LOOK_S)[0]:
-                return [pipes[pipe] for pipe in ready]
+                return sorted((pipes[pipe] for pipe in ready), key=lambda rank: self._workers[rank].alive)
         return sorted(waiting)
 
     def _reply(self, rank: int, command: dict[str, Any], deadline: float, timeout_s: float) -> dict[str, Any]:
