@@ -11,11 +11,16 @@ from djinn.cli.options import OtherGpus, OutputDir, RunDir
 from djinn.cli.show import exit_unless, print_paths, print_table, say
 
 
-def figures(run_dir: RunDir) -> None:
+def figures(
+    run_dir: RunDir,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="A run on another number of GPUs, to draw the times of all; repeatable.")
+    ] = None,
+) -> None:
     """Draw every figure that the results of a run allow."""
     from djinn.figures import draw_all
 
-    print_paths(draw_all(run_dir))
+    print_paths(draw_all(run_dir, beside=beside or ()))
 
 
 def report(run_dir: RunDir) -> None:
