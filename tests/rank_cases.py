@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from launched import say
-from pairs import equal, prompt
+from pairs import equal
+from pairs import prompt as prompt_on_host
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -23,10 +24,14 @@ from djinn.bench.systems.common import synthetic_weight
 from djinn.engine.load import placement
 from djinn.engine.sharding import filled
 from djinn.errors import DjinnError
+from djinn.planning.workspace import CUDA_OVERHEAD_BYTES
 from djinn.weights.models import empty_model
 
 WORDS, CHECKPOINTS = (Path(argument) for argument in sys.argv[1:3])
-WORK: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 16, "batch": 4, "device": "cpu", "chunk": "32 KiB"}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORK: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 16, "batch": 4, "device": DEVICE, "chunk": "32 KiB"}
+ROOM = "10 GB"
+"""A budget that holds any of these models."""
 EXPERTS = {"mixtral by expert": {"ep_size": 2}}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -35,6 +40,10 @@ MODES: dict[str, dict[str, Any]] = {
     "static cache": {"cache_implementation": "static", "do_sample": False},
     "prompt lookup": {"prompt_lookup_num_tokens": 3, "do_sample": False},
 }
+
+
+def prompt(length: int, batch: int = 1) -> torch.Tensor:
+    return prompt_on_host(length, batch).to(DEVICE)
 
 
 def split(case: str = "") -> DistributedConfig:
@@ -46,7 +55,7 @@ def streamed(folder: Path | str, case: str = "", **options: Any) -> PreTrainedMo
     asked = WORK | {"distributed_config": split(case)} | options
     if "budget" not in asked:
         # What a plan that has room for everything says, but for half of the weights.
-        whole = djinn.load(folder, budget="1 GB", **asked)
+        whole = djinn.load(folder, budget=ROOM, **asked)
         plan = placement(whole)
         asked["budget"] = plan.workspace_bytes + plan.model_bytes // 2
     model = djinn.load(folder, **asked)
@@ -75,7 +84,7 @@ def padded() -> dict[str, torch.Tensor]:
     for row, padding in enumerate((0, 2, 4)):
         ids[row, :padding] = 0
         mask[row, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask.to(DEVICE)}
 
 
 def local_bytes(parameter: torch.Tensor) -> int:
@@ -138,22 +147,40 @@ def each_way(folder: Path) -> None:
     whole = resident(CHECKPOINTS / "synthetic")
     say(WORDS, "synthetic", equal(generated(streamed("synthetic:llama-tiny")), generated(whole)))
     empty = empty_model(whole.config, torch.bfloat16)
-    made = filled(
-        empty, split(), torch.device("cpu"), lambda name, each: synthetic_weight(name, each.shape, each.dtype, 0)
-    )
+    made = filled(empty, split(), whole.device, lambda name, each: synthetic_weight(name, each.shape, each.dtype, 0))
     say(WORDS, "made where it stays", equal(logits(made.eval()), logits(whole)))
+
+
+def offloaded(folder: Path) -> None:
+    """A module that transformers has split and loaded; its own parts then stream, and are given back."""
+    whole = resident(folder)
+    before = {name: parameter.to_local().clone() for name, parameter in split_parameters(whole)}
+    wanted, tokens = logits(whole), generated(whole)
+    held = sum(local_bytes(parameter) for parameter in whole.parameters())
+    budget = held // 2 + (CUDA_OVERHEAD_BYTES if DEVICE == "cuda" else 0)
+    djinn.offload(whole, budget=budget, example={"input_ids": prompt(7)}, workspace=held // 8, device=DEVICE)
+    assert placement(whole).away
+    say(WORDS, "offloaded", equal(logits(whole), wanted) and equal(generated(whole), tokens))
+    say(WORDS, "offloaded: its shards alone", placement(whole).model_bytes == held)
+    djinn.detach(whole)
+    after = {name: parameter.to_local() for name, parameter in split_parameters(whole)}
+    say(WORDS, "offloaded: detached", equal(after, before) and equal(logits(whole), wanted))
+
+
+def split_parameters(model: PreTrainedModel) -> list[tuple[str, DTensor]]:
+    return [(name, each) for name, each in model.named_parameters() if isinstance(each, DTensor)]
 
 
 def each_refusal(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     for refused in sorted((CHECKPOINTS / "refused").iterdir()):
-        say(WORDS, refused.name, refusal(lambda refused=refused: streamed(refused, budget="1 GB")))  # type: ignore[misc]
-    say(WORDS, "bare", refusal(lambda: djinn.load(folder, budget="1 GB", **WORK)))
+        say(WORDS, refused.name, refusal(lambda refused=refused: streamed(refused, budget=ROOM)))  # type: ignore[misc]
+    say(WORDS, "bare", refusal(lambda: djinn.load(folder, budget=ROOM, **WORK)))
     pipeline = DistributedConfig(pp_size=2)
-    say(WORDS, "pipeline", refusal(lambda: djinn.load(folder, budget="1 GB", distributed_config=pipeline, **WORK)))
-    say(WORDS, "budget", refusal(lambda: streamed(folder, budget="1 GB" if rank else "10 KB")))
+    say(WORDS, "pipeline", refusal(lambda: djinn.load(folder, budget=ROOM, distributed_config=pipeline, **WORK)))
+    say(WORDS, "budget", refusal(lambda: streamed(folder, budget=ROOM if rank else "10 KB")))
     missing = CHECKPOINTS / "missing" if rank else folder
-    say(WORDS, "missing", refusal(lambda: streamed(missing, budget="1 GB")))
+    say(WORDS, "missing", refusal(lambda: streamed(missing, budget=ROOM)))
     model = streamed(folder)
     ids = prompt(7) + rank
     say(WORDS, "other tokens", refusal(lambda: model(ids)))
@@ -166,6 +193,7 @@ def main() -> None:
     torch.set_num_threads(1)
     each_family()
     each_way(CHECKPOINTS / "families" / "llama")
+    offloaded(CHECKPOINTS / "families" / "llama")
     each_refusal(CHECKPOINTS / "families" / "llama")
 
 

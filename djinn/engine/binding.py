@@ -16,7 +16,7 @@ from djinn.engine.heap import trim_heap
 from djinn.engine.waiting import own, waiting_weights
 from djinn.transport.reader import Buffer, allocate, settle
 from djinn.weights.index import WeightIndex
-from djinn.weights.models import owners
+from djinn.weights.models import held_here, owners
 from djinn.weights.tensors import InMemory
 from djinn.weights.units import PlacedTensor, Unit
 
@@ -149,11 +149,12 @@ class Weights:
             parameter.requires_grad_(requires_grad)
 
 
-def parameters_by_name(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of ``model`` by their first names, those that are the same view of one storage together."""
+def parameters_by_name(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Return what holds parameters of ``model``, by their first names; what is one view of a storage, together."""
     first: dict[tuple[object, ...], str] = {}
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, whole in model.named_parameters():
+        parameter = held_here(whole)
         view = (
             parameter.untyped_storage()._cdata,
             parameter.storage_offset(),

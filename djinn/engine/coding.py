@@ -24,7 +24,7 @@ from djinn.errors import PlanError
 from djinn.hardware import local_cpus
 from djinn.transport.arena import PinnedMemory
 from djinn.transport.reader import Buffer, Piece, Reader, allocate, settle
-from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, Sliced, TensorEntry
+from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, Sliced, Stacked, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
 _SAMPLE_BYTES = 2**20
@@ -69,13 +69,17 @@ class Coder:
         while isinstance(stored.source, Converted | Sliced):
             stored = stored.source.stored if isinstance(stored.source, Converted) else stored.source.whole
         stored = stored.parts[0]
+        elements = entry.raw_bytes // entry.dtype.itemsize
+        if isinstance(stored.source, Decoded):
+            found = stored.source.coded.layout
+            assert found is not None
+            return Layout(elements, found.escapes * elements // found.elements)
         nbytes = min(_SAMPLE_BYTES, stored.nbytes)
         sample = allocate(nbytes)
         self.reader.read(Piece("", stored, 0, nbytes, 0), sample)
         found = layout_of(torch.from_numpy(sample).view(stored.dtype).to(entry.dtype))
         if found is None:
             return None
-        elements = entry.raw_bytes // entry.dtype.itemsize
         return Layout(elements, found.escapes * elements // found.elements)
 
     def fill(self, unit: Unit, image: Buffer) -> list[Future[int]]:
@@ -97,7 +101,8 @@ class Coder:
             done += pieces
             if tensor.entry.crc32 is not None:
                 # The threads take what they are given in order, so none waits for a piece that none has taken.
-                done.append(self.reader.pool.submit(_verified, tensor, image, pieces))
+                name = f"{tensor.name} of {unit.name}" if unit.is_expert else tensor.name
+                done.append(self.reader.pool.submit(_verified, name, tensor, image, pieces))
         return done
 
     def check(self, units: Iterable[Unit]) -> None:
@@ -144,6 +149,11 @@ class Coder:
         if isinstance(entry.source, Sliced):
             whole, dim = self._weights(entry.source.whole.raw, name), entry.source.dim
             return torch.cat([whole.narrow(dim, begin, end - begin) for begin, end in entry.source.kept], dim)
+        if isinstance(entry.source, Stacked):
+            made = torch.empty(entry.raw_bytes, dtype=torch.uint8, device=self.device)
+            for part, room in zip(entry.parts, made.split([part.raw_bytes for part in entry.parts]), strict=True):
+                room.copy_(self._weights(part, name).reshape(-1).view(torch.uint8))
+            return made.view(entry.dtype).view(entry.shape)
         if not isinstance(entry.source, Decoded):
             return self._stored(entry, name).view(entry.dtype).view(entry.shape)
         packed = entry.source.coded
@@ -171,7 +181,7 @@ class Coder:
         return memory
 
 
-def _verified(tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]) -> int:
+def _verified(name: str, tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]) -> int:
     """Verify a packed tensor once its ``pieces`` have come; return 0, since they have counted its bytes."""
     for piece in pieces:
         piece.result()
@@ -179,7 +189,7 @@ def _verified(tensor: PlacedTensor, image: Buffer, pieces: Sequence[Future[int]]
     assert entry.crc32 is not None
     assert isinstance(entry.source, FileSpan)
     stored = torch.from_numpy(image[tensor.offset : tensor.offset + entry.nbytes])
-    verify(stored, entry.layout, entry.crc32, f"{entry.source.path}: tensor {tensor.name}")
+    verify(stored, entry.layout, entry.crc32, f"{entry.source.path}: tensor {name}")
     return 0
 
 

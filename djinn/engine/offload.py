@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from djinn.devices import free_device_memory, require_here
 from djinn.engine.assembly import Engine, note_state, restore, start
@@ -17,11 +18,14 @@ from djinn.engine.device_memory import shortage_hook
 from djinn.engine.guards import is_guarded
 from djinn.engine.load import register
 from djinn.engine.opened import opened
+from djinn.engine.ranks import ranks_holding
 from djinn.errors import ConfigError, PlanError
+from djinn.hardware import usable_ram
 from djinn.planning.memory import require_device_memory
 from djinn.planning.request import Coding, Request
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights.index import WeightIndex
+from djinn.weights.models import held_here
 from djinn.weights.quantised import quantised_bytes, states_bytes
 from djinn.weights.recording import Example, recorded_reads, run, undisturbed
 from djinn.weights.tensors import InMemory, TensorEntry
@@ -66,7 +70,8 @@ def offload(
     by its own module on one and by its parent on the other.
 
     Args:
-        module: any module; its parameters are plain tensors of any dtype, on a CPU or GPU.
+        module: any module; its parameters are plain tensors of any dtype, on a CPU or GPU. One that transformers has
+            split over ranks (``distributed_config``) streams on each of them, all of which have to call this.
         budget: device memory for residents, ring and workspace; a size such as ``"24 GB"``.
         example: what the module is called with: a tuple of positional or a mapping of keyword arguments, on any
             device; or a list of such.
@@ -91,18 +96,22 @@ def offload(
     where = _with_index(request.device)
     examples = _checked_examples(example)
     _check(module)
+    ranks = ranks_holding(module, where)
     parameters = parameters_by_name(module)
     names = {id(parameter): name for name, alike in parameters.items() for parameter in alike}
     tensors = {name: _entry(name, alike[0]) for name, alike in parameters.items()}
-    reads = recorded_reads(module, names, examples)
+    with ranks.agreed():
+        reads = recorded_reads(module, names, examples)
     index = WeightIndex(module, tensors, synthetic=False, reads=reads, kept_bytes=quantised_bytes(module))
     there = (tensors[name].nbytes for name, alike in parameters.items() if alike[0].device == where)
     on_device = sum(there) + states_bytes(module, where)
     with ExitStack() as undo, torch.inference_mode(False):
         coder = Coder.on(where, request.chunk, undo)
         model = opened(index, request, coder.layout)
+        free = ranks.share_of_host(usable_ram())
         try:
-            planned = model.plan()
+            with ranks.agreed():
+                planned = model.plan(free)
             if where.type == "cuda":
                 free, total = free_device_memory(where)
                 require_device_memory(planned, free + on_device, total)
@@ -114,6 +123,8 @@ def offload(
             explain = shortage_hook(f"a workspace of {format_bytes(parse_bytes(workspace))}")
             engine = start(module, planned, weights, explain, trace=trace, progress=False, undo=undo)
             undo.push(engine.resources)
+            for handle in ranks.hold_together(module):
+                engine.resources.callback(handle.remove)
             _check_reads(module, engine, names, examples, where)
             undo.pop_all()
         except BaseException:
@@ -203,14 +214,15 @@ def _check(module: nn.Module) -> None:
             raise ConfigError(f"parameter {name} cannot be streamed: {wrong}")
 
 
-def _unfit(parameter: nn.Parameter) -> str:
+def _unfit(parameter: torch.Tensor) -> str:
     """Return why a parameter cannot be streamed; nothing if it can."""
     if nn.parameter.is_lazy(parameter):
         return "it has no shape yet; run the module once"
     if type(parameter).__name__ == "Int8Params":
         return "bitsandbytes holds its 8-bit weights in other places, too"
-    if type(parameter.data) is not torch.Tensor:
+    if type(parameter.data) is not torch.Tensor and not isinstance(parameter, DTensor):
         return f"it is a {type(parameter.data).__name__}, not a plain tensor"
+    parameter = held_here(parameter)
     if parameter.device.type not in ("cpu", "cuda") or parameter.layout != torch.strided:
         return f"it is a {parameter.layout} tensor on {parameter.device}; it has to be strided, on a CPU or GPU"
     if parameter.is_inference():
@@ -231,7 +243,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _entry(name: str, parameter: nn.Parameter) -> TensorEntry:
+def _entry(name: str, parameter: torch.Tensor) -> TensorEntry:
     stride = None if parameter.is_contiguous() else parameter.stride()
     return TensorEntry(parameter.dtype, tuple(parameter.shape), InMemory(parameter), stride=stride)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -70,7 +71,7 @@ class Alone:
 class Ranks(Alone):
     """The processes that hold one model together, as one of them sees them."""
 
-    def __init__(self, config: DistributedConfig, device: torch.device) -> None:
+    def __init__(self, config: DistributedConfig | None, device: torch.device) -> None:
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             bound = device if device.type == "cuda" else None
@@ -103,6 +104,7 @@ class Ranks(Alone):
                 raise kind(f"rank {rank}: {what[1]}")
 
     def distribute(self, index: WeightIndex[PreTrainedModel]) -> WeightIndex[PreTrainedModel]:
+        assert self._config is not None
         return sharded(index, self._config)
 
     def parameters_of(self, index: WeightIndex[PreTrainedModel]) -> Mapping[str, Sequence[torch.Tensor]]:
@@ -173,6 +175,12 @@ def ranks_of(config: DistributedConfig | None, device: torch.device) -> Alone:
             "distributed_config: this process was started alone; torchrun --nproc-per-node N starts one for each GPU"
         )
     return Ranks(config, own_device(device))
+
+
+def ranks_holding(module: nn.Module, device: torch.device) -> Alone:
+    """Return the ranks over which a module that is in memory is split; this process alone if it is not."""
+    is_split = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return Ranks(None, own_device(device)) if is_split else Alone()
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -7,7 +7,7 @@ import torch
 
 from djinn.codec.decode import decode
 from djinn.errors import CheckpointError
-from djinn.weights.tensors import FileSpan, Stacked, TensorEntry
+from djinn.weights.tensors import Decoded, FileSpan, Stacked, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
 
@@ -52,6 +52,10 @@ def stored_bytes(tensor: PlacedTensor, image: torch.Tensor | None) -> torch.Tens
     """
     entry = tensor.entry
     stored = mapped(entry) if image is None else own(image[tensor.offset : tensor.offset + entry.nbytes].cpu())
+    return _decoded(stored, entry)
+
+
+def _decoded(stored: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     if entry.layout is None:
         return stored
     if stored.data_ptr() % 16:
@@ -67,10 +71,12 @@ def own(host: torch.Tensor) -> torch.Tensor:
 
 
 def mapped(entry: TensorEntry) -> torch.Tensor:
-    """Return a tensor's bytes as they are stored: a map of them in their file, or what is in several, joined."""
+    """Return a tensor's bytes: a map of them in their file, or what is decoded, or joined from several places."""
     if isinstance(entry.source, Stacked):
         return torch.cat([mapped(part) for part in entry.parts])
     source, nbytes = entry.source, entry.nbytes
+    if isinstance(source, Decoded):
+        return _decoded(mapped(source.coded), source.coded)
     assert isinstance(source, FileSpan)
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)

@@ -14,7 +14,7 @@ was not measured makes its part free; :attr:`Prediction.blind` says which.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -61,6 +61,8 @@ class Rates:
     """Host seconds of a call of ``generate`` before its first pass."""
     last_token: float | None = None
     """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
+    link_at_once: float | None = None
+    """Over each link of several GPUs while all others carry as much."""
     sum_s: float = 0.0
     """Seconds in which several GPUs add up what they have computed of a few numbers."""
     sum_rate: float | None = None
@@ -111,6 +113,8 @@ def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None)
         UnavailableError: the plan streams over a link or a disk whose rate is not known.
     """
     load = work.workload
+    if work.sums and rates.link_at_once:
+        rates = replace(rates, link=rates.link_at_once)
     known = {"compute": rates.compute, "host": rates.module_s}
     if rates.device == "cpu" and work.head and load.prompt_tokens > 1:
         known["last token"] = rates.last_token

@@ -94,7 +94,7 @@ class Reader:
 
     def __init__(self, chunk_bytes: int, threads: int = THREADS, cpus: set[int] | None = None) -> None:
         self.chunk_bytes = piece_bytes(chunk_bytes)
-        self.pool = ThreadPoolExecutor(threads, "djinn-reader", partial(_run_on, cpus) if cpus else None)
+        self.pool = ThreadPoolExecutor(threads, "djinn-reader", partial(run_on, cpus) if cpus else None)
         _start(self.pool, threads)
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -180,7 +180,7 @@ class Reader:
         self._files.clear()
 
 
-def _run_on(cpus: set[int]) -> None:
+def run_on(cpus: set[int]) -> None:
     """Bind the calling thread to ``cpus``, or leave it where it may run if it may run on none of them."""
     with suppress(OSError):
         os.sched_setaffinity(0, cpus)

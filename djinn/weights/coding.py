@@ -35,13 +35,15 @@ def coded(units: Sequence[Unit], layout: LayoutOf, *, experts_alike: bool = Fals
 
 def _coded_by_expert(unit: Unit, layout: LayoutOf, asked: Sequence[Unit]) -> Unit:
     """Return a unit of experts with each of its tensors raw in all of them, or coded in all, by whole tiles."""
-    codes = [
-        [
-            layout(part.entry) if part.entry.codable_with_others and part.entry.raw_bytes % TILE_BYTES == 0 else None
-            for part in expert.tensors
-        ]
-        for expert in asked
-    ]
+
+    def code_of(entry: TensorEntry) -> Layout | None:
+        if entry.raw_bytes % TILE_BYTES:
+            return None
+        return layout(entry) if entry.codable_with_others else entry.layout
+
+    if any(part.entry.crc32 is not None for part in unit.experts[0].tensors):
+        asked = unit.experts  # what is packed says itself how it is coded
+    codes = [[code_of(part.entry) for part in expert.tensors] for expert in asked]
     names = [part.name for part in unit.experts[0].tensors]
     raw = {name for found in codes for name, code in zip(names, found, strict=True) if code is None}
     experts = tuple(
@@ -49,7 +51,7 @@ def _coded_by_expert(unit: Unit, layout: LayoutOf, asked: Sequence[Unit]) -> Uni
             expert,
             tensors=lay_out_expert(
                 [
-                    (part.name, _with_code(part.entry, None if part.name in raw else code))
+                    (part.name, part.entry.raw if part.name in raw else _with_code(part.entry, code))
                     for part, code in zip(expert.tensors, codes[number % len(asked)], strict=True)
                 ]
             ),
@@ -60,7 +62,7 @@ def _coded_by_expert(unit: Unit, layout: LayoutOf, asked: Sequence[Unit]) -> Uni
 
 
 def _with_code(entry: TensorEntry, code: Layout | None) -> TensorEntry:
-    if code is None:
+    if code is None or code == entry.layout:
         return entry
     assert not isinstance(entry.source, Encoded | Decoded), "nothing has been coded yet"
     return replace(entry, source=Encoded(entry.source), layout=code)

@@ -36,8 +36,7 @@ def header_index(folder: Path, dtype: torch.dtype | None = None) -> WeightIndex:
     untie(model)
     names = naming(model, files, str(folder))
     stored = {name: files[found] for name, found in names.renamed.items()}
-    is_packed = any(entry.crc32 is not None for entry in files.values())
-    stored |= {} if is_packed else stacked(model, files, names, folder)
+    stored |= stacked(model, files, names, folder)
     parameters = dict(model.named_parameters())
     for name, found in names.converted.items():
         if name in parameters and name not in stored:

@@ -30,7 +30,7 @@ from djinn.weights.models import computed, config_of, empty_model, model_class, 
 from djinn.weights.naming import naming
 from djinn.weights.shards import read_checkpoint, read_shard
 from djinn.weights.stacked import stacked
-from djinn.weights.stand_in import restored, with_stacks
+from djinn.weights.stand_in import with_stacks
 from djinn.weights.tensors import InMemory, Seeded, TensorEntry
 from djinn.weights.ties import tie
 
@@ -93,7 +93,7 @@ def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None
     parameters = dict(empty.named_parameters())
     is_quantised = getattr(config, "quantization_config", None) is not None
     is_packed = any(entry.crc32 is not None for entry in files.values())
-    in_place = {} if is_quantised or is_packed else stacked(empty, files, names, folder)
+    in_place = {} if is_quantised else stacked(empty, files, names, folder)
     converted = names.converted.keys() - in_place.keys()
     written = parameters.keys() if is_quantised else parameters.keys() & converted
     needed = sum(parameters[name].nbytes for name in written)
@@ -104,9 +104,7 @@ def checkpoint_index(folder: Path, spill: Path, dtype: torch.dtype | None = None
         needed += sum(files[name].raw_bytes for name in read)
     _require_room(spill, needed)
     shown = folder
-    if is_packed:
-        shown = restored(folder, spill / "original", read)
-    elif in_place:
+    if is_packed or in_place:
         apart = {part for name in in_place for part in names.converted[name]}
         whole = {name: entry for name, entry in files.items() if name not in apart} | in_place
         shown = with_stacks(folder, spill / "original", whole, read)
@@ -132,8 +130,8 @@ def _require_room(spill: Path, needed: int) -> None:
     free = shutil.disk_usage(spill if spill.is_dir() else spill.parent).free
     if needed > free:
         raise UnavailableError(
-            f"{spill}: {format_bytes(needed)} of weights that transformers converts, as it does packed experts, "
-            f"are written there, and {format_bytes(free)} are free; set TMPDIR to a folder with more room"
+            f"{spill}: {format_bytes(needed)} of weights that transformers converts are written there, and "
+            f"{format_bytes(free)} are free; set TMPDIR to a folder with more room"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -117,6 +118,11 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield (f"{prefix}.{name}" if prefix else name), module, name, parameter
+
+
+def held_here(parameter: torch.Tensor) -> torch.Tensor:
+    """Return what holds a parameter's bytes in this process: itself, or its own part of one that ranks share."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
 building = threading.RLock()

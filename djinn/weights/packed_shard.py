@@ -1,4 +1,4 @@
-"""One safetensors file into its packed form and back, whole or hollow: with the header and some of the weights.
+"""One safetensors file into its packed form and back.
 
 Tensors are coded on threads, a few at a time, and written in order, so that memory holds a few tensors only.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,33 +71,24 @@ def pack_shard(source: Path, target: Path, on_done: Callable[[int], object], dev
         file.write(compose(original, stored, reserved))
 
 
-def unpack_shard(
-    source: Path,
-    target: Path,
-    on_done: Callable[[int], object],
-    device: torch.device,
-    wanted: Collection[str] | None = None,
-) -> None:
+def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
     """Write the file that ``source`` was packed from to ``target``, byte for byte; otherwise as :func:`pack_shard`.
-
-    Where tensors are ``wanted``, only they have their bytes, and the others are room that takes no disk.
 
     Raises:
         CheckpointError: a damaged file; the tensor and its section are named.
     """
     original = original_of(read_header(source))
     with _whole_file(target) as file:
-        _write_hollow(file, original)
-        for name, weights in unpacked(source, device, wanted):
+        file.write(len(original.text).to_bytes(8, "little") + original.text)
+        file.truncate(original.end)
+        for name, weights in unpacked(source, device):
             file.seek(_offset(original.tensors[name]))
             _write(file, weights, len(weights))
             on_done(len(weights))
 
 
-def unpacked(
-    source: Path, device: torch.device, wanted: Collection[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and the original bytes (uint8, on the host) of every tensor of a packed file, or those ``wanted``.
+def unpacked(source: Path, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the original bytes (uint8, on the host) of every tensor of a packed file.
 
     Raises:
         CheckpointError: a damaged file; the tensor and its section are named.
@@ -106,23 +97,27 @@ def unpacked(
     entries = described(header)
 
     def raw(name: str) -> tuple[str, torch.Tensor]:
-        entry = entries[name]
-        assert entry.crc32 is not None
-        bytes_ = read_tensor(entry)
-        verify(bytes_, entry.layout, entry.crc32, f"{source}: tensor {name}")
-        if entry.layout is None:
-            return name, bytes_
-        room = torch.empty(entry.layout.decoded_bytes, dtype=torch.uint8, device=device)
-        decode(bytes_.to(device), entry.layout, room)
-        return name, room[: entry.raw_bytes].cpu()
+        return name, original_bytes(name, entries[name], device)
 
-    names = [name for name in entries if wanted is None or name in wanted]
-    yield from _in_order(names, raw, _workers(header, device))
+    yield from _in_order(entries, raw, _workers(header, device))
 
 
-def _write_hollow(file: BinaryIO, original: Header) -> None:
-    file.write(len(original.text).to_bytes(8, "little") + original.text)
-    file.truncate(original.end)
+def original_bytes(name: str, entry: TensorEntry, device: torch.device) -> torch.Tensor:
+    """Return the bytes (uint8, on the host) that a stored tensor was packed from; its own where it is not packed.
+
+    Raises:
+        CheckpointError: a damaged file; the tensor and its section are named.
+    """
+    stored = read_tensor(entry)
+    if entry.crc32 is None:
+        return stored
+    assert isinstance(entry.source, FileSpan)
+    verify(stored, entry.layout, entry.crc32, f"{entry.source.path}: tensor {name}")
+    if entry.layout is None:
+        return stored
+    room = torch.empty(entry.layout.decoded_bytes, dtype=torch.uint8, device=device)
+    decode(stored.to(device), entry.layout, room)
+    return room[: entry.raw_bytes].cpu()
 
 
 def _require_no_gaps(header: Header) -> None:

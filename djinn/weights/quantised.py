@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -140,7 +141,8 @@ def quantised_bytes(model: nn.Module) -> int:
     What they keep there, and the largest of them once a multiplication has made floating point numbers of it.
     """
     weights = [(state.shape, state.dtype) for _, state in _states(model)]
-    weights += [(each.shape, each.dtype) for each in model.parameters() if is_traceable_wrapper_subclass(each)]
+    whole = (each for each in model.parameters() if not isinstance(each, DTensor))
+    weights += [(each.shape, each.dtype) for each in whole if is_traceable_wrapper_subclass(each)]
     return states_bytes(model) + max((shape.numel() * dtype.itemsize for shape, dtype in weights), default=0)
 
 

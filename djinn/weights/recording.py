@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from djinn.errors import ConfigError
 from djinn.weights.index import Reads
+from djinn.weights.models import held_here
 from djinn.weights.tracing import record_reads
 
 Example = tuple[Any, ...] | Mapping[str, Any]
@@ -24,18 +25,19 @@ def recorded_reads(module: nn.Module, names: Mapping[int, str], examples: Sequen
     ``names`` are those of its parameters, by id; parameters that share one name are one in the result.
 
     It is called on the meta device, where nothing is computed; if it cannot run there (its control flow depends on
-    values, or it mixes in tensors that are neither parameters nor buffers), for real, where it lies.
+    values, or it mixes in tensors that are neither parameters nor buffers), for real, where it lies. So it is if its
+    parameters are split over ranks, all of which have to call this.
 
     Raises:
         ConfigError: an example that the module cannot run; says why.
     """
-    try:
-        return _on_meta(module, names, examples)
-    except Exception:  # whatever the module's own code raises on meta tensors
-        pass
+    held = [held_here(parameter) for parameter in module.parameters()]
+    if all(part is parameter for part, parameter in zip(held, module.parameters(), strict=True)):
+        with suppress(Exception):  # whatever the module's own code raises on meta tensors
+            return _on_meta(module, names, examples)
     try:
         with undisturbed(module):
-            weights: dict[str, torch.Tensor] = {names[id(each)]: each for each in module.parameters()}
+            weights: dict[str, torch.Tensor] = {names[id(each)]: each for each in held}
             return record_reads(module, weights, lambda: run(module, examples, device_of(module)))
     except Exception as error:
         raise ConfigError(

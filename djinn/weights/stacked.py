@@ -1,7 +1,8 @@
 """Experts that a checkpoint keeps as separate tensors, and a model as one: read in place, from where they are.
 
 transformers stacks them when it loads them: of each expert the gate on top of the up projection, and one expert after
-the other. So the bytes of what it makes are those of the files, in that order, and no copy has to be made of them.
+the other. So the bytes of what it makes are those of the files, in that order, and no copy has to be made of them. Of
+a packed checkpoint each is a blob of its own, which is decoded by itself.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def stacked(
 ) -> dict[str, TensorEntry]:
     """Return the entries of parameters whose bytes are those of several stored tensors, one behind the other.
 
-    ``model`` has meta parameters in the dtypes that they will have. What is stored in another dtype, packed, or in
-    other shapes than those that make up the parameter, is left to transformers.
+    ``model`` has meta parameters in the dtypes that they will have. What is stored in another dtype, or in other
+    shapes than those that make up the parameter, is left to transformers.
 
     Raises:
         CheckpointError: experts that are missing; names their tensors.
@@ -40,7 +41,7 @@ def stacked(
         if not missing and all(matrices):
             experts = [[files[part] for part in expert] for expert in zip(*matrices, strict=True)]
             if _make_up(parameter, experts):
-                parts = tuple(part for expert in experts for part in expert)
+                parts = tuple(part.raw for expert in experts for part in expert)
                 found[name] = TensorEntry(parameter.dtype, tuple(parameter.shape), Stacked(parts))
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} missing tensors: {', '.join(sorted(missing)[:5])}")
@@ -64,10 +65,10 @@ def _in_order(stored: Sequence[str], count: int) -> list[str]:
 
 
 def _make_up(parameter: nn.Parameter, experts: Sequence[Sequence[TensorEntry]]) -> bool:
-    """Return whether the bytes of ``experts``, as they are stored, are those of ``parameter``."""
+    """Return whether the bytes of ``experts``, as they are stored or decoded, are those of ``parameter``."""
     parts = [part for expert in experts for part in expert]
-    as_stored = all(part.dtype == parameter.dtype and part.crc32 is None for part in parts)
-    if not as_stored or parameter.ndim != 3 or any(len(part.shape) != 2 for part in parts):
+    are_matrices = all(part.dtype == parameter.dtype and len(part.shape) == 2 for part in parts)
+    if not are_matrices or parameter.ndim != 3:
         return False
     alike = len({tuple(part.shape for part in expert) for expert in experts}) == 1
     columns = {part.shape[1] for part in parts}

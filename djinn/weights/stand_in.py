@@ -12,31 +12,15 @@ from pathlib import Path
 
 import torch
 
-from djinn.weights import packed_format
-from djinn.weights.header import read_header
-from djinn.weights.packed_shard import read_tensor, unpack_shard
-from djinn.weights.shards import named_file, shard_files
+from djinn.weights.packed_shard import original_bytes
+from djinn.weights.shards import named_file
 from djinn.weights.tensors import DTYPES, TensorEntry
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def restored(folder: Path, original: Path, wanted: Collection[str]) -> Path:
-    """Return folder ``original``, made what the packed one was; only tensors that are ``wanted`` have bytes."""
-    original.mkdir(exist_ok=True)
-    for shard in shard_files(folder):
-        target = original / shard.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if packed_format.is_packed(read_header(shard)):
-            unpack_shard(shard, target, lambda _: None, torch.device("cpu"), wanted)
-        else:
-            target.symlink_to(shard.absolute())
-    _link_documents(folder, original)
-    return original
-
-
 def with_stacks(folder: Path, made: Path, entries: Mapping[str, TensorEntry], wanted: Collection[str]) -> Path:
-    """Return folder ``made``, with one file of ``entries``: the plain checkpoint as if its experts were stacked.
+    """Return folder ``made``, with one file of ``entries``: the checkpoint unpacked and as if its experts were stacked.
 
     Only tensors that are ``wanted`` have bytes.
     """
@@ -51,7 +35,7 @@ def with_stacks(folder: Path, made: Path, entries: Mapping[str, TensorEntry], wa
     begins = {}
     for name, entry in entries.items():
         begins[name] = ends
-        ends += entry.nbytes
+        ends += entry.raw_bytes
         header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begins[name], ends]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
@@ -59,7 +43,7 @@ def with_stacks(folder: Path, made: Path, entries: Mapping[str, TensorEntry], wa
         file.truncate(start + ends)
         for name in entries.keys() & set(wanted):
             file.seek(start + begins[name])
-            file.write(read_tensor(entries[name]).numpy().data)
+            file.write(original_bytes(name, entries[name], torch.device("cpu")).numpy().data)
     _link_documents(folder, made)
     return made
 

@@ -78,7 +78,8 @@ class InMemory:
 class Stacked:
     """Bytes of several stored tensors, one behind the other: experts that a checkpoint keeps apart.
 
-    Each expert has as many ``parts`` as every other, in their order: its gate, its up, then those of the next one.
+    Each expert has as many ``parts`` as every other, in their order: its gate, its up, then those of the next one. Of
+    a packed checkpoint they are decoded ones, whose bytes stand one behind the other, too.
     """
 
     parts: tuple[TensorEntry, ...]
@@ -152,7 +153,7 @@ class TensorEntry:
     def is_packed(self) -> bool:
         """Whether its bytes come out of a packed checkpoint."""
         whole = self.source.whole if isinstance(self.source, Sliced) else self
-        return whole.crc32 is not None or isinstance(whole.source, Decoded)
+        return any(part.crc32 is not None or isinstance(part.source, Decoded) for part in whole.parts)
 
     @property
     def raw(self) -> TensorEntry:
@@ -175,13 +176,16 @@ class TensorEntry:
     def expert(self, number: int) -> tuple[TensorEntry, ...]:
         """Return the stored tensors that, one behind the other, are the tensor at ``number`` of the first dimension.
 
+        Packed ones are coded, as they are stored.
+
         Raises:
             ValueError: a tensor that is coded as a whole.
         """
         shape, source = self.shape[1:], self.source
         if isinstance(source, Stacked):
             each = len(source.parts) // self.shape[0]
-            return source.parts[number * each : (number + 1) * each]
+            parts = source.parts[number * each : (number + 1) * each]
+            return tuple(part.source.coded if isinstance(part.source, Decoded) else part for part in parts)
         if isinstance(source, Converted):
             return tuple(part.to(self.dtype) for part in source.stored.expert(number))
         return (self.part(number * math.prod(shape), shape),)

@@ -131,6 +131,10 @@ def test_sums_over_gpus_are_waited_for() -> None:
     assert "sums over GPUs" not in alone.blind
     quick = predict(plan, replace(known, sum_s=1.0, sum_rate=1e9), summed)
     assert "sums over GPUs" not in quick.blind
+    units = [unit("a", 100), unit("b", 300)]
+    streamed = make_plan(units, budget=350 * PAGE, workspace_bytes=0, host_bytes=10**9)
+    over = replace(known, link=1e9, link_at_once=0.5e9)
+    assert predict(streamed, over, summed).link_s == 2 * predict(streamed, over, replace(summed, sums=0)).link_s
     tokens = LOAD.prompt_tokens * LOAD.batch
     assert quick.token_s - alone.token_s == pytest.approx(3 * (1.0 + LOAD.batch * 100 / 1e9))
     assert quick.ttft_s - alone.ttft_s == pytest.approx(3 * (1.0 + tokens * 100 / 1e9))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,17 +111,95 @@ def test_a_packed_model_that_fits_is_decoded(codable_checkpoint: Path, folder: P
     assert torch.equal(logits(model), logits(whole))
 
 
-def test_weights_that_transformers_converts_are_unpacked_for_it(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture whose experts are stored apart, each of whose matrices is large enough to be coded."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        hidden_size=768, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        num_local_experts=2, vocab_size=256,
+        hidden_size=768, intermediate_size=768, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        num_local_experts=4, vocab_size=256,
     )  # fmt: skip
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto").eval()
-    model = loaded(pack(tmp_path / "plain", tmp_path / "packed", device="cpu"), share=0.6)
-    assert placement(model).away
+    path = tmp_path_factory.mktemp("mixture")
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="20MB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed_mixture(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(mixture, tmp_path_factory.mktemp("packed") / "out", device="cpu")
+
+
+def spilled(before: set[Path]) -> int:
+    """Return the bytes of weights in temporary folders that were not there ``before``."""
+    folders = set(Path(tempfile.gettempdir()).glob("djinn-*")) - before
+    return sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("host", ["1 GB", "20 MB", "1 B"])
+def test_packed_experts_are_streamed_as_they_are_packed(
+    mixture: Path, packed_mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    whole = AutoModelForCausalLM.from_pretrained(mixture, dtype="auto").eval()
+    model = loaded(packed_mixture, share=0.6, host=host)
+    made = placement(model)
+    parts = [tensor for unit in made.routed for expert in unit.experts for tensor in expert.tensors]
+    assert len(parts) == 3 * 4 * 3
+    assert all(part.entry.layout is not None and isinstance(part.entry.source, FileSpan) for part in parts)
+    assert {unit.name for unit in made.at(Tier.DISK)} >= {unit.name for unit in made.routed if host == "1 B"}
+    assert spilled(set()) < 10**5
+    for _ in range(2):
+        assert torch.equal(logits(model), logits(whole))
+    wanted, state = whole.state_dict(), model.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
+    djinn.detach(model)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("share", "options"),
+    [
+        (0.6, {"coding": "none"}),
+        (0.6, {"experts": "whole", "ring": "20 MB"}),
+        (3, {}),
+        (0.9, {"dtype": torch.float32, "ring": "40 MB"}),
+    ],
+    ids=["raw", "whole layers", "resident", "converted"],
+)
+def test_packed_experts_are_decoded_where_they_have_to_be(
+    mixture: Path, packed_mixture: Path, share: float, options: dict[str, Any]
+) -> None:
+    dtype = options.get("dtype", torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(mixture, dtype=dtype).eval()
+    model = loaded(packed_mixture, share=share, **options)
+    assert bool(placement(model).away) == (share < 1)
     assert torch.equal(logits(model), logits(whole))
+    wanted = whole.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_of_packed_experts_is_what_they_are_loaded_by(packed_mixture: Path) -> None:
+    model = loaded(packed_mixture, share=0.6)
+    made = placement(model)
+    planned = djinn.plan(packed_mixture, budget=made.budget, host_memory="1 GB", **WORK)
+    assert (planned.pool, planned.pinned_bytes, planned.tiers) == (made.pool, made.pinned_bytes, made.tiers)
+
+
+def test_a_damaged_expert_is_named(packed_mixture: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(packed_mixture, tmp_path / "copy"))
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    entry = read_checkpoint(copy)[name]
+    assert isinstance(entry.source, FileSpan)
+    with entry.source.path.open("r+b") as file:
+        file.seek(entry.source.offset + 5000)
+        was = file.read(1)
+        file.seek(entry.source.offset + 5000)
+        file.write(bytes([was[0] ^ 1]))
+    message = rf"{entry.source.path.name}: tensor .*down_proj of model\.layers\.1\.mlp\.experts\[2\]: .* changed"
+    for host in ("1 GB", "1 B"):
+        with pytest.raises(CheckpointError, match=message):
+            loaded(copy, share=0.6, host=host)
 
 
 def every_dtype() -> dict[str, torch.Tensor]:

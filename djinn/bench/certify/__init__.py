@@ -25,7 +25,7 @@ from djinn.bench.certify.checks import check_all
 from djinn.bench.certify.findings import Findings, Package
 from djinn.bench.certify.proof import prove
 from djinn.bench.ownership import owned
-from djinn.bench.rates import compute, disk, link
+from djinn.bench.rates import compute, disk, link, several
 from djinn.engine.opened import outlined
 from djinn.errors import ConfigError
 from djinn.files import write_text
@@ -68,10 +68,13 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         link_rates, link_reason = _tried(lambda: link.rates(chunks))
         # A GPU's link shows its true generation only while it is used, so the machine is described now.
         machine = hardware.describe(folder)
+        on_gpu = machine.torch_sees_gpu and torch.cuda.is_available()
+        gpus = torch.cuda.device_count() if on_gpu else 0
+        links, links_reason = _tried(lambda: several.links(gpus)) if gpus > 1 else (None, "")
+        sums, _ = _tried(lambda: several.sums(gpus)) if gpus > 1 else (None, "")
         step("disk")
         disk_rates, disk_reason = _tried(lambda: disk.rates(folder, min(2**30, profile.min_disk // 4)))
         step("compute")
-        on_gpu = machine.torch_sees_gpu and torch.cuda.is_available()
         computed, _ = _tried(lambda: compute.measure(torch.device("cuda" if on_gpu else "cpu")))
         step("plan")
         plan, plan_reason = _tried(lambda: plan_of(profile))
@@ -89,6 +92,8 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         link_reason=link_reason,
         disk=disk_rates or [],
         disk_reason=disk_reason,
+        links=links or [],
+        links_reason=links_reason,
         plan=plan,
         plan_reason=plan_reason,
         tools=_tools(),
@@ -103,6 +108,8 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         machine=machine,
         link=tuple(findings.link),
         disk=tuple(findings.disk),
+        links=tuple(findings.links),
+        sums=tuple(sums or ()),
         compute=computed,
         proof=proof,
         checks=tuple(check_all(findings)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from djinn.bench.certify.proof import Proof
 from djinn.bench.rates.compute import Compute
 from djinn.bench.rates.disk import BLOCK, DiskRate
 from djinn.bench.rates.link import LinkRate
+from djinn.bench.rates.several import SUM_BYTES, LinksTogether, SumRate
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
 from djinn.places import certification_path
@@ -32,6 +34,10 @@ class Certification(BaseModel):
     machine: Machine
     link: tuple[LinkRate, ...]
     disk: tuple[DiskRate, ...]
+    links: tuple[LinksTogether, ...] = ()
+    """Of several GPUs: each link alone, then at once with others."""
+    sums: tuple[SumRate, ...] = ()
+    """What several GPUs take to add up what each has."""
     compute: Compute | None = None
     """None in records from before it was measured, and where measuring it failed."""
     proof: Proof | None
@@ -53,7 +59,16 @@ class Certification(BaseModel):
         # Small chunks stay in a processor's cache, which a model does not.
         best = max if on_gpu else min
         computed = self.compute or Compute(device="cuda" if on_gpu else "cpu", rates=(), module_s=0.0)
-        return computed.rates_with(link=best(copies, default=None), disk=max(direct or reads, default=None))
+        found = computed.rates_with(link=best(copies, default=None), disk=max(direct or reads, default=None))
+        at_once = max(self.links, key=lambda rate: len(rate.gpus), default=None)
+        idle = {rate.nbytes: rate.seconds for rate in self.sums if not rate.beside_copies}
+        few, many = SUM_BYTES
+        return replace(
+            found,
+            link_at_once=1e9 * min(at_once.gbps) if at_once else None,
+            sum_s=idle.get(few, 0.0),
+            sum_rate=many / idle[many] if many in idle else None,
+        )
 
     def frame(self) -> pd.DataFrame:
         """Return a row per check: check, measured, needed, verdict, remedy."""
@@ -79,7 +94,25 @@ class Certification(BaseModel):
             }
             for rate in self.disk
         ]
+        rows += [
+            {"what": f"pinned to device {gpu}, {_beside(rate.gpus, gpu)}", "gbps": gbps}
+            for rate in self.links
+            for gpu, gbps in zip(rate.gpus, rate.gbps, strict=True)
+        ]
+        rows += [
+            {
+                "what": f"sum over GPUs{', beside copies' if rate.beside_copies else ''}",
+                "chunk_bytes": rate.nbytes,
+                "gbps": rate.nbytes / rate.seconds / 1e9,
+            }
+            for rate in self.sums
+        ]
         return pd.DataFrame(rows, columns=["what", "chunk_bytes", "threads", "gbps", "reason"])
+
+
+def _beside(gpus: tuple[int, ...], gpu: int) -> str:
+    others = ", ".join(str(other) for other in gpus if other != gpu)
+    return f"at once with {others}" if others else "alone"
 
 
 def read_certification(run_dir: Path) -> Certification | None:

@@ -9,6 +9,8 @@ from djinn.sizes import format_bytes
 _LINK_SHARE = 0.7
 """Share of PCIe's raw rate that page-locked copies reach on a healthy link: 87% on an H100 (Gen5 x16, 54.8 GB/s)
 and 73% on an L4 (23 GB/s of its slot's 31.5) were measured."""
+_AT_ONCE_SHARE = 0.95
+"""Of each link's own rate, while others carry too, below which they share something."""
 _LANE_GBPS = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 """10^9 bytes/s of one PCIe lane by generation, after line coding (PCI-SIG)."""
 
@@ -25,6 +27,7 @@ def device_checks(findings: Findings) -> list[Check]:
         _pcie(gpu),
         _numa(findings, gpu),
         _link_rate(findings, gpu),
+        *_links(findings),
     ]
 
 
@@ -113,3 +116,30 @@ def _link_rate(findings: Findings, gpu: Gpu) -> Check:
         if best is None
         else "look at the PCIe link and NUMA above, and at what else uses them",
     )
+
+
+def _links(findings: Findings) -> list[Check]:
+    """Return whether the links of several GPUs carry at once what each carries alone."""
+    if findings.links_reason:
+        found = verdict_of("links at once", "not measured", "any", "warn", findings.links_reason)
+        return [found]
+    alone = {rate.gpus[0]: rate.gbps[0] for rate in findings.links if len(rate.gpus) == 1}
+    shares = {
+        rate.gpus: min(gbps / alone[gpu] for gpu, gbps in zip(rate.gpus, rate.gbps, strict=True))
+        for rate in findings.links
+        if len(rate.gpus) > 1
+    }
+    if not shares:
+        return []
+    worst = min(shares, key=lambda gpus: shares[gpus])
+    pairs = [gpus for gpus, share in shares.items() if share < _AT_ONCE_SHARE and len(gpus) == 2]
+    names = "; ".join(" and ".join(map(str, gpus)) for gpus in pairs) or " and ".join(map(str, worst))
+    return [
+        verdict_of(
+            "links at once",
+            f"{shares[worst]:.0%} of what each carries alone",
+            f"{_AT_ONCE_SHARE:.0%}",
+            "pass" if shares[worst] >= _AT_ONCE_SHARE else "warn",
+            f"the links of GPUs {names} share a root port or host memory: djinn runs at what they carry at once",
+        )
+    ]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from djinn.bench.certify.proof import Proof
 from djinn.bench.rates.disk import DiskRate
 from djinn.bench.rates.link import LinkRate
+from djinn.bench.rates.several import LinksTogether
 from djinn.gpus import Gpu
 from djinn.hardware import Machine
 from djinn.planning.placement import Plan
@@ -62,6 +63,8 @@ class Findings:
     link_reason: str
     disk: Sequence[DiskRate]
     disk_reason: str
+    links: Sequence[LinksTogether] = ()
+    links_reason: str = ""
     plan: Plan | None
     plan_reason: str
     tools: dict[str, bool]

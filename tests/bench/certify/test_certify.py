@@ -10,6 +10,7 @@ from djinn.bench import certify as module
 from djinn.bench.certify import certify
 from djinn.bench.certify.certification import Certification, read_certification
 from djinn.bench.certify.proof import prove
+from djinn.bench.rates.several import SUM_BYTES, LinksTogether, SumRate
 from djinn.errors import ConfigError, PlanError
 from djinn.gpus import Gpu
 from djinn.places import CERTIFICATION
@@ -49,7 +50,23 @@ def test_the_tables_have_a_row_per_check_and_per_rate(certification: Certificati
 
 
 def test_plans_are_predicted_from_what_was_measured(certification: Certification) -> None:
+    several_gpus = certification.model_copy(
+        update={
+            "links": tuple(
+                LinksTogether(gpus=gpus, gbps=gbps) for gpus, gbps in (((0,), (55.0,)), ((0, 1), (50.0, 48.0)))
+            ),
+            "sums": tuple(
+                SumRate(nbytes=nbytes, seconds=seconds, beside_copies=beside)
+                for beside, seconds in ((False, 1e-4), (True, 1.0))
+                for nbytes in SUM_BYTES
+            ),
+        }
+    )
+    together = several_gpus.rates
+    assert (together.link_at_once, together.sum_s, together.sum_rate) == (48e9, 1e-4, SUM_BYTES[1] / 1e-4)
+    assert len(several_gpus.rates_frame()) == len(certification.rates_frame()) + 3 + 4
     rates = certification.rates
+    assert (rates.link_at_once, rates.sum_s, rates.sum_rate) == (None, 0.0, None)
     assert rates.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert rates.link in [rate.gbps * 1e9 for rate in certification.link]
     assert rates.disk in [rate.gbps * 1e9 for rate in certification.disk if rate.gbps and rate.kind == "read"]

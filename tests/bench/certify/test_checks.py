@@ -10,6 +10,7 @@ from djinn.bench.certify.findings import Check, Findings, Package
 from djinn.bench.certify.proof import Proof
 from djinn.bench.rates.disk import DiskRate
 from djinn.bench.rates.link import LinkRate
+from djinn.bench.rates.several import LinksTogether
 from djinn.gpus import Gpu
 from djinn.planning.placement import Plan
 from djinn.profiles import load_profile
@@ -79,6 +80,13 @@ LINK = [LinkRate(kind="pinned to device", chunk_bytes=2**26, gbps=54.8)]
 DISK = [DiskRate(kind="read", mode=mode, threads=1, gbps=1.5) for mode in ("buffered", "direct")]
 
 
+def links(at_once: dict[tuple[int, ...], float]) -> list[LinksTogether]:
+    """Links of 54.8 GB/s each alone, and what each carries beside others."""
+    every = sorted({gpu for gpus in at_once for gpu in gpus})
+    alone = [LinksTogether(gpus=(gpu,), gbps=(54.8,)) for gpu in every]
+    return alone + [LinksTogether(gpus=gpus, gbps=(gbps,) * len(gpus)) for gpus, gbps in at_once.items()]
+
+
 def _findings(machine: dict[str, Any] | None = None, gpu: dict[str, Any] | None = None, **changes: Any) -> Findings:
     described = MACHINE.model_copy(update=machine or {})
     if gpu is not None:
@@ -109,8 +117,10 @@ def _named(findings: Findings) -> dict[str, Check]:
     return {check.name: check for check in check_all(findings)}
 
 
-def test_a_good_gpu_machine_passes_every_check() -> None:
-    checks = check_all(_findings())
+@pytest.mark.parametrize("found", [[], links({(0, 1): 54.0})])
+def test_a_good_gpu_machine_passes_every_check(found: list[LinksTogether]) -> None:
+    checks = check_all(_findings(links=found))
+    assert any(check.name == "links at once" for check in checks) == bool(found)
     assert {check.verdict for check in checks} == {"pass"}
     assert not any(check.remedy for check in checks)
     assert len({check.name for check in checks}) == len(checks)
@@ -131,6 +141,10 @@ def test_a_good_gpu_machine_passes_every_check() -> None:
         ("NUMA", "warn", "by hand", {"gpu": {"numa_node": None}}),
         ("link rate", "warn", "NUMA", {"link": [LinkRate(kind="pinned to device", chunk_bytes=1, gbps=20)]}),
         ("link rate", "fail", "refused", {"link": [], "link_reason": "refused"}),
+        ("links at once", "warn", "GPUs 0 and 1 share", {"links": links({(0, 1): 26.0})}),
+        ("links at once", "warn", "GPUs 1 and 2 share", {"links": links({(0, 1, 2): 40.0, (0, 1): 54, (1, 2): 27})}),
+        ("links at once", "warn", "GPUs 0 and 1 and 2 share", {"links": links({(0, 1, 2): 40.0, (0, 1): 54})}),
+        ("links at once", "warn", "refused", {"links_reason": "refused"}),
         ("RAM", "warn", "close", {"usable_ram": 100 * GIB}),
         ("RAM", "fail", "smaller profile", {"usable_ram": 8 * GIB, "machine": {"cgroup_limit_bytes": 8 * GIB}}),
         ("host memory", "warn", "close", {"usable_ram": 100 * GIB}),
