@@ -1,4 +1,4 @@
-"""The comparison: every system in a process of its own, run by run, one record each, resumable.
+"""The comparison: every system in processes of its own, run by run, one record each, resumable.
 
 A system that cannot run, is killed or hangs becomes records with a status and a reason; the others go on.
 """
