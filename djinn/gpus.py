@@ -5,6 +5,7 @@ What cannot be found out is None; a missing driver or package is never an error.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,11 @@ def numa_node_of(gpu_index: int) -> int | None:
     """Return the NUMA node that the GPU hangs on; None where there is no such GPU or the kernel does not say."""
     found = gpus()
     return found[gpu_index].numa_node if gpu_index < len(found) else None
+
+
+def own_gpu() -> int:
+    """Return the number of this process's own GPU, as torch counts: a rank's is that of the rank on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def gpu_used_bytes(gpu_index: int = 0) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import operator
 from pathlib import Path
@@ -28,6 +29,8 @@ SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """The systems that can be compared, each with the places it can offload to, and djinn as the profile says, with its
 weights coded, or without routing experts; written ``system:variant``."""
+_ONE_PROCESS = ("accelerate",)
+"""Systems that hold several GPUs in one process; the others start one for each."""
 
 
 def system_names() -> list[str]:
@@ -77,8 +80,11 @@ class Profile(_Frozen):
     """Where a synthetic model is made: a real safetensors checkpoint on disk, or straight in host memory."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: Literal["cpu", "cuda"]
+    # Left out of the dump where there is one, as Sweep.budgets is.
+    gpus: int = Field(default=1, ge=1, le=64, exclude_if=functools.partial(operator.eq, 1))
+    """GPUs that hold the model together, each over its own link. On a CPU they are processes, to rehearse with."""
     budget: Bytes
-    """The most device memory the process may use: residents, ring, KV cache, activations, scratch."""
+    """The most memory of each GPU that may be used: residents, ring, KV cache, activations, scratch."""
     ring: Bytes | None = None
     """Device ring; by default the plan chooses the smallest that still overlaps."""
     host_memory: Bytes
@@ -144,6 +150,10 @@ class Profile(_Frozen):
     def synthetic(self) -> bool:
         """Whether the weights are seeded random numbers instead of a trained model."""
         return self.model.startswith("synthetic:")
+
+    def processes(self, system: str) -> int:
+        """Return how many processes hold ``system``: one for each GPU, or one for all."""
+        return 1 if system in _ONE_PROCESS else self.gpus
 
     @property
     def digest(self) -> str:

@@ -20,9 +20,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 import djinn
+from djinn.bench.systems.common import synthetic_weight
 from djinn.engine.load import placement
+from djinn.engine.sharding import filled
 from djinn.errors import DjinnError
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, kv_cache_bytes
+from djinn.weights.models import empty_model
 
 WORDS, CHECKPOINTS = (Path(argument) for argument in sys.argv[1:3])
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,8 +153,11 @@ def each_way(folder: Path) -> None:
         say(WORDS, f"{name}: is coded", any(unit.coded for unit in placement(model).away))
     wide = resident(folder, dtype=torch.float32)
     compare("converted", streamed(folder, dtype=torch.float32), wide)
-    made = [generated(streamed("synthetic:llama-tiny")), generated(resident(CHECKPOINTS / "synthetic"))]
-    say(WORDS, "synthetic", equal(*made))
+    whole = resident(CHECKPOINTS / "synthetic")
+    say(WORDS, "synthetic", equal(generated(streamed("synthetic:llama-tiny")), generated(whole)))
+    empty = empty_model(whole.config, torch.bfloat16)
+    made = filled(empty, split(), whole.device, lambda name, each: synthetic_weight(name, each.shape, each.dtype, 0))
+    say(WORDS, "made where it stays", equal(logits(made.eval()), logits(whole)))
 
 
 def offloaded(folder: Path) -> None:

@@ -54,6 +54,7 @@ def test_an_unknown_profile_lists_those_there_are():
         ({"systems": []}, ["systems"]),
         ({"dtype": "int3"}, ["dtype", "bfloat16"]),
         ({"device": "tpu"}, ["device", "cuda"]),
+        ({"gpus": 0}, ["gpus", "greater than or equal to 1"]),
         ({"disable_kv_swap": False}, ["disable_kv_swap", "cuda"]),
         ({"weights": "memory"}, ["weights: memory", "cuda"]),
         ({"weights": "memory", "model": "somewhere"}, ["weights: memory", "synthetic"]),
@@ -95,6 +96,27 @@ def test_only_profiles_that_sweep_budgets_say_so_in_what_is_digested():
     swept = {name for name in profile_names() if "budgets" in load_profile(name).model_dump_json()}
     assert swept == {"smoke_moe", "moe_h100"}
     assert load_profile("smoke_tiny").digest == "8f82c16c18b0c909"
+
+
+def test_one_gpu_says_nothing_in_what_is_digested():
+    several = {name for name in profile_names() if "gpus" in load_profile(name).model_dump_json()}
+    assert several == {"smoke_ranks", "ranks_2x24", "virt_mem_4x24"}
+    profile = load_profile("smoke_tiny")
+    assert profile.override(gpus=1).digest == profile.digest
+    assert profile.override(gpus=2).digest != profile.digest
+    assert load_profile("smoke_ranks").override(gpus=1).gpus == 1
+
+
+def test_a_system_says_how_many_processes_hold_it():
+    profile = load_profile("ranks_2x24")
+    assert [profile.processes(system) for system in ("djinn", "deepspeed", "resident", "accelerate")] == [2, 2, 2, 1]
+
+
+def test_a_run_of_one_gpu_is_not_continued_on_two(tmp_path):
+    profile = load_profile("smoke_tiny")
+    Run.open(tmp_path, profile)
+    with pytest.raises(ConfigError, match=r"gpus: not set there, 2 asked for"):
+        Run.open(tmp_path, profile.override(gpus=2))
 
 
 def test_profiles_do_not_change():

@@ -81,11 +81,12 @@ def _lacking(profile: Profile, resources: Resources, on_disk: int) -> list[str]:
     lacking = []
     if profile.device == "cuda":
         needed = profile.min_device or profile.budget
+        wanted = "a GPU" if profile.gpus == 1 else f"{profile.gpus} GPUs"
         if not resources.gpus:
-            lacking.append(f"needs a GPU with {format_bytes(needed)} that torch can use; there is none")
-        elif max(size for _, size in resources.gpus) < needed:
+            lacking.append(f"needs {wanted} with {format_bytes(needed)} that torch can use; there is none")
+        elif sum(size >= needed for _, size in resources.gpus) < profile.gpus:
             found = ", ".join(f"{name} with {format_bytes(size)}" for name, size in resources.gpus)
-            lacking.append(f"needs a GPU with {format_bytes(needed)}; found {found}")
+            lacking.append(f"needs {wanted} with {format_bytes(needed)}; found {found}")
     if resources.ram_bytes < profile.min_ram:
         free = format_bytes(resources.ram_bytes)
         lacking.append(f"needs {format_bytes(profile.min_ram)} of RAM; {free} can be used")

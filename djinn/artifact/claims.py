@@ -36,6 +36,8 @@ class Needs(_Frozen):
     device: Literal["cpu", "cuda"] | None = None
     gpu: str | None = None
     """A part of the device's name, such as ``L4``, as a word of its own."""
+    gpus: int | None = None
+    """How many GPUs hold the model."""
     model_bytes: Bytes | None = None
     """The smallest model that the claim is about."""
     experts: bool | None = None
@@ -169,6 +171,9 @@ def _require(needs: Needs, evidence: Evidence) -> None:
     if needs.device is not None and needs.device != device:
         lacking = "a GPU" if needs.device == "cuda" else "a run without a GPU"
         raise NotMeasuredError(f"needs device {needs.device}; this run used {device}", lacking)
+    if needs.gpus is not None and needs.gpus != evidence.profile.gpus:
+        lacking = "a run on one GPU" if needs.gpus == 1 else f"a run on {needs.gpus} GPUs"
+        raise NotMeasuredError(f"needs {lacking}; this one used {evidence.profile.gpus}", lacking)
     if needs.experts is not None and needs.experts != evidence.routed:
         lacking = "a mixture of experts" if needs.experts else "a model without routed experts"
         raise NotMeasuredError(f"needs {lacking}", lacking)

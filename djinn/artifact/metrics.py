@@ -80,7 +80,8 @@ def same_tokens(evidence: Evidence) -> float:
     reference = reference_label(evidence.records)
     agree = tokens_agree(evidence.records).get("djinn")
     if agree is None or reference is None or reference.startswith("djinn"):
-        raise NotMeasuredError("nothing to compare: needs djinn and another system, with the same tokens in all runs")
+        other = "another system" if evidence.profile.gpus == 1 else "the resident model on the same GPUs"
+        raise NotMeasuredError(f"nothing to compare: needs djinn and {other}, with the same tokens in all runs")
     return float(agree)
 
 
@@ -129,9 +130,9 @@ def ttft_s(evidence: Evidence) -> float:
 
 
 def oversubscription(evidence: Evidence) -> float:
-    """Model bytes over budget, in the run where it is smallest."""
-    sizes = evidence.values("model_bytes")
-    return min(size / record.budget_bytes for size, record in zip(sizes, evidence.finished(), strict=True))
+    """Model bytes over the budgets of all GPUs, in the run where it is smallest."""
+    budgets = [record.gpus * record.budget_bytes for record in evidence.finished()]
+    return min(size / budget for size, budget in zip(evidence.values("model_bytes"), budgets, strict=True))
 
 
 def host_memory_gib(evidence: Evidence) -> float:

@@ -44,6 +44,7 @@ PARAMETERS: dict[str, tuple[tuple[type, ...], str]] = {
     "profile": ((str,), "a profile's name, or a .yaml file"),
     "run_dir": ((str,), "a folder for the results; None: artifact/runs/<profile>"),
     "model": ((str,), "a checkpoint folder, org/name@revision or synthetic:<name>"),
+    "gpus": ((int,), "a whole number"),
     "budget": ((str,), "a size with its unit, such as '24 GB'"),
     "ring": ((str,), "a size with its unit"),
     "host_memory": ((str,), "a size with its unit"),

@@ -1,4 +1,4 @@
-"""The comparison: every system in a process of its own, run by run, one record each, resumable.
+"""The comparison: every system in processes of its own, run by run, one record each, resumable.
 
 A system that cannot run, is killed or hangs becomes records with a status and a reason; the others go on.
 """
@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from djinn import hardware
 from djinn.bench.ownership import owned
+from djinn.bench.rank_workers import RankWorkers
 from djinn.bench.records import Record, append_record, latest, read_records
-from djinn.bench.worker_client import WorkerError, WorkerProcess, close
+from djinn.bench.worker_client import Worker, WorkerError, WorkerProcess, close
 from djinn.profiles import Profile
 from djinn.text import printable
 from djinn.weights.resolve import is_synthetic, resolve
@@ -87,7 +88,7 @@ class Bench:
         self._experiment = experiment
         self._run_dir = run_dir
         self._keep = keep
-        self._workers: dict[Lane, WorkerProcess] = {}
+        self._workers: dict[Lane, Worker] = {}
         self._loaded: dict[Lane, dict[str, Any]] = {}
         self._failed: dict[Lane, WorkerError] = {}
         self._held = ExitStack()
@@ -157,6 +158,7 @@ class Bench:
             "model": profile.model,
             "synthetic": self._synthetic,
             "device_name": self._device_name,
+            "gpus": profile.gpus,
             "coding": profile.coding if lane.system == "djinn" else "none",
             "run": run,
             "budget_bytes": profile.budget,
@@ -175,12 +177,14 @@ class Bench:
             self._failed[lane] = failure
             self._close(lane)
             return Record(**known, status=failure.status, reason=failure.reason)
-        return Record(**known, **measured, status="ok")
+        return Record(**known | measured, status="ok")
 
     def _start(self, lanes: Sequence[Lane]) -> None:
         """Start a worker for each of ``lanes``; importing takes seconds, so they do it at once, before any is timed."""
         for lane in lanes:
-            self._workers[lane] = WorkerProcess(self._run_dir / "logs" / f"{_file_name(lane)}.log")
+            log = self._run_dir / "logs" / f"{_file_name(lane)}.log"
+            count = lane.profile.processes(lane.system)
+            self._workers[lane] = WorkerProcess(log) if count == 1 else RankWorkers(log, count)
         for lane in lanes:
             try:
                 self._workers[lane].ask({"do": "start"}, _START_S)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PretrainedConfig, StoppingCriteria
 
 from djinn import gpus
@@ -51,18 +52,23 @@ class MemoryPeak:
         self.rss_bytes = 0
         self.anon_bytes = 0
         self.bare_bytes = 0
-        self.bare_device_bytes = 0
+        self.bare_device_bytes: dict[int, int] = {}
+        """By number of each of this process's GPUs."""
         self._looking = True
         threading.Thread(target=self._watch, name="memory-peak", daemon=True).start()
 
-    def mark_bare(self) -> None:
+    def mark_bare(self, own: Sequence[int] | None = None) -> None:
         """Call what is held now the baseline: interpreter and libraries, before a system loads.
 
         Device memory held now is the driver's and other processes': this one has no context there yet.
+
+        Args:
+            own: the GPUs of this process, as torch counts; by default its one GPU.
         """
         self.sample()
         self.bare_bytes = self.anon_bytes
-        self.bare_device_bytes = gpus.gpu_used_bytes() or 0
+        numbers = [gpus.own_gpu()] if own is None else own
+        self.bare_device_bytes = {number: gpus.gpu_used_bytes(number) or 0 for number in numbers}
 
     def sample(self) -> None:
         """Take one more sample. Shared memory counts as anonymous: the kernel cannot take it back either."""
@@ -113,9 +119,11 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     gc.collect()
     system.begin()
     drop_pages([*files, *(path for path in job.scratch.rglob("*") if path.is_file())])
+    meet()
     with peak.looking_away():
         before = link.ceiling()
     moved, stalled, picked = link.moved(system), system.stall_s(), system.experts()
+    meet()
     start = time.perf_counter()
     tokens = _generate(system, job, prompt, profile.new_tokens, times)
     wall_s = time.perf_counter() - start
@@ -123,6 +131,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     experts = {name: count - picked[name] for name, count in system.experts().items()}
     peak.sample()
     system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
+    meet()
     with peak.looking_away():
         ceiling = max(before, link.ceiling())
     return {
@@ -141,6 +150,15 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         "peak_anon_bytes": peak.anon_bytes,
         "tokens": tokens,
     }
+
+
+def meet() -> None:
+    """Wait for the other ranks, where there are any: all begin at once, and look at their links at once.
+
+    So the ceilings of all ranks add up to what the links carry together.
+    """
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def warm(system: System, job: Job) -> None:
@@ -233,14 +251,18 @@ def _read_bytes() -> int:
 
 
 def peak_device(peak: MemoryPeak, *, on_gpu: bool, host_bytes: int) -> int:
-    """Return the peak of device memory, bytes.
+    """Return the peak of device memory, bytes; where a process has several GPUs, that of the fullest.
 
     On a CPU the device is what a system added to the process's anonymous memory, less the ``host_bytes`` of weights
     that it keeps aside in host memory: residents, ring, KV cache, activations and scratch of its libraries.
     """
     if on_gpu:
-        free, total = torch.cuda.mem_get_info()
-        used = gpus.gpu_used_bytes() or total - free
-        context = used - peak.bare_device_bytes - torch.cuda.memory_reserved()
-        return torch.cuda.max_memory_reserved() + max(context, 0)
+        return max(_peak_of(gpu, bare) for gpu, bare in peak.bare_device_bytes.items())
     return max(peak.anon_bytes - peak.bare_bytes - host_bytes, 0)
+
+
+def _peak_of(gpu: int, bare_bytes: int) -> int:
+    free, total = torch.cuda.mem_get_info(gpu)
+    used = gpus.gpu_used_bytes(gpu) or total - free
+    context = used - bare_bytes - torch.cuda.memory_reserved(gpu)
+    return torch.cuda.max_memory_reserved(gpu) + max(context, 0)

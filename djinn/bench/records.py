@@ -7,6 +7,8 @@ a record too, with a status and a reason; its numbers are absent, never zero and
 from __future__ import annotations
 
 import errno
+import functools
+import operator
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +27,24 @@ _Time = Annotated[float, Field(ge=1e-12, le=10**15)]
 Status = Literal["ok", "oom", "timeout", "unavailable", "error"]
 
 
+class RankNumbers(BaseModel):
+    """What one of several ranks measured of itself; each number is what a :class:`Record` calls so."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    load_s: _Amount | None = None
+    resident_bytes: Count | None = None
+    ring_bytes: Count | None = None
+    wall_s: _Time | None = None
+    link_bytes: Count | None = None
+    ceiling_gbps: Annotated[_Amount, Field(gt=0)] | None = None
+    link_utilisation: _Amount | None = None
+    stall_s: _Amount | None = None
+    peak_device_bytes: Count | None = None
+    peak_host_bytes: Count | None = None
+    peak_anon_bytes: Count | None = None
+
+
 class Record(BaseModel):
     """One measured run, or the reason why there is none. Times are seconds, sizes bytes, rates 10^9 bytes/s."""
 
@@ -37,6 +57,9 @@ class Record(BaseModel):
     model: str
     synthetic: bool
     device_name: str
+    gpus: int = Field(default=1, ge=1, le=64, exclude_if=functools.partial(operator.eq, 1))
+    """GPUs that held the model together. ``budget_bytes`` is each one's. What ranks measured comes to one number by the
+    rules of ``djinn.bench.rank_workers.MERGED``; times, tokens and settings are the first rank's."""
     coding: Literal["none", "lossless"] = "none"
     status: Status
     reason: str = ""
@@ -80,6 +103,8 @@ class Record(BaseModel):
     """The generated ids of the first sequence, to compare systems token by token."""
     settings: dict[str, str | int | float | bool] = {}
     """The system's own settings for this run."""
+    by_rank: list[RankNumbers] = Field(default=[], exclude_if=operator.not_)
+    """What each rank measured of itself; empty where one process held the model."""
     config_digest: str
 
     @model_validator(mode="after")

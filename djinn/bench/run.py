@@ -73,7 +73,11 @@ class Run:
             write_text(run.profile_path, yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False))
             return run
         before, now = run.profile.model_dump(mode="json"), profile.model_dump(mode="json")
-        changed = [f"{key}: {before[key]} there, {now[key]} asked for" for key in now if before[key] != now[key]]
+        changed = [
+            f"{key}: {before.get(key, 'not set')} there, {now.get(key, 'not set')} asked for"
+            for key in before | now
+            if before.get(key) != now.get(key)
+        ]
         if changed:
             raise ConfigError(
                 f"run_dir {from_root(folder)} holds another configuration ({'; '.join(changed)}); "

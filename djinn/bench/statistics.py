@@ -39,6 +39,9 @@ MEASURES = (
 )
 """What :func:`summary_frame` summarises; ``token_s`` pools every inter-token time of every run."""
 
+ALIKE = ("djinn", "resident")
+"""Systems that add up in the same order where several GPUs hold a model: no other's tokens are compared there."""
+
 SIZES = ("model_bytes", "resident_bytes", "ring_bytes", "peak_device_bytes", "peak_host_bytes", "peak_anon_bytes")
 
 
@@ -101,12 +104,12 @@ def reference_label(records: Iterable[Record]) -> str | None:
 
     It is ``resident`` if that ran; otherwise the first independent system that did, since two systems that share
     nothing but the weights agree only if both are right: accelerate, then deepspeed, then djinn. A system whose own
-    runs differ is no reference.
+    runs differ is no reference, nor on several GPUs one that is not of :data:`ALIKE`.
     """
     order = ("resident", "accelerate", "deepspeed", "djinn")
     tokens: dict[tuple[int, str], set[tuple[int, ...]]] = {}
     for record in latest(records):
-        if record.status == "ok":
+        if _is_compared(record):
             key = (order.index(record.system), system_label(record))
             tokens.setdefault(key, set()).add(tuple(record.tokens))
     steady = [key for key, found in tokens.items() if len(found) == 1]
@@ -116,15 +119,20 @@ def reference_label(records: Iterable[Record]) -> str | None:
 def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
     """Return, for each ``system:variant``, whether every ok run generated the tokens of :func:`reference_label`.
 
-    None means that it has no ok run. The reference itself is True if its runs agree with each other.
+    None means that it has no ok run, or on several GPUs is not of :data:`ALIKE`. The reference itself is True if its
+    runs agree with each other.
     """
     records = latest(records)
     reference = reference_label(records)
     runs: dict[str, list[list[int]]] = {}
     for record in records:
-        runs.setdefault(system_label(record), []).extend([record.tokens] if record.status == "ok" else [])
+        runs.setdefault(system_label(record), []).extend([record.tokens] if _is_compared(record) else [])
     expected = runs[reference][0] if reference is not None else []
     return {label: all(tokens == expected for tokens in each) if each else None for label, each in runs.items()}
+
+
+def _is_compared(record: Record) -> bool:
+    return record.status == "ok" and (record.gpus == 1 or record.system in ALIKE)
 
 
 def _row(group: list[Record]) -> dict[str, object]:

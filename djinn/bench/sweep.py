@@ -63,5 +63,6 @@ def sweep_lanes(profile: Profile, results: Path) -> list[Lane]:
 
 def _fit_together(lanes: list[Lane], profile: Profile) -> bool:
     """Whether half of the free host memory holds every point at once; GPU memory is never shared between points."""
-    together = sum(lane.profile.budget + lane.profile.host_memory + _PROCESS_BYTES for lane in lanes)
+    one = [lane.profile.gpus * (lane.profile.budget + _PROCESS_BYTES) + lane.profile.host_memory for lane in lanes]
+    together = sum(one)
     return profile.device == "cpu" and together <= hardware.usable_ram() // 2

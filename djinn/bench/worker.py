@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from djinn.bench.records import Status
 from djinn.bench.systems import loader
 from djinn.bench.systems.base import Job, Loader, System
 from djinn.bench.systems.common import deterministic_attention, skeleton, weight_bytes
+from djinn.engine.ranks import own_device
 from djinn.errors import DjinnError, PlanError, UnavailableError
 from djinn.files import write_text
 from djinn.planning.workspace import CUDA_CONTEXT_BYTES
@@ -50,6 +51,7 @@ class Worker:
         self._loader: Loader
         self._system: System
         self._model_bytes: int
+        self._is_rank = False
 
     def start(self) -> dict[str, Any]:
         """Importing torch and transformers is all that starting takes."""
@@ -59,15 +61,21 @@ class Worker:
         """Take the job, and see that this machine can do it."""
         self._job = _JOB.validate_python(job)
         profile = self._job.profile
+        rank = os.environ.get("RANK", "0")
+        self._job = replace(self._job, scratch=self._job.scratch / rank)  # ranks drop the pages of their own files
+        self._job.scratch.mkdir(exist_ok=True)
         tempfile.tempdir = str(self._job.scratch)  # whatever a system spills goes when the scratch folder goes
         if self._job.on_gpu:
             if not torch.cuda.is_available():
                 raise UnavailableError("device: the profile asks for cuda, and torch finds no GPU here")
             deterministic_attention()
-            if system != "resident":
-                total = torch.cuda.get_device_properties(0).total_memory
+            if (found := torch.cuda.device_count()) <= max(self._job.own_gpus):
+                raise UnavailableError(f"device: the profile asks for {profile.gpus} GPUs, and torch finds {found}")
+            for gpu in self._job.own_gpus if system != "resident" else ():
+                total = torch.cuda.get_device_properties(gpu).total_memory
                 allowed = profile.budget - CUDA_CONTEXT_BYTES  # the allocator's limit leaves the context out
-                torch.cuda.set_per_process_memory_fraction(min(max(allowed / total, 0.0), 1.0))
+                torch.cuda.set_per_process_memory_fraction(min(max(allowed / total, 0.0), 1.0), gpu)
+        self._is_rank = profile.processes(system) > 1
         self._loader = loader(system)
         self._loader.check(self._job)
         return {}
@@ -75,7 +83,9 @@ class Worker:
     def load(self) -> dict[str, Any]:
         """Load the system and return what a record says of it."""
         self._model_bytes = weight_bytes(skeleton(self._job))  # which imports the model's code
-        self._peak.mark_bare()
+        self._peak.mark_bare(self._job.own_gpus)
+        if self._is_rank:
+            own_device(torch.device(self._job.profile.device))  # only now: it may make the GPU's context
         start = time.perf_counter()
         self._system = self._loader.load(self._job)
         return {
@@ -96,8 +106,10 @@ class Worker:
         return measure(self._system, self._job, self._model_bytes, self._peak)
 
     def timeline(self, path: str) -> dict[str, Any]:
-        """Write the intervals of the last run, one per line, as a whole or not at all."""
-        write_text(Path(path), "".join(json.dumps(asdict(interval)) + "\n" for interval in self._system.timeline()))
+        """Write the intervals of the last run, one per line, as a whole or not at all; rank 1 beside ``path``."""
+        rank = int(os.environ.get("RANK", "0"))
+        target = Path(path).with_stem(f"{Path(path).stem}_{rank}") if rank else Path(path)
+        write_text(target, "".join(json.dumps(asdict(interval)) + "\n" for interval in self._system.timeline()))
         return {}
 
     def close(self) -> dict[str, Any]:

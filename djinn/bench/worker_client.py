@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from djinn.bench.records import Status
 from djinn.sizes import format_bytes
 
 COMMAND = (sys.executable, "-m", "djinn.bench.tethered")
 
-_LOOK_S = 0.2
+LOOK_S = 0.2
+"""Seconds between two looks at a worker that has not replied."""
 _CLOSE_S = 30.0
 
 
@@ -32,7 +33,18 @@ class WorkerError(Exception):
         self.reason = reason
 
 
-def close(workers: Sequence[WorkerProcess]) -> None:
+class Worker(Protocol):
+    """A worker as the harness knows it: one process, or one for each rank."""
+
+    def ask(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]: ...
+    def send(self, command: dict[str, Any]) -> None: ...
+    def wait(self, deadline: float) -> None: ...
+    def kill(self) -> None: ...
+    @property
+    def alive(self) -> bool: ...
+
+
+def close(workers: Sequence[Worker]) -> None:
     """End workers, politely first and all at once: they have the same seconds to go in."""
     deadline = time.monotonic() + _CLOSE_S
     living = [worker for worker in workers if worker.alive]
@@ -45,9 +57,12 @@ def close(workers: Sequence[WorkerProcess]) -> None:
 
 
 class WorkerProcess:
-    """A worker in a process group of its own; what it prints goes to ``log``."""
+    """A worker in a process group of its own; what it prints goes to ``log``.
 
-    def __init__(self, log: Path) -> None:
+    ``environment`` is added to this process's own.
+    """
+
+    def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         self._peak_bytes = 0
@@ -61,6 +76,7 @@ class WorkerProcess:
                 stderr=output,
                 pass_fds=[theirs],
                 start_new_session=True,
+                env=os.environ | (environment or {}),
             )
         os.close(theirs)
 
@@ -72,7 +88,15 @@ class WorkerProcess:
                 reported, it is gone.
         """
         self.send(command)
-        line = self._line(time.monotonic() + timeout_s)
+        return self.reply(command, time.monotonic() + timeout_s, timeout_s)
+
+    def reply(self, command: dict[str, Any], deadline: float, timeout_s: float) -> dict[str, Any]:
+        """Return the fields of the reply to ``command``, which was sent ``timeout_s`` before ``deadline``.
+
+        Raises:
+            WorkerError: as :meth:`ask`.
+        """
+        line = self._line(deadline)
         if line is None:
             self.kill()
             raise WorkerError("timeout", f"{command['do']} took longer than {timeout_s:g} s")
@@ -123,8 +147,8 @@ class WorkerProcess:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            self._look()
-            if select.select([self._replies], [], [], min(remaining, _LOOK_S))[0]:
+            self.look()
+            if select.select([self._replies], [], [], min(remaining, LOOK_S))[0]:
                 piece = os.read(self._replies, 65536)
                 if not piece:
                     return b""
@@ -132,12 +156,17 @@ class WorkerProcess:
         line, self._pending = self._pending.split(b"\n", 1)
         return line
 
-    def _look(self) -> None:
-        """Note the worker's peak of resident memory, so that it is known if the kernel kills it."""
+    def look(self) -> int:
+        """Note the worker's peak of resident memory, so that it is known if the kernel kills it.
+
+        Returns:
+            the file descriptor of its replies.
+        """
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     self._peak_bytes = int(line.split()[1]) * 1024
+        return self._replies
 
     def _death(self) -> WorkerError:
         self._process.wait()

@@ -7,15 +7,20 @@ from typing import Annotated
 
 import typer
 
-from djinn.cli.options import OutputDir, RunDir
+from djinn.cli.options import OtherGpus, OutputDir, RunDir
 from djinn.cli.show import exit_unless, print_paths, print_table, say
 
 
-def figures(run_dir: RunDir) -> None:
+def figures(
+    run_dir: RunDir,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="A run on another number of GPUs, to draw the times of all; repeatable.")
+    ] = None,
+) -> None:
     """Draw every figure that the results of a run allow."""
     from djinn.figures import draw_all
 
-    print_paths(draw_all(run_dir))
+    print_paths(draw_all(run_dir, beside=beside or ()))
 
 
 def report(run_dir: RunDir) -> None:
@@ -61,6 +66,7 @@ def replay(
 def reproduce(
     profile: Annotated[str, typer.Option(help="A profile, or auto: the largest this machine can hold.")] = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory to make or continue.")] = None,
+    gpus: OtherGpus = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show all that the notebooks print.")] = False,
 ) -> None:
     """Run the four notebooks in order, write figures and report, and say whether the claims hold."""
@@ -71,4 +77,4 @@ def reproduce(
 
     from djinn.artifact.runner import reproduce as run
 
-    run(profile, run_dir, verbose=verbose)
+    run(profile, run_dir, verbose=verbose, **({} if gpus is None else {"gpus": gpus}))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from djinn.cli.options import Json, OtherBudget, OtherModel, OutputDir, ProfileCoding, ProfileName, Runs
+from djinn.cli.options import Json, OtherBudget, OtherGpus, OtherModel, OutputDir, ProfileCoding, ProfileName, Runs
 from djinn.cli.show import exit_unless, print_json, print_records, print_table
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def baseline(
     model: OtherModel = None,
     profile: ProfileName = "smoke_tiny",
     budget: OtherBudget = None,
+    gpus: OtherGpus = None,
     coding: ProfileCoding = None,
     runs: Runs = None,
     ttft: Annotated[
@@ -64,7 +65,7 @@ def baseline(
     as_json: Json = False,
 ) -> None:
     """Measure one system, or all of a profile's, on the same prompt and weights; an interrupted run is continued."""
-    chosen = _profile(profile, model=model, budget=budget, coding=coding, runs=runs)
+    chosen = _profile(profile, model=model, budget=budget, gpus=gpus, coding=coding, runs=runs)
     if system != "all":
         chosen = chosen.override(systems=_variants(system, chosen))
 

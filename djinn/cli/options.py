@@ -50,6 +50,7 @@ HitRate = Annotated[
     typer.Option("--hit-rate", min=0, max=1, help="Of picked experts found in the pool.  [default: picked evenly]"),
 ]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs that hold the model together, each over its own link.")]
+OtherGpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Another number of GPUs than the profile's.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]
 Runs = Annotated[int | None, typer.Option(min=1, help="Runs of each point.  [default: the profile's]")]
 CodingOption = Annotated[

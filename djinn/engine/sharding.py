@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -50,18 +50,7 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
     if index.reads is not None:
         raise ConfigError(f"distributed_config: this {type(model).__name__} is quantised, and stays on one GPU")
     readers, tensors = readers_of(index)
-    tied = dict(model.all_tied_weights_keys)
-    untie(model)
-    try:
-        settled, _, mesh = type(model).prepare_distribute_model(config)
-        type(model).maybe_distribute_model(model, settled, mesh)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"distributed_config: {error}") from error
-    held = {name: (module, local) for name, module, local, _ in owners(model)}
-    for target, source in tied.items():
-        module, local = held[target]
-        source_module, source_local = held[source]
-        module._parameters[local] = source_module._parameters[source_local]
+    _distribute(model, config)
     ranks = dist.get_world_size()
     heads_are_split = _has_split_heads(model, ranks)
     shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
@@ -77,6 +66,63 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
             stacklevel=2,
         )
     return found
+
+
+def filled(
+    model: PreTrainedModel,
+    config: DistributedConfig,
+    device: torch.device,
+    weight_of: Callable[[str, nn.Parameter], torch.Tensor],
+) -> PreTrainedModel:
+    """Distribute a model without memory, and put this rank's shards of the weights that are made for it on ``device``.
+
+    Args:
+        weight_of: returns a whole weight in host memory, of its name and the parameter without memory.
+
+    Raises:
+        ConfigError: as :func:`sharded`.
+    """
+    _distribute(model, config)
+    made: dict[int, nn.Parameter] = {}
+    for name, module, local, parameter in list(owners(model)):
+        if id(parameter) not in made:
+            held = weight_of(name, parameter).to(device)
+            if isinstance(parameter, DTensor):
+                split = distribute_tensor(held, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                held = like(parameter, split.to_local().clone())  # a copy: a shard would keep all of the weight
+            made[id(parameter)] = nn.Parameter(held, requires_grad=False)
+        module._parameters[local] = made[id(parameter)]
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return model
+
+
+def like(parameter: DTensor, local: torch.Tensor) -> DTensor:
+    """Return a distributed tensor of the shape and placement of ``parameter``, with ``local`` on this rank."""
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _distribute(model: PreTrainedModel, config: DistributedConfig) -> None:
+    """Make transformers distribute a model without memory; tied weights are one parameter before and after."""
+    tied = dict(model.all_tied_weights_keys)
+    untie(model)
+    try:
+        settled, _, mesh = type(model).prepare_distribute_model(config)
+        type(model).maybe_distribute_model(model, settled, mesh)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"distributed_config: {error}") from error
+    held = {name: (module, local) for name, module, local, _ in owners(model)}
+    for target, source in tied.items():
+        module, local = held[target]
+        source_module, source_local = held[source]
+        module._parameters[local] = source_module._parameters[source_local]
 
 
 @contextmanager
@@ -182,15 +228,7 @@ def local_parameters(model: nn.Module, device: torch.device) -> dict[str, list[t
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             nothing = torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.to_local().shape)
-            wrapped = DTensor.from_local(
-                nothing,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-            made[id(parameter)] = nn.Parameter(wrapped, requires_grad=False)
+            made[id(parameter)] = nn.Parameter(like(parameter, nothing), requires_grad=False)
             found[name] = [made[id(parameter)]._local_tensor]  # type: ignore[attr-defined]
         else:
             nothing = torch.empty(0, dtype=parameter.dtype, device=device)

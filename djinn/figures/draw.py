@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from djinn.bench.run import Run
 from djinn.errors import DjinnError
-from djinn.figures import experts, frames, plots
+from djinn.figures import experts, frames, plots, scaling
 from djinn.figures.perfetto import trace_events
 from djinn.figures.style import house_style, mark
 from djinn.files import write_bytes, write_text
@@ -23,13 +23,14 @@ from djinn.text import one_line, spreadsheet
 PNG_DPI = 220
 
 
-def draw_all(run_dir: Path, reference: Path | None = None) -> list[Path]:
+def draw_all(run_dir: Path, reference: Path | None = None, beside: Sequence[Path] = ()) -> list[Path]:
     """Draw what the results of ``run_dir`` allow into ``run_dir/figures``; return the files written.
 
     A figure whose results are missing is not drawn, and a line says why. Means of another run of the same profile,
-    ``reference``, are drawn over this one's.
+    ``reference``, are drawn over this one's. Runs on other numbers of GPUs ``beside`` it give a figure of all of them.
 
     Raises:
+        DjinnError: runs beside it that are not of the same work.
         ConfigError: a result file that is damaged.
     """
     written: list[Path] = []
@@ -45,6 +46,9 @@ def draw_all(run_dir: Path, reference: Path | None = None) -> list[Path]:
         written += save(figure, frame, run_dir / "figures" / name)
         if name.startswith("timeline"):
             written.append(_write_trace(frame, run_dir / "figures" / f"{name}.trace.json"))
+    if beside:
+        rows = scaling.by_gpus([record for each in (run, *map(Run, beside)) for record in each.baselines])
+        written += save(scaling.draw(rows), rows, run_dir / "figures" / "time_by_gpus")
     return written
 
 

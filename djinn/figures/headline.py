@@ -34,7 +34,7 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
         token_s: median of all times from one token to the next, seconds.
         ceiling_gbps: median of the link's ceilings beside the runs of all systems, 10^9 bytes/s.
         model_bytes, budget_bytes: as recorded.
-        bound_s: (model_bytes - budget_bytes) / ceiling, seconds.
+        bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds.
         djinn, djinn:lossless: how many times faster that one's median is than this system's.
 
     Raises:
@@ -57,7 +57,8 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
             "budget_bytes": frame["budget_bytes"],
         }
     )
-    rows["bound_s"] = (rows["model_bytes"] - rows["budget_bytes"]).clip(lower=0) / ceiling / 1e9
+    on_devices = max(record.gpus for record in records) * rows["budget_bytes"]
+    rows["bound_s"] = (rows["model_bytes"] - on_devices).clip(lower=0) / ceiling / 1e9
     for ours in OURS:
         rows[ours] = rows["token_s"] / times.get(ours, float("nan"))
     return rows.reset_index(drop=True)

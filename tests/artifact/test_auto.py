@@ -26,6 +26,11 @@ H100, L4 = ("NVIDIA H100 80GB HBM3", 85 * 10**9), ("NVIDIA L4", 23_600_000_000)
         (64, 500, (L4,), "smoke_13b"),
         (125, 500, (H100,), "virt_mem_h100"),
         (256, 500, (L4, H100), "compare_70b"),
+        (180, 500, (H100, H100), "virt_mem_h100"),
+        (195, 500, (H100,), "virt_mem_h100"),  # 209 GB
+        (195, 500, (H100, H100), "ranks_2x24"),
+        (195, 500, (L4, L4, H100), "virt_mem_h100"),
+        (195, 500, (H100,) * 4, "ranks_2x24"),
     ],
 )
 def test_the_largest_that_fits(ram_gib: int, disk_gb: int, gpus: tuple[tuple[str, int], ...], name: str):
@@ -41,6 +46,7 @@ def test_reasons_have_numbers():
         "not taken: needs 12.9 GB of RAM; 8.59 GB can be used; needs 34 GB of free disk; 30 GB are free"
     )
     assert "needs a GPU with 75 GB; found NVIDIA L4 with 23.6 GB" in choice.reasons["virt_mem_h100"]
+    assert "needs 2 GPUs with 75 GB; found NVIDIA L4 with 23.6 GB" in choice.reasons["ranks_2x24"]
 
 
 def test_a_checkpoint_on_disk_needs_no_room():

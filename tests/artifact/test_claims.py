@@ -11,7 +11,7 @@ import yaml
 from fabricated import fabricated, failed
 
 from djinn.artifact.claims import Claim, evaluate, load_claims, read_claims, write_claims
-from djinn.artifact.metrics import Evidence
+from djinn.artifact.metrics import METRICS, Evidence
 from djinn.bench.records import Record
 from djinn.errors import ConfigError
 from djinn.profiles import Profile, load_profile
@@ -207,3 +207,29 @@ def test_outcomes_are_written_and_read_back(fabricated_run: Path):
     assert [outcome.claim.id for outcome in outcomes] == list(CLAIMS)
     assert (fabricated_run / "results" / "claims.json").read_text().count('"verdict"') == len(CLAIMS)
     assert read_claims(fabricated_run) == outcomes
+
+
+def test_what_the_paper_says_of_one_gpu_is_not_held_against_several():
+    two = load_profile("ranks_2x24")
+    size = {"model_bytes": 138 * 10**9, "gpus": 2, "ttft_s": 1.0, "peak_device_bytes": 23 * 10**9}
+    found = evidence([fabricated(two, "djinn", 0, **size)], profile=two)
+    for name in ("C6", "C7", "C8"):
+        outcome = evaluate(CLAIMS[name], found)
+        assert (outcome.verdict, outcome.why) == ("NOT RUN", "needs a run on one GPU; this one used 2")
+    assert METRICS["oversubscription"](found) == pytest.approx(138 / 48)
+    assert evaluate(CLAIMS["C2"], found).verdict == "PASS"
+
+
+def test_on_several_gpus_tokens_are_those_of_the_model_resident_on_them():
+    two = load_profile("ranks_2x24")
+
+    def ran(system: str, **changes: object) -> Record:
+        return fabricated(two, system, 0, gpus=2, **changes)
+
+    others = [ran("djinn"), ran("deepspeed:cpu", tokens=[1] * 16), ran("accelerate:cpu", tokens=[1] * 16)]
+    outcome = evaluate(CLAIMS["C3"], evidence(others, profile=two))
+    assert outcome.verdict == "NOT RUN"
+    assert "needs djinn and the resident model on the same GPUs" in outcome.why
+    assert evaluate(CLAIMS["C3"], evidence([*others, ran("resident")], profile=two)).verdict == "PASS"
+    wrong = ran("resident", tokens=[1] * 16)
+    assert evaluate(CLAIMS["C3"], evidence([*others, wrong], profile=two)).verdict == "FAIL"

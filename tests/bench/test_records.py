@@ -72,6 +72,14 @@ def test_a_failure_needs_no_numbers():
     assert record.link_gbps is None
 
 
+def test_a_record_of_one_process_says_nothing_of_ranks():
+    one = Record(**GOOD)
+    assert (one.gpus, one.by_rank) == (1, [])
+    assert not {"gpus", "by_rank"} & json.loads(one.model_dump_json()).keys()
+    two = Record(**GOOD | {"gpus": 2, "by_rank": [{"link_bytes": 5}, {"link_bytes": 6, "stall_s": 0.5}]})
+    assert Record.model_validate_json(two.model_dump_json()) == two
+
+
 def test_link_rate_is_bytes_over_wall_time():
     assert Record(**GOOD | {"link_bytes": 4 * 10**9, "wall_s": 2.0}).link_gbps == 2.0
 

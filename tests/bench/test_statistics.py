@@ -123,3 +123,18 @@ def test_tokens_are_compared_one_by_one():
     expected = {"resident": True, "djinn": True, "accelerate:disk": False, "deepspeed:cpu": None}
     assert tokens_agree(records) == expected
     assert tokens_agree([*records, record(run=1, tokens=(9, 9, 9))])["djinn"] is False
+
+
+def test_on_several_gpus_only_systems_that_add_up_alike_are_compared():
+    two = {"gpus": 2}
+    other = [
+        record("deepspeed", "cpu", tokens=(7, 8, 9), **two),
+        record("accelerate", "cpu", tokens=(7, 8, 9), **two),
+    ]
+    ours = [record(**two), record(variant="lossless", **two)]
+    none = {"deepspeed:cpu": None, "accelerate:cpu": None}
+    assert reference_label([*other, *ours]) == "djinn"
+    assert tokens_agree([*other, *ours]) == {"djinn": True, "djinn:lossless": True} | none
+    held = [*other, *ours, record("resident", tokens=(1, 2, 4), **two)]
+    assert reference_label(held) == "resident"
+    assert tokens_agree(held) == {"djinn": False, "djinn:lossless": False, "resident": True} | none

@@ -135,7 +135,7 @@ def test_weights_that_deepspeed_is_still_given_need_room_too(job, monkeypatch, t
     made = load_profile("virt_mem_h100").override(model="synthetic:llama-tiny")
     needed = []
     monkeypatch.setattr(deepspeed, "require_ram", lambda size, what: needed.append(size))
-    monkeypatch.setattr(deepspeed, "_single_process", lambda job: None)
+    monkeypatch.setattr(deepspeed, "_set_environment", lambda job: None)
     monkeypatch.setattr(deepspeed, "_build", lambda job: None)
     for profile, model in ((made, made.model), (made.override(weights="disk"), job.model)):
         deepspeed.check(Job(profile=profile, variant="cpu", model=model, scratch=tmp_path))
@@ -256,3 +256,39 @@ def test_accelerate_puts_as_many_layers_on_a_gpu_as_fit(tmp_path):
 def test_resident_on_a_gpu_needs_one(tmp_path):
     with pytest.raises(UnavailableError):
         resident.check(gpu_job(tmp_path, model="synthetic:llama-2-70b"))
+
+
+def test_deepspeeds_ranks_have_a_part_of_every_parameter(job, tmp_path, monkeypatch):
+    needed = {}
+    monkeypatch.setattr(deepspeed, "_set_environment", lambda job: None)
+    monkeypatch.setattr(deepspeed, "_build", lambda job: None)
+    for gpus in (1, 3):
+        monkeypatch.setattr(deepspeed, "require_ram", lambda size, what, gpus=gpus: needed.update({gpus: size}))
+        asked = variant(job, "cpu", gpus=gpus)
+        deepspeed.check(asked)
+        offload = deepspeed.configuration([50, 1000], 300, variant(job, "nvme", gpus=gpus))["zero_optimization"]
+        assert offload["offload_param"]["buffer_size"] == {1: 1000, 3: 334}[gpus]
+    assert needed[1] <= needed[3] < 1.01 * needed[1]  # together they hold one copy
+
+
+def test_a_single_process_of_deepspeeds_calls_itself_a_rank(job):
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29"}):
+        deepspeed._set_environment(variant(job, "cpu", gpus=2))
+        assert (os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["MASTER_PORT"]) == ("2", "1", "29")
+        deepspeed._set_environment(job)
+        assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("1", "0")
+
+
+def test_accelerate_holds_several_gpus_in_one_process(job, tmp_path):
+    two = gpu_job(tmp_path, gpus=2)
+    places = accelerate.map_blocks(two)
+    assert set(places.values()) == {0, 1, "cpu"}
+    assert [*two.own_gpus] == [0, 1]
+    with pytest.raises(UnavailableError, match="on a CPU there is only one device"):
+        accelerate.check(variant(job, "disk", gpus=2))
+
+
+def test_a_rank_has_one_gpu_of_its_own(tmp_path):
+    two = gpu_job(tmp_path, gpus=2)
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}):
+        assert [*two.own_gpus] == [1]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import ModuleType
 
@@ -324,6 +325,25 @@ def test_baseline_overrides_the_profile(records: list[Record], monkeypatch: pyte
     assert harness.run_dir == tmp_path
     (record,) = json.loads(result.stdout)
     assert record["ttft_s"] > 0
+
+
+def test_several_gpus_are_asked_of_the_profile(
+    records: list[Record], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    harness = Harness(records[0])
+    monkeypatch.setitem(sys.modules, "djinn.bench.harness", harness)
+    assert djinn("baseline", "djinn", "--gpus", "2", "--output-dir", str(tmp_path)).exit_code == 0
+    assert harness.profile.gpus == 2
+    given: list[object] = []
+    runner = types.ModuleType("djinn.artifact.runner")
+    monkeypatch.setattr(runner, "reproduce", lambda *args, **options: given.append((args, options)), raising=False)
+    monkeypatch.setitem(sys.modules, "djinn.artifact.runner", runner)
+    assert djinn("reproduce", "--profile", "smoke_ranks", "--gpus", "4").exit_code == 0
+    assert djinn("reproduce", "--profile", "smoke_ranks").exit_code == 0
+    assert given == [
+        (("smoke_ranks", None), {"verbose": False, "gpus": 4}),
+        (("smoke_ranks", None), {"verbose": False}),
+    ]
 
 
 @pytest.mark.parametrize(

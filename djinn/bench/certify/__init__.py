@@ -141,10 +141,10 @@ def plan_of(profile: Profile) -> Plan:
     """Plan the profile's model, from a synthetic model's config alone, so that no checkpoint has to be there yet."""
     if not profile.synthetic and not Path(profile.model).expanduser().is_dir():
         raise ConfigError(f"{profile.model} is not on this disk yet; fetch it, and certify again")
-    model = outlined(profile.model, profile.request())
+    model = outlined(profile.model, profile.request(), profile.gpus)
     if profile.weights == "disk":
         model = model.on_disk()
-    return model.place(profile.host_memory)
+    return model.place(profile.host_memory // profile.gpus)
 
 
 def gpu_cpus(machine: Machine) -> frozenset[int]:

@@ -42,7 +42,10 @@ def _device(findings: Findings) -> Check:
     if machine.gpus and not machine.torch_sees_gpu:
         names += ", but torch was built without CUDA"
         remedy = f"install a torch built for CUDA, or {remedy}"
-    return verdict_of("device", names, "a CUDA GPU", "pass" if findings.gpu else "fail", remedy)
+    count = findings.profile.gpus
+    wanted = "a CUDA GPU" if count == 1 else f"{count} CUDA GPUs"
+    enough = findings.gpu is not None and len(machine.gpus) >= count
+    return verdict_of("device", names, wanted, "pass" if enough else "fail", remedy)
 
 
 def _device_memory(findings: Findings, gpu: Gpu) -> Check:

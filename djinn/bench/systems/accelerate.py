@@ -2,7 +2,8 @@
 
 ``disk`` is transformers' ``device_map`` with "disk", which reads the original shards in place; on a GPU as many
 layers as fit stay there. ``cpu`` keeps what does not fit the GPU in ordinary host memory, and ``cpu-pinned`` is the
-same with those weights page-locked by hand, which Accelerate does not do itself.
+same with those weights page-locked by hand, which Accelerate does not do itself. Several GPUs belong to one process,
+which computes on one after the other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def check(job: Job) -> None:
     Raises:
         UnavailableError: says why, with numbers where memory is short.
     """
+    if job.profile.gpus > 1 and not job.on_gpu:
+        raise UnavailableError("accelerate holds several GPUs in one process; on a CPU there is only one device")
     if job.variant == "disk" and job.in_memory:
         raise UnavailableError("accelerate:disk reads a checkpoint, and this profile makes its weights in memory")
     if job.variant != "disk":
@@ -42,9 +45,10 @@ def load(job: Job) -> System:
     if not job.on_gpu:
         return _counted(_from_disk(job, {"": "disk"}), {"device_map": "all on disk"})
     device_map = map_blocks(job)
-    on_gpu = sum(place == 0 for place in device_map.values())
+    on_gpu = sum(isinstance(place, int) for place in device_map.values())
+    where = "the GPU" if job.profile.gpus == 1 else f"{job.profile.gpus} GPUs"
     settings: dict[str, str | int | float | bool] = {
-        "device_map": f"{on_gpu} of {len(device_map)} blocks on the GPU",
+        "device_map": f"{on_gpu} of {len(device_map)} blocks on {where}",
         "pinned": job.variant == "cpu-pinned",
     }
     if job.variant == "disk":
@@ -91,10 +95,11 @@ def map_blocks(job: Job) -> dict[str, str | int]:
     model = skeleton(job)
     workspace = workspace_bytes(model.config, job.dtype, torch.device("cuda"), job.profile.work)
     room = max(job.profile.budget - workspace - _FRAGMENTS_BYTES, 0)
-    elsewhere: dict[int | str, int | str] = {0: room, "cpu": 0 if job.variant == "disk" else 2 * weight_bytes(model)}
+    places: dict[int | str, int | str] = dict.fromkeys(range(job.profile.gpus), room)
+    places["cpu"] = 0 if job.variant == "disk" else 2 * weight_bytes(model)
     if job.variant == "disk":
-        elsewhere["disk"] = 2 * weight_bytes(model)
-    return infer_auto_device_map(model, elsewhere, no_split_module_classes=list(model._no_split_modules or []))
+        places["disk"] = 2 * weight_bytes(model)
+    return infer_auto_device_map(model, places, no_split_module_classes=list(model._no_split_modules or []))
 
 
 def place_of(name: str, device_map: dict[str, str | int]) -> str | int:

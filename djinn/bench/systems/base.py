@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
+from djinn.gpus import own_gpu
 from djinn.profiles import Profile
 from djinn.transport.stats import Interval
 
@@ -37,6 +41,17 @@ class Job:
     def in_memory(self) -> bool:
         """Whether the weights are made in host memory instead of read from files."""
         return self.profile.weights == "memory"
+
+    @property
+    def own_gpus(self) -> Sequence[int]:
+        """The GPUs of this process, as torch counts them: a rank's own, or all where one process holds the model."""
+        is_rank = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return [own_gpu()] if is_rank else range(self.profile.gpus)
+
+    @property
+    def distributed_config(self) -> DistributedConfig | None:
+        """How transformers splits the model over the processes that hold it; None where there is one."""
+        return DistributedConfig(tp_plan="auto") if self.profile.gpus > 1 else None
 
     @property
     def on_gpu(self) -> bool:

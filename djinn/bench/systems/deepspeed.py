@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO-3 inference with parameters offloaded to host memory (``cpu``) or to files (``nvme``).
 
 The configuration starts from ``artifact/configs/ds_config.json``; what depends on the model and the machine is filled
-in by :func:`configuration` and recorded.
+in by :func:`configuration` and recorded. On several GPUs each rank keeps its part of every parameter,
+moves that over its own link, and gathers the others' from their GPUs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from djinn import hardware
+from djinn.bench.rank_workers import rendezvous
 from djinn.bench.systems.base import Job, PassCounter
 from djinn.bench.systems.common import (
     FILLERS,
@@ -58,11 +59,11 @@ class DeepSpeed(PassCounter):
         super().__init__(
             engine.module,
             resident=sum(weight.ds_numel * weight.element_size() for weight in resident),
-            streamed=sum(weight.ds_numel * weight.element_size() for weight in streamed),
+            streamed=_held_bytes(streamed),
             settings=settings,
         )
         if not job.on_gpu and job.variant == "cpu":
-            self.host_bytes = sum(weight.ds_numel * weight.element_size() for weight in weights) - self.resident_bytes
+            self.host_bytes = _held_bytes(weights) - _held_bytes(resident)
 
     def close(self) -> None:
         """Release the engine; its swap files lie in the job's scratch folder, which goes with the job."""
@@ -80,19 +81,21 @@ def check(job: Job) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UnavailableError("DeepSpeed compiles its extensions on first use and finds no C++ compiler: install g++")
     model = skeleton(job)
+    ranks = job.profile.gpus
     sizes = [parameter.numel() for parameter in model.parameters()]
     settings = configuration(sizes, _layer_elements(model), job)
     if job.variant == "nvme":
         buffers = settings["zero_optimization"]["offload_param"]
-        require_ram(buffers["buffer_count"] * buffers["buffer_size"] * job.dtype.itemsize, "DeepSpeed's swap buffers")
+        swapped = buffers["buffer_count"] * buffers["buffer_size"] * job.dtype.itemsize
+        require_ram(ranks * swapped, "DeepSpeed's swap buffers")
         require_disk(weight_bytes(model), "DeepSpeed's second copy of the weights", job)
     else:
-        # torch rounds page-locked memory up to a power of two, parameter by parameter.
-        needed = [size * job.dtype.itemsize for size in sizes]
+        # torch rounds page-locked memory up to a power of two, parameter by parameter; each rank has its part of each.
+        needed = [-(-size // ranks) * job.dtype.itemsize for size in sizes]
         held = sum(1 << (size - 1).bit_length() for size in needed) if job.on_gpu else sum(needed)
-        made = sum(sorted(needed)[-FILLERS:]) if job.in_memory else 0
-        require_ram(held + made, "DeepSpeed's copy of all weights in host memory")
-    _single_process(job)
+        made = sum(sorted(sizes)[-FILLERS:]) * job.dtype.itemsize if job.in_memory else 0
+        require_ram(ranks * held + made, "DeepSpeed's copy of all weights in host memory")
+    _set_environment(job)
     _build(job)
 
 
@@ -157,7 +160,7 @@ def configuration(parameters: Sequence[int], layer: int, job: Job) -> dict[str, 
     # Page-locking serves copies to a GPU; on a CPU there are none.
     offload |= {"device": job.variant, "pin_memory": job.on_gpu}
     if job.variant == "nvme":
-        offload |= {"nvme_path": str(job.scratch), "buffer_size": max(parameters)}
+        offload |= {"nvme_path": str(job.scratch), "buffer_size": -(-max(parameters) // job.profile.gpus)}
     else:
         del offload["buffer_count"]
     return settings
@@ -169,26 +172,26 @@ def _layer_elements(model: PreTrainedModel) -> int:
     return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
 
 
-def _single_process(job: Job) -> None:
-    """Set what DeepSpeed reads from the environment, so that it runs as one process and finds ninja."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _held_bytes(weights: Sequence[Any]) -> int:
+    """Return the bytes of these parameters that this process keeps: all of them, or a rank's part."""
+    return sum(weight.ds_tensor.ds_numel * weight.element_size() for weight in weights)
+
+
+def _set_environment(job: Job) -> None:
+    """Set what DeepSpeed reads from the environment: it finds ninja, and a single process calls itself a rank."""
     os.environ |= {
         "DS_ACCELERATOR": job.profile.device,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+    if job.profile.gpus == 1:
+        os.environ |= rendezvous(1) | {"RANK": "0", "LOCAL_RANK": "0"}
 
 
 def _build(job: Job) -> None:
     try:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
+        from deepspeed.comm.torch import build_shm_op
     except Exception as error:  # its import inspects compilers and drivers, and fails in many ways
         raise UnavailableError(f"DeepSpeed cannot be imported: {type(error).__name__}: {error}") from error
     async_io = get_accelerator().create_op_builder("AsyncIOBuilder")
@@ -198,9 +201,10 @@ def _build(job: Job) -> None:
         )
     try:
         with _only_builder():
-            deepspeed.init_distributed("nccl" if job.on_gpu else "gloo")
+            build_shm_op()  # as init_distributed does, in which ranks wait for one another
             if job.variant == "nvme":
                 async_io.load()
+        deepspeed.init_distributed("nccl" if job.on_gpu else "gloo")
     except (RuntimeError, OSError) as error:
         raise UnavailableError(f"DeepSpeed could not build its extensions: {error}") from error
 
@@ -234,6 +238,7 @@ def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedMode
     for name, buffer in model.named_buffers():
         buffer.data = exact[name].to(buffer.device)
     named = list(model.named_parameters())
+    first = os.environ["RANK"] == "0"  # DeepSpeed gives the others their parts of what it makes
 
     def made(name: str, parameter: Any) -> torch.Tensor:
         return synthetic_weight(name, parameter.ds_shape, parameter.dtype, job.profile.seed)
@@ -241,9 +246,11 @@ def _partitioned_synthetic(job: Job, settings: dict[str, Any]) -> PreTrainedMode
     with ThreadPoolExecutor(FILLERS) as pool:
         for start in range(0, len(named), FILLERS):  # a few at a time, for they are in memory a second time until then
             names, parameters = zip(*named[start : start + FILLERS], strict=True)
-            for parameter, weight in zip(parameters, pool.map(made, names, parameters), strict=True):
+            weights = pool.map(made, names, parameters) if first else [None] * len(parameters)
+            for parameter, weight in zip(parameters, weights, strict=True):
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.data.copy_(weight)
+                    if weight is not None:
+                        parameter.data.copy_(weight)
     return model.eval()
 
 

@@ -36,7 +36,9 @@ class Djinn(System):
         request = profile.request()
         if job.variant == "whole":
             request = replace(request, experts="whole")
-        self.model = load_requested(job.model, request, seed=profile.seed, trace=job.trace)
+        self.model = load_requested(
+            job.model, request, distributed_config=job.distributed_config, seed=profile.seed, trace=job.trace
+        )
         stats = djinn.stats(self.model)
         self.resident_bytes = stats.resident_bytes
         self.ring_bytes = stats.ring_bytes

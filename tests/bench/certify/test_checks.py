@@ -131,6 +131,7 @@ def test_a_good_gpu_machine_passes_every_check(found: list[LinksTogether]) -> No
     [
         ("device", "fail", "smoke_13b, smoke_tiny", {"machine": {"gpus": ()}}),
         ("device", "fail", "torch built for CUDA", {"machine": {"torch_cuda": None}}),
+        ("device", "fail", "", {"profile": load_profile("ranks_2x24")}),  # there is one
         ("device memory", "fail", "budget", {"gpu": {"memory_bytes": 16 * GIB}}),
         ("driver", "fail", "CUDA 13.0", {"machine": {"driver_cuda": "12.4"}}),
         ("driver", "warn", "nvidia-ml-py", {"machine": {"driver_cuda": None}}),
