@@ -147,8 +147,13 @@ class Coder:
         if isinstance(entry.source, Converted):
             return self._weights(entry.source.stored.raw, name).to(entry.dtype)
         if isinstance(entry.source, Sliced):
-            whole, dim = self._weights(entry.source.whole.raw, name), entry.source.dim
-            return torch.cat([whole.narrow(dim, begin, end - begin) for begin, end in entry.source.kept], dim)
+            source, whole = entry.source, entry.source.whole.raw
+            if isinstance(whole.source, Decoded | Converted | Stacked):
+                held = self._weights(whole, name)
+            else:  # cut on the host: a whole matrix need not go to a device that has a part of it
+                held = self._read(whole, name).view(whole.dtype).view(whole.shape)
+            parts = [held.narrow(source.dim, begin, end - begin) for begin, end in source.kept]
+            return torch.cat(parts, source.dim).to(self.device)
         if isinstance(entry.source, Stacked):
             made = torch.empty(entry.raw_bytes, dtype=torch.uint8, device=self.device)
             for part, room in zip(entry.parts, made.split([part.raw_bytes for part in entry.parts]), strict=True):
@@ -164,10 +169,14 @@ class Coder:
 
     def _stored(self, entry: TensorEntry, name: str) -> torch.Tensor:
         """Return the bytes (uint8, on the device) of a tensor as it is stored; valid until the next call."""
+        return self._read(entry, name).to(self.device)
+
+    def _read(self, entry: TensorEntry, name: str) -> torch.Tensor:
+        """Return them on the host."""
         unit = Unit("", (), (PlacedTensor(name, entry, 0),))
         self._staging = self._at_least(unit.image_bytes + PAGE, self._staging)
         settle(self.fill(unit, self._staging.buffer))
-        return torch.from_numpy(self._staging.buffer[: entry.nbytes]).to(self.device)
+        return torch.from_numpy(self._staging.buffer[: entry.nbytes])
 
     def _at_least(self, nbytes: int, memory: PinnedMemory) -> PinnedMemory:
         """Return ``memory``, or a larger one in its place that has ``nbytes``."""
