@@ -157,7 +157,7 @@ def streaming(sizes: list[int], ring_bytes: int, seed: int = 0) -> tuple[Streame
     device = SimulatedDevice(slots, ring_bytes, seed)
     stats = Stats(model_bytes=sum(sizes), resident_bytes=0, ring_bytes=ring_bytes, host_bytes=sum(sizes), disk_bytes=0)
     units = tuple(named_unit(number, size) for number, size in enumerate(sizes))
-    nothing = {unit.name: Presence(()) for unit in units}
+    nothing = {unit.name: Presence((), ()) for unit in units}
     return Streamer(units, slots, device, stats, {}, Scratch(0, torch.device("cpu")), nothing), device, stats
 
 
