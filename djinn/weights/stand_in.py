@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from djinn.weights.foreign import parse_object
 from djinn.weights.packed_shard import original_bytes
 from djinn.weights.shards import named_file
 from djinn.weights.tensors import DTYPES, TensorEntry
@@ -24,12 +25,15 @@ def with_stacks(folder: Path, made: Path, entries: Mapping[str, TensorEntry], wa
 
     Only tensors that are ``wanted`` have bytes.
     """
-    named = named_file(folder)
-    path = made / (named.relative_to(folder) if named else "model.safetensors")
+    named = named_file(folder) or folder / "model.safetensors"
+    if not named.is_file():
+        named = folder / "model.safetensors.index.json"
+    path = made / named.relative_to(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        index, path = path, path.with_name("model.safetensors")
-        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(entries, path.name)}))
+        index, path = path, path.with_name("stacked.safetensors")  # not a name that transformers looks for first
+        stored = parse_object(named.read_bytes())  # as it is in all else: transformers refuses one without metadata
+        index.write_text(json.dumps(stored | {"weight_map": dict.fromkeys(entries, path.name)}))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     ends = 0
     begins = {}
