@@ -44,6 +44,16 @@ def own_gpu() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def own_rank() -> int:
+    """Return this process's number among those that torchrun, or whoever else, has started together; 0 if alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks_started() -> int:
+    """Return how many processes were started together, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def gpu_used_bytes(gpu_index: int = 0) -> int | None:
     """Return the memory in use on a GPU, whoever uses it; None without NVML. Makes no CUDA context."""
     with nvml() as library:

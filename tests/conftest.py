@@ -13,8 +13,8 @@ import yaml
 from architectures import save_architecture
 from fabricated import fabricated, failed
 from hypothesis import HealthCheck, settings
-from tiny_models import MIXTURES, save_model, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_models import MIXTURES, save_config, save_tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from djinn.bench.records import append_record
 from djinn.profiles import load_profile
@@ -87,12 +87,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 @pytest.fixture(scope="session")
 def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny mixture of experts by name (see ``tiny_models``), written once; not to be changed."""
-
-    def save(name: str) -> Path:
-        model = AutoModelForCausalLM.from_config(MIXTURES[name], dtype=torch.bfloat16)
-        return save_model(model, name, tmp_path_factory.mktemp(name))
-
-    return cache(save)
+    return cache(lambda name: save_config(MIXTURES[name], name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")

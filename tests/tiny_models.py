@@ -60,7 +60,14 @@ MIXTURES: dict[str, PretrainedConfig] = {
 
 def save_tiny(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, shard: str = "200KB") -> Path:
     """Write a checkpoint of ``TINY[name]`` in several shards, all of its weights random; return ``folder``."""
-    return save_model(AutoModelForCausalLM.from_config(TINY[name], dtype=dtype), name, folder, shard=shard)
+    return save_config(TINY[name], name, folder, dtype=dtype, shard=shard)
+
+
+def save_config(
+    config: PretrainedConfig, name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, shard: str = "200KB"
+) -> Path:
+    """Write a causal language model of ``config`` as :func:`save_model` does; return ``folder``."""
+    return save_model(AutoModelForCausalLM.from_config(config, dtype=dtype), name, folder, shard=shard)
 
 
 def save_model(model: PreTrainedModel, name: str, folder: Path, *, shard: str = "200KB") -> Path:

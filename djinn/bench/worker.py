@@ -36,6 +36,7 @@ from djinn.bench.systems.common import deterministic_attention, skeleton, weight
 from djinn.engine.ranks import own_device
 from djinn.errors import DjinnError, PlanError, UnavailableError
 from djinn.files import write_text
+from djinn.gpus import own_rank
 from djinn.planning.workspace import CUDA_CONTEXT_BYTES
 from djinn.text import one_line
 
@@ -61,7 +62,7 @@ class Worker:
         """Take the job, and see that this machine can do it."""
         self._job = _JOB.validate_python(job)
         profile = self._job.profile
-        rank = os.environ.get("RANK", "0")
+        rank = str(own_rank())
         self._job = replace(self._job, scratch=self._job.scratch / rank)  # ranks drop the pages of their own files
         self._job.scratch.mkdir(exist_ok=True)
         tempfile.tempdir = str(self._job.scratch)  # whatever a system spills goes when the scratch folder goes
@@ -107,7 +108,7 @@ class Worker:
 
     def timeline(self, path: str) -> dict[str, Any]:
         """Write the intervals of the last run, one per line, as a whole or not at all; rank 1 beside ``path``."""
-        rank = int(os.environ.get("RANK", "0"))
+        rank = own_rank()
         target = Path(path).with_stem(f"{Path(path).stem}_{rank}") if rank else Path(path)
         write_text(target, "".join(json.dumps(asdict(interval)) + "\n" for interval in self._system.timeline()))
         return {}

@@ -30,6 +30,7 @@ from djinn.devices import require_here
 from djinn.engine.binding import parameters_of
 from djinn.engine.sharding import local_parameters, sharded
 from djinn.errors import ConfigError, DjinnError, UnavailableError
+from djinn.gpus import own_gpu, ranks_started
 from djinn.planning.request import Request
 from djinn.weights.index import WeightIndex
 
@@ -192,7 +193,7 @@ def ranks_of(config: DistributedConfig | None, device: torch.device) -> Alone:
     Raises:
         ConfigError: one of several processes without a configuration, or a configuration in a single one.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = ranks_started()
     if config is None:
         if started > 1:
             raise ConfigError(
@@ -221,7 +222,7 @@ def own_device(device: torch.device) -> torch.device:
         UnavailableError: more ranks than GPUs.
     """
     if device.type == "cuda":
-        number = int(os.environ.get("LOCAL_RANK", "0"))
+        number = own_gpu()
         if device.index not in (None, number):
             raise ConfigError(f"device {device}: this is rank {number} of its host, whose GPU is cuda:{number}")
         device = torch.device("cuda", number)

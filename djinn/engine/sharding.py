@@ -45,13 +45,12 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
     Raises:
         ConfigError: a configuration that is no tensor parallelism over all ranks, or a model that cannot be split so.
     """
-    _require_tensor_parallel(config, dist.get_world_size())
-    model = index.model
+    model, ranks = index.model, dist.get_world_size()
+    _require_tensor_parallel(config, ranks)
     if index.reads is not None:
         raise ConfigError(f"distributed_config: this {type(model).__name__} is quantised, and stays on one GPU")
     readers, tensors = readers_of(index)
     _distribute(model, config)
-    ranks = dist.get_world_size()
     heads_are_split = _has_split_heads(model, ranks)
     shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
     reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from djinn.gpus import own_gpu
+from djinn.gpus import own_gpu, ranks_started
 from djinn.profiles import Profile
 from djinn.transport.stats import Interval
 
@@ -45,8 +44,7 @@ class Job:
     @property
     def own_gpus(self) -> Sequence[int]:
         """The GPUs of this process, as torch counts them: a rank's own, or all where one process holds the model."""
-        is_rank = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        return [own_gpu()] if is_rank else range(self.profile.gpus)
+        return [own_gpu()] if ranks_started() > 1 else range(self.profile.gpus)
 
     @property
     def distributed_config(self) -> DistributedConfig | None:

@@ -19,6 +19,7 @@ from djinn.engine.sharding import filled, like
 from djinn.errors import UnavailableError
 from djinn.gpus import own_gpu
 from djinn.sizes import format_bytes
+from djinn.weights.models import held_here
 
 
 class Resident(System):
@@ -26,7 +27,7 @@ class Resident(System):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.resident_bytes = sum(local_of(parameter).nbytes for parameter in model.parameters())
+        self.resident_bytes = sum(held_here(parameter).nbytes for parameter in model.parameters())
         self.settings = {"held_to_budget": False}
 
     def link_bytes(self) -> int:
@@ -61,11 +62,6 @@ def load(job: Job) -> Resident:
     return Resident(model.to("cuda") if job.on_gpu else model)  # type: ignore[arg-type]
 
 
-def local_of(parameter: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
 def _split(job: Job) -> PreTrainedModel:
     """Return the model as transformers' own tensor parallelism holds it."""
     config = job.distributed_config
@@ -80,7 +76,7 @@ def _split(job: Job) -> PreTrainedModel:
         job.model, dtype=job.dtype, distributed_config=config, trust_remote_code=False
     )
     for parameter in [] if job.on_gpu else list(model.parameters()):  # whole rows are still the mapped files'
-        held = local_of(parameter.data).clone()
+        held = held_here(parameter.data).clone()
         if isinstance(parameter, DTensor):
             held = like(parameter, held)
         torch.utils.swap_tensors(parameter, nn.Parameter(held, requires_grad=False))
