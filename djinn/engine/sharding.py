@@ -129,8 +129,8 @@ _meshes: tuple[Any, dict[tuple[int, ...], Any]] | None = None
 def _mesh(kind: type[PreTrainedModel], config: DistributedConfig) -> Any:
     """Return transformers' mesh for a configuration, one for each default group.
 
-    Its groups are never given back, and on a GPU each of them that is used holds device memory. Those that split weights
-    are used at once: the first sum of a group takes far longer than a token.
+    Its groups are never given back, and on a GPU each of them that is used holds device memory. Those that split
+    weights are used at once: the first sum of a group takes far longer than a token.
     """
     global _meshes
     world = dist.group.WORLD
@@ -138,7 +138,9 @@ def _mesh(kind: type[PreTrainedModel], config: DistributedConfig) -> Any:
         _meshes = world, {}
     sizes = tuple(value for name, value in sorted(vars(config).items()) if name.endswith("_size"))
     if sizes not in _meshes[1]:
-        mesh = _meshes[1][sizes] = kind.prepare_distribute_model(config)[2]
+        _, _, mesh = kind.prepare_distribute_model(config)
+        assert mesh is not None, "a configuration of one process is refused before"
+        _meshes[1][sizes] = mesh
         for axis in ("tp", "ep"):
             split = mesh.get_mesh(axis)
             if split.size() > 1:
