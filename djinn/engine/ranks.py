@@ -86,7 +86,7 @@ class Ranks(Alone):
         self._here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self._config = config
         self._device = device
-        self._group = _control_group()
+        self._group = control_group()
         self._handled: BaseException | None = None
         """What the caller of a pass was handling when it began: no error of the pass."""
 
@@ -174,8 +174,11 @@ class Ranks(Alone):
 _control: tuple[Any, Any] | None = None
 
 
-def _control_group() -> Any:
-    """Return the group in which ranks agree, one for each default group: groups are never given back."""
+def control_group() -> Any:
+    """Return the group in which ranks agree, one for each default group: groups are never given back.
+
+    It is gloo's, and takes no device memory.
+    """
     global _control
     default = dist.group.WORLD
     if _control is None or _control[0] is not default:
