@@ -3,10 +3,10 @@
     python benchmarks/llamacpp.py llama-2-70b-16-layers --llama-bench build/bin/llama-bench --budget "24 GB"
 
 It writes the weights of ``synthetic:MODEL`` as a bfloat16 GGUF file, unless the file is there, and runs ``llama-bench``
-on it: the whole prompt, and then ``--new-tokens`` tokens behind it. Thread counts and ways to load are all tried (page
-cache by mmap, or memory of its own, which is page-locked where there is a GPU), and the best of each kind of work is
-what the last line names. A line of JSON for each test has llama-bench's own output as it was printed, every repetition
-in it. ``tokens`` is the time of a whole stretch over its tokens, since llama-bench has no time of each.
+on it: the whole prompt, and then ``--new-tokens`` tokens behind it. Thread counts and two ways to load are all tried:
+the file as it is in the page cache (mmap), and memory of llama.cpp's own, which is page-locked where there is a GPU. A
+line of JSON for each test has llama-bench's own output, every repetition in it; the last line names the best of each
+kind of work. Seconds of ``tokens`` are those of a whole stretch over its tokens: llama-bench does not time each.
 
 The GPU gets the output projection and as many of the last layers as there is room for in the budget, beside what
 djinn's plan keeps for KV cache, activations and libraries. The memory that was then taken is sampled and recorded.
@@ -215,6 +215,7 @@ def main() -> None:
         with peak_of_gpu() as peak:
             tests = run([*shared, *asked])
         for test in tests:
+            test["model_filename"] = path.name  # where it is says nothing to others
             record = {
                 "system": "llamacpp", "model": f"synthetic:{options.model}", "synthetic": True, "work": kind,
                 "seconds": seconds(test), "budget_bytes": budget, "peak_device_bytes": peak[0], "gpu_layers": ngl,

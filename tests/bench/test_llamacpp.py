@@ -84,7 +84,8 @@ for load in asked["-lm"].split(","):
         slow = (2 if load == "mmap" else 1) * (1 + abs(threads - 3)) * max(int(asked["-n"]), 1)
         print(json.dumps({{
             "n_threads": threads, "load_mode": load, "n_gen": int(asked["-n"]), "n_prompt": int(asked["-p"]),
-            "n_gpu_layers": int(asked["-ngl"]), "samples_ns": [slow * 10**9] * 2 + [99 * 10**9],
+            "n_gpu_layers": int(asked["-ngl"]), "model_filename": asked["-m"],
+            "samples_ns": [slow * 10**9] * 2 + [99 * 10**9],
         }}))
 """
 
@@ -104,6 +105,7 @@ def test_every_test_is_kept_and_the_best_of_each_work_is_named(
     assert [(line["work"], line["threads"], line["load"]) for line in lines[:-1]] == [
         (work, threads, load) for work in ("prompt", "tokens") for load in ("mmap", "none") for threads in (2, 3)
     ]
+    assert str(tmp_path) not in kept.read_text()
     assert {line["seconds"] for line in lines[:-1]} == {1.0, 2.0, 4.0}
     assert lines[-1] == {
         "system": "llamacpp", "model": "synthetic:llama-tiny", "work": "best", "prompt_seconds": 1.0,
