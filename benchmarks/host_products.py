@@ -11,13 +11,16 @@ which should be more than the processor's caches hold; they are synthetic, and p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
 from torch.nn.functional import linear
 
 from djinn.bench.rates import several
-from djinn.bench.rates.host import TOKENS, calls_in_memory, near_to, rate
+from djinn.bench.rates.host import TOKENS, Multiply, calls_in_memory, near_to, rate
 from djinn.hardware import describe
 from djinn.host.cores import choose_cpus
 from djinn.host.products import HostProducts
@@ -47,24 +50,28 @@ def main() -> None:
     gpus = [gpu.name for gpu in machine.gpus]
     print(json.dumps({"cpu": machine.cpu, "cores": machine.cores, "processors": machine.threads, "gpus": gpus}))
     near = near_to(options.gpu)
-    counts = options.threads or [len(choose_cpus(near=near))]
-    for name in options.calls:
-        with calls_in_memory(CALLS[name], options.gpu, int(1e9 * options.gb)) as calls:
-            for threads in counts:
-                products = HostProducts(threads, near)
-                ways = {products.name: products.multiply}
-                if options.torch:
-                    torch.set_num_threads(threads)
-                    ways["torch"] = lambda weights, vectors: [linear(vectors, matrix) for matrix in weights]
-                for way, multiply in ways.items():
-                    for tokens in options.tokens:
-                        found = {"call": name, "by": way, "threads": threads}
-                        alone = rate(multiply, calls, tokens)
-                        print(json.dumps(found | alone.model_dump()), flush=True)
-                        if options.gpu is not None:
-                            with several.lane(options.gpu) as lane:
-                                print(json.dumps(found | rate(multiply, calls, tokens, lane).model_dump()), flush=True)
-                products.close()
+    with ExitStack() as undo:
+        lanes: list[several.Lane | None] = [None]
+        if options.gpu is not None:
+            lanes.append(undo.enter_context(several.lane(options.gpu)))
+        for name in options.calls:
+            with calls_in_memory(CALLS[name], options.gpu, int(1e9 * options.gb)) as calls:
+                for threads in options.threads or [len(choose_cpus(near=near))]:
+                    for way, multiply in ways(threads, near, options.torch):
+                        for tokens, lane in itertools.product(options.tokens, lanes):
+                            found = rate(multiply, calls, tokens, lane)
+                            line = {"call": name, "by": way, "threads": threads} | found.model_dump()
+                            print(json.dumps(line), flush=True)
+
+
+def ways(threads: int, near: set[int] | None, with_torch: bool) -> Iterator[tuple[str, Multiply]]:
+    """Yield each way to multiply with so many threads: its name, and what does it."""
+    products = HostProducts(threads, near)
+    yield products.name, products.multiply
+    products.close()
+    if with_torch:
+        torch.set_num_threads(threads)
+        yield "torch", lambda weights, vectors: [linear(vectors, matrix) for matrix in weights]
 
 
 if __name__ == "__main__":
