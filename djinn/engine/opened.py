@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ import torch
 from djinn.engine.coding import Coder
 from djinn.engine.sharding import pretended, sharded
 from djinn.errors import ConfigError, PlanError
-from djinn.hardware import usable_ram
+from djinn.hardware import allowed_cpus, usable_ram
+from djinn.planning.host import HostShare, assumed_rates, host_units
 from djinn.planning.memory import require_host_memory
-from djinn.planning.placement import Plan, place_on
+from djinn.planning.placement import Plan, Tier, place_on
 from djinn.planning.request import Coding, Experts, Request
 from djinn.planning.workspace import (
     COLLECTIVES_BYTES,
@@ -32,6 +34,7 @@ from djinn.transport.reader import Reader
 from djinn.weights.coding import LayoutOf, coded
 from djinn.weights.experts import by_expert, picked_experts, widest_experts
 from djinn.weights.index import WeightIndex
+from djinn.weights.linear import linear_units
 from djinn.weights.opening import outline_of
 from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
 from djinn.weights.units import Unit, find_units
@@ -94,15 +97,24 @@ class Opened:
         return replace(self, units=tuple(unit.with_entries(written) for unit in self.units))
 
     def _place(self, request: Request, arena_bytes: int) -> Plan:
-        return place_on(
+        place = partial(
+            place_on,
             request.device,
-            self.units,
             budget=request.budget,
             workspace_bytes=workspace_of(self.index, request),
             host_bytes=arena_bytes,
             ring_bytes=request.ring,
             picked=picked_experts(getattr(self.index.model, "config", None)),
         )
+        planned = place(self.units)
+        if request.host is None:
+            return planned
+        rates = request.host.rates or assumed_rates(request.host.threads or len(allowed_cpus() or ()) or 1)
+        able = linear_units(self.index.model, planned.at(Tier.PINNED))
+        # Raw units make the ring larger, at the most by as much as it has: that may push residents into the arena.
+        chosen = host_units(planned.streamed, able, rates, arena_bytes - planned.pinned_bytes - planned.ring_bytes)
+        units = [unit.raw() if unit.name in chosen else unit for unit in self.units]
+        return place(units, host=HostShare(units=chosen, rates=rates))
 
     def _arena_bytes(self, request: Request, free: int) -> int:
         streams = 1 + any(unit.experts for unit in self.units) if request.device.type == "cuda" else 0
@@ -168,6 +180,10 @@ def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_al
 
     ``layout`` and ``experts_alike`` are as for :func:`djinn.weights.coding.coded`.
     """
+    if request.host is not None and index.model.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"host_compute: the cores multiply weights in torch.bfloat16, and this model's are {index.model.dtype}"
+        )
     units = find_units(index)
     if request.experts == "routed":
         units = by_expert(units, index.model)

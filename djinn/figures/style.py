@@ -62,7 +62,7 @@ def display_name(name: str) -> str:
     return f"{LOOKS[known].label}, {variant}" if variant else LOOKS[known].label
 
 
-LANES = {"copy": "#0072B2", "decode": "#CC79A7", "compute": "#009E73", "stall": "#D55E00"}
+LANES = {"copy": "#0072B2", "decode": "#CC79A7", "compute": "#009E73", "stall": "#D55E00", "host": "#E69F00"}
 """The lanes of the timeline, top to bottom."""
 
 _RC: dict[Any, Any] = {

@@ -170,7 +170,7 @@ def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:
 def begin_turn(streamer: Streamer) -> None:
     """What calling the model does before it visits anything."""
     streamer.turns.begin()
-    streamer.count_pass()
+    streamer.count_pass(None, (), {})
 
 
 @st.composite
