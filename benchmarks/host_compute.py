@@ -2,11 +2,11 @@
 
     python benchmarks/host_compute.py llama-2-70b-16-layers --budget "3.5 GB" --coding none lossless --runs 5
 
-The weights are synthetic. The exact mode and the host mode are loaded one after the other, never both at once: there may
-be no room for two models. Each run begins with an empty ring. A line of JSON for each run has the seconds of the first
-token and of every other, what the link carried and the cores computed in decode steps, what the plan predicted, and how
-far the tokens are those of the exact mode; ``logits_differ`` is the largest difference of a logit in all steps up to the
-first token that differs, and ``logits_are`` the largest logit there.
+The weights are synthetic. The exact mode and the host mode are loaded one after the other, never both at once, because
+there may be no room for two models. Each run begins with an empty ring. A line of JSON for each run has the seconds of
+the first token and of every other, what the link carried and the cores computed in decode steps, what the plan
+predicted, and how far the tokens are those of the exact mode. ``logits_differ`` is the largest difference of a logit up
+to the first token that differs, and ``logits_are`` the largest logit there.
 
 Rates that the plan needs are measured by ``djinn certify``; ``--link-gbps`` and ``--cores-gbps`` give others.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -30,6 +31,7 @@ from djinn.bench.measure import TokenTimes, prompt_ids
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.engine.load import load_requested, placement
 from djinn.errors import UnavailableError
+from djinn.host.cores import choose_cpus
 from djinn.planning.host import HostCompute, HostRates, assumed_rates
 from djinn.planning.prediction import Rates, predict
 from djinn.planning.request import Request
@@ -55,7 +57,7 @@ def requested(options: argparse.Namespace, coding: str, host: HostCompute | None
 
 def host_compute(options: argparse.Namespace) -> HostCompute:
     """Return what is asked of the cores, with the rates that were given, or are assumed."""
-    rates = assumed_rates(options.threads or len(os.sched_getaffinity(0)))
+    rates = assumed_rates(len(choose_cpus(options.threads)))
     if options.link_gbps and options.cores_gbps:
         rates = HostRates(link=options.link_gbps * 1e9, cores=options.cores_gbps * 1e9)
     return HostCompute(threads=options.threads, rates=rates)
@@ -82,7 +84,9 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[fl
     class Clock(TokenTimes):
         """Also notes what streaming had done when the first token was there."""
 
-        first: dict[str, float] = {}
+        def __init__(self) -> None:
+            super().__init__()
+            self.first: dict[str, float] = {}
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **rest: Any) -> torch.Tensor:
             done = super().__call__(input_ids, scores, **rest)
@@ -99,7 +103,7 @@ def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[fl
             output_logits=True,
         )  # fmt: skip
     stamps = [begin, *clock.stamps]
-    times = [late - early for early, late in zip(stamps, stamps[1:], strict=False)]
+    times = [late - early for early, late in itertools.pairwise(stamps)]
     moved = {name: value - clock.first[name] for name, value in counts(model).items()}
     return times, moved, made
 

@@ -18,12 +18,14 @@ from djinn.engine.expert_layers import Layer
 from djinn.engine.experts import Experts
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
-from djinn.engine.host_units import HostUnits, TorchProducts
+from djinn.engine.host_units import HostUnits
 from djinn.engine.presence import presences
 from djinn.engine.ranks import Alone
 from djinn.engine.saving import save_from_store
 from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
+from djinn.hardware import local_cpus
+from djinn.host.products import HostProducts
 from djinn.planning.placement import Plan, Tier
 from djinn.transport.arena import Arena
 from djinn.transport.copier import Copier, Source
@@ -149,7 +151,8 @@ def start(
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
     if planned.host is not None:
         computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
-        products = TorchProducts(host_threads)
+        near = local_cpus(device.index or 0) if device.type == "cuda" else None
+        products = HostProducts(host_threads, near)
         undo.callback(products.close)
         host = HostUnits(
             computed, weights.images, products, device, planned.host.rates.tokens, stats, lambda: streamer.orders.few

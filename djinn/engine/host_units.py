@@ -14,30 +14,16 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import disable as opaque
 
+from djinn.host.products import HostProducts
 from djinn.transport.exchange import CpuExchange, CudaExchange, Exchange
 from djinn.transport.stats import Interval, Stats
 from djinn.weights.units import Unit
-
-
-class Products(Protocol):
-    """What multiplies on the host's cores."""
-
-    name: str
-    threads: int
-
-    def multiply(self, weights: Sequence[torch.Tensor], vectors: torch.Tensor) -> list[torch.Tensor]:
-        """Return ``vectors`` ([tokens, columns]) times each of ``weights`` ([rows, columns]): [tokens, rows], bf16."""
-        ...
-
-    def close(self) -> None:
-        """End the threads."""
-        ...
 
 
 class HostUnits:
@@ -54,7 +40,7 @@ class HostUnits:
         self,
         units: Sequence[Unit],
         images: Mapping[str, torch.Tensor],
-        products: Products,
+        products: HostProducts,
         device: torch.device,
         tokens: int,
         stats: Stats,
@@ -123,14 +109,17 @@ class HostUnits:
         self._learn(number, inputs)
         together = [number, *self._followers.get(number, [])]
         layers = [self._layers[each] for each in together]
+        weights = [layer.weight for layer in layers]
         begin = time.perf_counter()
-        vectors = self._exchange.to_host(inputs.tensor.reshape(-1, inputs.tensor.shape[-1]))
+        vectors = self._exchange.to_host(inputs.tensor.reshape(-1, weights[0].shape[1]))
+        results = self._exchange.room(len(vectors), [len(weight) for weight in weights])
         there = time.perf_counter()
-        products = self._products.multiply([layer.weight for layer in layers], vectors)
+        self._products.multiply(weights, vectors, results)
         done = time.perf_counter()
-        outputs = self._exchange.to_device(
-            [made if layer.bias is None else made + layer.bias for made, layer in zip(products, layers, strict=True)]
-        )
+        for layer, result in zip(layers, results, strict=True):
+            if layer.bias is not None:
+                result += layer.bias
+        outputs = self._exchange.to_device(results)
         nbytes = sum(layer.unit.raw_bytes for layer in layers)
         stats = self._stats
         stats.host_computed_bytes += nbytes
@@ -188,19 +177,3 @@ class _Inputs:
             and self.version is not None
             and self.version == other.version
         )
-
-
-class TorchProducts:
-    """Products by torch's own linear, on its own threads."""
-
-    name = "torch"
-
-    def __init__(self, threads: int | None) -> None:
-        self.threads = torch.get_num_threads() if threads is None else threads
-
-    def multiply(self, weights: Sequence[torch.Tensor], vectors: torch.Tensor) -> list[torch.Tensor]:
-        """See :class:`Products`."""
-        return [nn.functional.linear(vectors, each) for each in weights]
-
-    def close(self) -> None:
-        """Nothing to end."""

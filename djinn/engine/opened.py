@@ -15,7 +15,8 @@ import torch
 from djinn.engine.coding import Coder
 from djinn.engine.sharding import pretended, sharded
 from djinn.errors import ConfigError, PlanError
-from djinn.hardware import allowed_cpus, usable_ram
+from djinn.hardware import usable_ram
+from djinn.host.cores import choose_cpus
 from djinn.planning.host import HostShare, assumed_rates, host_units
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, Tier, place_on
@@ -109,7 +110,7 @@ class Opened:
         planned = place(self.units)
         if request.host is None:
             return planned
-        rates = request.host.rates or assumed_rates(request.host.threads or len(allowed_cpus() or ()) or 1)
+        rates = request.host.rates or assumed_rates(len(choose_cpus(request.host.threads)))
         able = linear_units(self.index.model, planned.at(Tier.PINNED))
         # Raw units make the ring larger, at the most by as much as it has: that may push residents into the arena.
         chosen = host_units(planned.streamed, able, rates, arena_bytes - planned.pinned_bytes - planned.ring_bytes)

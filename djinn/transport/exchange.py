@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,14 +9,18 @@ import torch
 
 
 class Exchange(Protocol):
-    """What brings them there."""
+    """What brings them there. All tensors are bfloat16."""
 
     def to_host(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return ``inputs`` (bfloat16, [tokens, columns]) in host memory, once they are there; valid until the next."""
+        """Return ``inputs`` ([tokens, columns]) once they are in host memory, contiguous there; until the next call."""
+        ...
+
+    def room(self, tokens: int, rows: Sequence[int]) -> list[torch.Tensor]:
+        """Return host memory for outputs, [tokens, each of ``rows``]; until the next call."""
         ...
 
     def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return ``outputs`` (bfloat16, [tokens, rows] each) on the device, for compute that follows."""
+        """Return ``outputs``, which fill the latest room, on the device, for compute that follows."""
         ...
 
 
@@ -25,7 +28,10 @@ class CpuExchange:
     """The device is the host: nothing has to go anywhere."""
 
     def to_host(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs
+        return inputs.contiguous()
+
+    def room(self, tokens: int, rows: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.empty(tokens, each, dtype=torch.bfloat16) for each in rows]
 
     def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(outputs)
@@ -53,14 +59,15 @@ class CudaExchange:
         self._arrived.synchronize()
         return host
 
-    def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        self._left.synchronize()  # the last outputs, which another stream may have taken
-        sizes = [math.prod(output.shape) for output in outputs]
+    def room(self, tokens: int, rows: Sequence[int]) -> list[torch.Tensor]:
+        self._left.synchronize()  # the last outputs may still be on their way
+        sizes = [tokens * each for each in rows]
         if sum(sizes) > self._outputs.numel():
             self._outputs = _page_locked(sum(sizes))
-        parts = self._outputs[: sum(sizes)].split(sizes)
-        for part, output in zip(parts, outputs, strict=True):
-            part.copy_(output.view(-1))
+        return [part.view(tokens, -1) for part in self._outputs[: sum(sizes)].split(sizes)]
+
+    def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        sizes = [output.numel() for output in outputs]
         there = self._outputs[: sum(sizes)].to(self._device, non_blocking=True)
         self._left.record(torch.cuda.current_stream(self._device))
         return [part.view(output.shape) for part, output in zip(there.split(sizes), outputs, strict=True)]
