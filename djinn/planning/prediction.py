@@ -70,6 +70,14 @@ class Rates:
     """Seconds in which several GPUs add up what they have computed of a few numbers."""
     sum_rate: float | None = None
     """Bytes/s at which they add up many."""
+    cores_beside_link: float | None = None
+    """Bytes/s of weights in host memory that its cores multiply by one token while the link is busy."""
+    link_beside_cores: float | None = None
+    """Bytes/s that the link carries meanwhile."""
+    cores_tokens: int = 0
+    """The most tokens by which the cores multiply about as fast as by one; 0 where that was not measured."""
+    cores_round_trip_s: float = 0.0
+    """Seconds in which a token's inputs come from a GPU to the host, and outputs go back, while the link is busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
