@@ -240,7 +240,7 @@ def make_plan(
     rest = [unit for unit in dense if unit.name not in chosen]
     ring = ring_bytes or min(_default_ring(rest, ring_floor), max(budget - fixed, 0))
     require_room(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch, floor)
-    chosen |= spread([unit for unit in rest if unit.name not in computed], budget - fixed - ring)
+    chosen |= spread(rest, budget - fixed - ring, computed)
     streamed = [unit for unit in dense if unit.name not in chosen]
     ring = ring // PAGE * PAGE if streamed else 0
     used = total_bytes(unit for unit in dense if unit.name in chosen) + workspace_bytes + scratch + ring

@@ -24,6 +24,7 @@ import numpy as np
 
 from djinn.errors import UnavailableError
 from djinn.planning.experts import LAYER_IDLE_S, mean_rate
+from djinn.planning.host import HostRates
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.work import Work
 
@@ -78,6 +79,16 @@ class Rates:
     """The most tokens by which the cores multiply about as fast as by one; 0 where that was not measured."""
     cores_round_trip_s: float = 0.0
     """Seconds in which a token's inputs come from a GPU to the host, and outputs go back, while the link is busy."""
+
+    @property
+    def host(self) -> HostRates | None:
+        """What is known of link and cores while both are busy."""
+        if not self.cores_beside_link or not self.link_beside_cores:
+            return None
+        return HostRates(
+            link=self.link_beside_cores, cores=self.cores_beside_link, wait_s=self.cores_round_trip_s,
+            device=self.compute[0].rate if self.compute else None, tokens=self.cores_tokens,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,23 +212,16 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
         if unit.experts and tier is not Tier.RESIDENT:
             needed = 1.0 if is_whole else pool.distinct(tokens) / pool.widest
             nbytes = round(nbytes * needed * (1 - hits))
-        if host is not None and unit.name in host.units:
-            product_s = host.rates.product_s(unit.raw_bytes)
-            visits.append(
-                _Visit(
-                    disk_s=0.0, link_s=0.0, compute_s=0.0, host_s=rates.module_s, cores_s=product_s, slot=None,
-                    in_order=on_cpu,
-                )
-            )  # fmt: skip
-            continue
-        over_link = tier is Tier.PINNED or (on_disk and not on_cpu)
+        product_s = host.rates.product_s(unit.raw_bytes) if host is not None and unit.name in host.units else 0.0
+        over_link = not product_s and (tier is Tier.PINNED or (on_disk and not on_cpu))
         visits.append(
             _Visit(
                 disk_s=nbytes / _known("disk", rates.disk) if on_disk else 0.0,
                 link_s=nbytes / _known("link", link) if over_link else 0.0,
-                compute_s=compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
+                compute_s=0.0 if product_s else compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
                 host_s=rates.module_s + (0.0 if visits else rates.pass_s),
-                slot=None if tier is Tier.RESIDENT or unit.experts else next(slots),
+                cores_s=product_s,
+                slot=None if tier is Tier.RESIDENT or unit.experts or product_s else next(slots),
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
             )

@@ -9,7 +9,7 @@ import torch
 
 from djinn.devices import device_of
 from djinn.errors import ConfigError
-from djinn.planning.host import HostCompute
+from djinn.planning.host import HostCompute, HostRates
 from djinn.planning.workspace import Workload
 from djinn.sizes import parse_bytes
 
@@ -82,6 +82,10 @@ class Request:
     def asking(self, *, budget: int | None = None, work: Workload | None = None) -> Self:
         """Return the same request with another budget, or for another generation."""
         return replace(self, budget=budget or self.budget, keep=work or self.keep)
+
+    def knowing(self, rates: HostRates | None) -> Self:
+        """Return the same request with what is known of the machine's link and cores, if they are to compute."""
+        return self if self.host is None else replace(self, host=replace(self.host, rates=rates))
 
     def shared_by(self, processes: int) -> Self:
         """Return what each of several processes on one host may ask for: all of them share its memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def host_rates(draw: st.DrawFn) -> HostRates:
     return HostRates(link=draw(rate), cores=draw(rate), wait_s=draw(st.sampled_from([0.0, 1e-6])))
 
 
+def names(units: Iterable[Unit]) -> set[str]:
+    return {each.name for each in units}
+
+
 def seconds(units: list[Unit], chosen: frozenset[str], rates: HostRates) -> tuple[float, float]:
     link_s = sum(each.weight_bytes / rates.link for each in units if each.name not in chosen)
     return link_s, sum(rates.product_s(each.raw_bytes) for each in units if each.name in chosen)
@@ -49,7 +54,7 @@ def seconds(units: list[Unit], chosen: frozenset[str], rates: HostRates) -> tupl
 
 @given(models(), host_rates())
 def test_link_and_cores_end_together_at_every_point_of_a_pass(units: list[Unit], rates: HostRates) -> None:
-    chosen = host_units(units, {each.name for each in units}, rates, 0)
+    chosen = host_units(units, names(units), names(units), rates, 0)
     for end in range(1, len(units) + 1):
         link_s, cores_s = seconds(units[:end], chosen, rates)
         longest = max(max(each.weight_bytes / rates.link, rates.product_s(each.raw_bytes)) for each in units[:end])
@@ -61,14 +66,14 @@ def test_the_slower_of_both_is_never_slower_than_the_link_alone(
     units: list[Unit], rates: HostRates, data: st.DataObject
 ) -> None:
     able = data.draw(st.sets(st.sampled_from([each.name for each in units])))
-    chosen = host_units(units, able, rates, 0)
+    chosen = host_units(units, names(units), able, rates, 0)
     assert chosen <= able
     assert max(seconds(units, chosen, rates)) <= seconds(units, frozenset(), rates)[0] * 1.000001
 
 
 def test_a_product_that_waits_longer_than_it_saves_is_left_to_the_link() -> None:
     units = [unit(number, 10 * PAGE) for number in range(10)]
-    assert not host_units(units, {each.name for each in units}, HostRates(link=50e9, cores=50e9, wait_s=1e-3), 0)
+    assert not host_units(units, names(units), names(units), HostRates(link=50e9, cores=50e9, wait_s=1e-3), 0)
 
 
 @given(models(), host_rates(), st.integers(0, 40), st.integers(0, 100))
@@ -80,7 +85,7 @@ def test_a_plan_keeps_its_host_units_in_host_memory(
     budget = least + sum(each.image_bytes for each in units) * percent // 100
     host_bytes = sum(each.image_bytes for each in units)
     before = make_plan(units, budget=budget, workspace_bytes=0, host_bytes=host_bytes)
-    chosen = host_units(before.streamed, {each.name for each in units[: len(units) - more % 3]}, rates, 0)
+    chosen = host_units(units, names(before.streamed), {each.name for each in units[: len(units) - more % 3]}, rates, 0)
     made = make_plan(
         units, budget=budget, workspace_bytes=0, host_bytes=host_bytes, host=HostShare(units=chosen, rates=rates)
     )
@@ -115,7 +120,7 @@ def planned(rates: HostRates | None) -> tuple[float, float]:
     units = [unit(number, 100 * PAGE) for number in range(40)]
     before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9)
     if rates is not None:
-        chosen = host_units(before.streamed, {each.name for each in units}, rates, 0)
+        chosen = host_units(units, names(before.streamed), names(units), rates, 0)
         share = HostShare(units=chosen, rates=rates)
         before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9, host=share)
     times = predict(before, Rates(device="cuda", link=1e9), PLAIN)
