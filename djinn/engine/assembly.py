@@ -57,6 +57,8 @@ class Engine:
     streamer: Streamer
     experts: Experts | None
     """What fetches routed experts, where there are any."""
+    host: HostUnits | None
+    """What has the host's cores compute, where they do."""
     stats: Stats
     before: Before
     ranks: Alone
@@ -149,6 +151,7 @@ def start(
     undo.callback(streamer.detach)
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
+    host = None
     if planned.host is not None:
         computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
         near = local_cpus(device.index or 0) if device.type == "cuda" else None
@@ -169,7 +172,7 @@ def start(
     undo.callback(model.register_forward_hook(explain, always_call=True).remove)
     for handle in itertools.chain(guard(model), save_from_store(model, planned, weights)):
         undo.callback(handle.remove)
-    return Engine(planned, weights, copier, streamer, experts, stats, before, ranks, undo.pop_all())
+    return Engine(planned, weights, copier, streamer, experts, host, stats, before, ranks, undo.pop_all())
 
 
 def _second_order(

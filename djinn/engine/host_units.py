@@ -47,7 +47,7 @@ class HostUnits:
         is_few: Callable[[], bool],
     ) -> None:
         self._layers = [_Layer.of(unit, images[unit.name]) for unit in units]
-        self._products = products
+        self.products = products
         self._tokens = tokens
         self._stats = stats
         self._is_few = is_few
@@ -114,7 +114,7 @@ class HostUnits:
         vectors = self._exchange.to_host(inputs.tensor.reshape(-1, weights[0].shape[1]))
         results = self._exchange.room(len(vectors), [len(weight) for weight in weights])
         there = time.perf_counter()
-        self._products.multiply(weights, vectors, results)
+        self.products.multiply(weights, vectors, results)
         done = time.perf_counter()
         for layer, result in zip(layers, results, strict=True):
             if layer.bias is not None:

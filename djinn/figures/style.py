@@ -41,6 +41,8 @@ LOOKS = {
     "djinn": Look("djinn", "#0072B2", "", "o"),
     "djinn:lossless": Look("djinn, coded", "#56B4E9", "++", "*"),
     "djinn:whole": Look("djinn, whole layers", "#999999", "oo", "p"),
+    "djinn:host": Look("djinn, host computes (not exact)", "#D55E00", "xx", "h"),
+    "djinn:lossless+host": Look("djinn, coded, host computes (not exact)", "#F0E442", "..", "H"),
     "accelerate:disk": Look("Accelerate, disk", "#E69F00", "///", "s"),
     "accelerate:cpu": Look("Accelerate", "#E69F00", "|||", "D"),
     "accelerate:cpu-pinned": Look("Accelerate, pinned", "#E69F00", "---", "P"),
