@@ -44,7 +44,8 @@ def main() -> None:
     arguments.add_argument("--torch", action="store_true", help="measure PyTorch's linear as well")
     options = arguments.parse_args()
     machine = describe()
-    print(json.dumps({"cpu": machine.cpu, "threads": machine.threads, "gpus": [gpu.name for gpu in machine.gpus]}))
+    gpus = [gpu.name for gpu in machine.gpus]
+    print(json.dumps({"cpu": machine.cpu, "cores": machine.cores, "processors": machine.threads, "gpus": gpus}))
     near = near_to(options.gpu)
     counts = options.threads or [len(choose_cpus(near=near))]
     for name in options.calls:

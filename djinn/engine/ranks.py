@@ -80,8 +80,8 @@ class Ranks(Alone):
     def __init__(self, config: DistributedConfig | None, device: torch.device) -> None:
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            bound = device if device.type == "cuda" else None
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
+            # Without ``device_id``: with it NCCL makes a communicator for each group, used or not, in device memory.
+            dist.init_process_group(backend, timeout=TIMEOUT)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self._config = config

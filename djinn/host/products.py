@@ -83,12 +83,12 @@ class HostProducts:
         count, columns = vectors.shape
         if not 1 <= count <= MOST_VECTORS:
             raise ValueError(f"between 1 and {MOST_VECTORS} vectors can be multiplied, not {count}")
-        results = [vectors.new_empty(count, len(matrix)) for matrix in weights] if out is None else list(out)
-        shapes = [(count, len(matrix)) for matrix in weights]
+        rows = [matrix.shape[0] for matrix in weights]
+        results = [vectors.new_empty(count, each) for each in rows] if out is None else list(out)
         _check("vectors", vectors, (count, columns))
-        for matrix, result, shape in zip(weights, results, shapes, strict=True):
-            _check("weights", matrix, (shape[1], columns))
-            _check("out", result, shape)
+        for matrix, result, each in zip(weights, results, rows, strict=True):
+            _check("weights", matrix, (each, columns))
+            _check("out", result, (count, each))
         with self._lock:
             if self._closed:
                 raise ValueError("these host products are closed")
@@ -97,9 +97,9 @@ class HostProducts:
                     for matrix, result in zip(weights, results, strict=True):
                         result.copy_(torch.nn.functional.linear(vectors, matrix))
                 return results
-            pairs = zip(weights, results, strict=True)
-            described = [_Matrix(matrix.data_ptr(), result.data_ptr(), len(matrix)) for matrix, result in pairs]
-            matrices = (_Matrix * len(described))(*described)
+            matrices = (_Matrix * len(rows))()
+            for place, matrix, result, each in zip(matrices, weights, results, rows, strict=True):
+                place.weights, place.results, place.rows = matrix.data_ptr(), result.data_ptr(), each
             pool = self._pool or self._start(self._kernel)
             self._kernel.djinn_multiply(pool, matrices, len(matrices), vectors.data_ptr(), count, columns)
         return results
@@ -141,7 +141,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
-    if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.dtype != torch.bfloat16 or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; contiguous bfloat16 in host memory "
             "can be multiplied"

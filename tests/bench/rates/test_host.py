@@ -60,8 +60,9 @@ def test_a_host_without_a_gpu_has_rates_of_its_cores_alone() -> None:
 
 @pytest.mark.gpu
 def test_beside_a_gpus_link_both_are_measured() -> None:
+    before = torch.cuda.memory_allocated()
     found = host.measure(0, (2048, 4096))
     assert [each.tokens for each in found.beside_link] == list(host.TOKENS)
     assert all(each.link_gbps is not None and each.gbps > 0 for each in found.beside_link)
     assert found.round_trip_s is not None
-    assert torch.cuda.memory_allocated() == 0
+    assert torch.cuda.memory_allocated() == before
