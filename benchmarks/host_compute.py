@@ -8,7 +8,8 @@ the first token and of every other, what the link carried and the cores computed
 predicted, and how far the tokens are those of the exact mode. ``logits_differ`` is the largest difference of a logit up
 to the first token that differs, and ``logits_are`` the largest logit there.
 
-Rates that the plan needs are measured by ``djinn certify``; ``--link-gbps`` and ``--cores-gbps`` give others.
+The rates that the plan needs are measured first, as ``djinn certify`` does; ``--link-gbps`` and ``--cores-gbps`` give
+others.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 
 import djinn
 from djinn.bench.measure import TokenTimes, prompt_ids
+from djinn.bench.rates import host
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.engine.load import load_requested, placement
 from djinn.errors import UnavailableError
@@ -42,7 +44,7 @@ from djinn.weights.opening import outline_of
 COUNTED = ("link_bytes", "host_computed_bytes", "host_s", "host_wait_s", "hook_s", "reloads", "passes", "visits")
 
 
-def requested(options: argparse.Namespace, coding: str, host: HostCompute | None) -> Request:
+def requested(options: argparse.Namespace, coding: str, computing: HostCompute | None) -> Request:
     """Return the request of one mode."""
     request = Request.of(
         budget=options.budget,
@@ -52,14 +54,23 @@ def requested(options: argparse.Namespace, coding: str, host: HostCompute | None
         ring=options.ring,
         coding=coding,  # type: ignore[arg-type]
     )
-    return replace(request, host=host)
+    return replace(request, host=computing)
 
 
 def host_compute(options: argparse.Namespace) -> HostCompute:
-    """Return what is asked of the cores, with the rates that were given, or are assumed."""
-    rates = assumed_rates(len(choose_cpus(options.threads)))
+    """Return what is asked of the cores, with the rates that were given, or are measured; on a CPU they are assumed."""
     if options.link_gbps and options.cores_gbps:
         rates = HostRates(link=options.link_gbps * 1e9, cores=options.cores_gbps * 1e9)
+    elif options.device == "cpu":
+        rates = assumed_rates(len(choose_cpus(options.threads)))
+    else:
+        cores = host.measure(0)
+        print(cores.model_dump_json(), flush=True)
+        beside = cores.beside_link[0]
+        rates = HostRates(
+            link=(beside.link_gbps or 0.0) * 1e9, cores=beside.gbps * 1e9, wait_s=cores.round_trip_s or 0.0,
+            tokens=cores.most_tokens,
+        )  # fmt: skip
     return HostCompute(threads=options.threads, rates=rates)
 
 
@@ -127,16 +138,16 @@ def agreement(tokens: list[int], logits: torch.Tensor, exact: tuple[list[int], t
     }
 
 
-def measure(options: argparse.Namespace, coding: str, host: HostCompute | None, exact: Any) -> Any:
+def measure(options: argparse.Namespace, coding: str, computing: HostCompute | None, exact: Any) -> Any:
     """Load one mode, generate, print a line for each run; return its tokens and logits."""
     name = f"synthetic:{options.model}"
     link = pinned_h2d_rate(64 * 2**20) if options.device == "cuda" else 1e9
     begin = time.perf_counter()
-    model: Any = load_requested(name, requested(options, coding, host))
+    model: Any = load_requested(name, requested(options, coding, computing))
     model.name_or_path = name
     planned, stats = placement(model), djinn.stats(model)
     shared = {
-        "model": options.model, "mode": "host" if host is not None else "exact", "coding": coding,
+        "model": options.model, "mode": "host" if computing is not None else "exact", "coding": coding,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "cores": os.cpu_count(),
         "cores_allowed": len(os.sched_getaffinity(0)), "torch": torch.__version__, "budget": planned.budget,
         "load_s": time.perf_counter() - begin, "link_alone_gbps": link / 1e9, "page_locked": stats.page_locked,
@@ -190,9 +201,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("host_compute.jsonl"))
     options = parser.parse_args()
     exact = None
+    asked = host_compute(options) if "host" in options.modes else None
     for coding in options.coding:
         for mode in options.modes:
-            found = measure(options, coding, host_compute(options) if mode == "host" else None, exact)
+            found = measure(options, coding, asked if mode == "host" else None, exact)
             exact = exact or (found if mode == "exact" else None)  # coded or not, its bits are the same
             gc.collect()
             if options.device == "cuda":
