@@ -67,7 +67,8 @@ def forecast(
     )  # fmt: skip
     if rates is not None and request.host is not None:
         threads = host_threads or cores or len(choose_cpus())
-        request = request.knowing(rates.host or assumed_rates(threads, rates.link))
+        multiplies = rates.compute[0].rate if rates.compute else None
+        request = request.knowing(rates.host or assumed_rates(threads, rates.link, multiplies))
     found = outlined(model, request, gpus).on_disk()
     room = (usable_ram() if free is None else free) // gpus
 

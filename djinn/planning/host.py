@@ -50,14 +50,16 @@ class HostRates:
         return replace(self, cores=min(self.cores, threads * CORE_MOST))
 
 
-def assumed_rates(threads: int, link: float | None = None) -> HostRates:
+def assumed_rates(threads: int, link: float | None = None, device: float | None = None) -> HostRates:
     """Return what is taken for the rates of a machine on which they have not been measured.
 
-    ``link`` is what its link carries while the cores are idle, bytes/s, where that is known.
+    ``link`` is what its link carries while the cores are idle, bytes/s, and ``device`` as in :class:`HostRates`, where
+    these are known.
     """
     return HostRates(
         link=ASSUMED_LINK if link is None else BUSY_SHARE * link,
         cores=min(threads * ASSUMED_CORE, ASSUMED_CORES),
+        device=device,
         assumed=True,
     )
 
