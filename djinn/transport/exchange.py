@@ -45,8 +45,7 @@ class CudaExchange:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._inputs = _page_locked(0)
-        self._outputs = _page_locked(0)
+        self._inputs = self._outputs = torch.empty(0, dtype=torch.bfloat16)
         self._arrived = torch.cuda.Event()
         self._left = torch.cuda.Event()
 
