@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from djinn.planning.workspace import Workload
 
 SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
-    "djinn": ("", "lossless", "whole"),
+    "djinn": ("", "lossless", "whole", "host", "lossless+host"),
     "accelerate": ("disk", "cpu", "cpu-pinned"),
     "deepspeed": ("cpu", "nvme"),
     "resident": (),
 }
 """The systems that can be compared, each with the places it can offload to, and djinn as the profile says, with its
-weights coded, or without routing experts; written ``system:variant``."""
+weights coded, without routing experts, or with the host's cores computing; written ``system:variant``."""
+CODED = ("djinn:lossless", "djinn:lossless+host")
+HOST_COMPUTE = ("djinn:host", "djinn:lossless+host")
+"""Systems of which the host's cores compute a part of the tokens' passes: their outputs are close to the resident
+model's and not equal to them, so no claim of equal tokens is about these."""
 _ONE_PROCESS = ("accelerate",)
 """Systems that hold several GPUs in one process; the others start one for each."""
 

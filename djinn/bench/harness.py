@@ -19,7 +19,7 @@ from djinn.bench.ownership import owned
 from djinn.bench.rank_workers import RankWorkers
 from djinn.bench.records import Record, append_record, latest, read_records
 from djinn.bench.worker_client import Worker, WorkerError, WorkerProcess, close
-from djinn.profiles import Profile
+from djinn.profiles import CODED, Profile
 from djinn.text import printable
 from djinn.weights.resolve import is_synthetic, resolve
 
@@ -66,7 +66,7 @@ def run_baselines(profile: Profile, run_dir: Path) -> list[Record]:
     lanes = []
     for name in profile.systems:
         system, _, target = name.partition(":")
-        own = profile.override(coding="lossless") if name == "djinn:lossless" else profile
+        own = profile.override(coding="lossless") if name in CODED else profile
         lanes.append(Lane(system=system, target=target, variant=target, profile=own))
     with Bench("baselines", profile, run_dir, keep=profile.interleave) as bench:
         return bench.measure(lanes, runs=profile.runs, order="by run" if profile.interleave else "by lane")

@@ -14,6 +14,7 @@ import pandas as pd
 
 from djinn.bench.records import Record, latest, system_label
 from djinn.errors import ConfigError
+from djinn.profiles import HOST_COMPUTE
 
 # 0.975 quantiles of Student's t for 1..30, 40, 60 and 120 degrees of freedom and for the normal distribution:
 # NIST/SEMATECH e-Handbook of Statistical Methods, section 1.3.6.7.2.
@@ -119,7 +120,8 @@ def reference_label(records: Iterable[Record]) -> str | None:
 def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
     """Return, for each ``system:variant``, whether every ok run generated the tokens of :func:`reference_label`.
 
-    None means that it has no ok run, or on several GPUs is not of :data:`ALIKE`. The reference itself is True if its
+    None means that it has no ok run, or on several GPUs is not of :data:`ALIKE`, or is of
+    :data:`djinn.profiles.HOST_COMPUTE`. The reference itself is True if its
     runs agree with each other.
     """
     records = latest(records)
@@ -132,7 +134,8 @@ def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
 
 
 def _is_compared(record: Record) -> bool:
-    return record.status == "ok" and (record.gpus == 1 or record.system in ALIKE)
+    is_exact = system_label(record) not in HOST_COMPUTE
+    return record.status == "ok" and is_exact and (record.gpus == 1 or record.system in ALIKE)
 
 
 def _row(group: list[Record]) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from djinn.cli.show import print_json, print_table, say
 from djinn.errors import ConfigError
 
 if TYPE_CHECKING:
+    from djinn.planning.host import HostRates
     from djinn.planning.outlook import Choice, Forecast
     from djinn.planning.prediction import Prediction, Rates
 
@@ -25,6 +26,8 @@ class Machine:
     rates: Rates | None
     free: int | None
     """Host memory that is free there, bytes; None for what is free here."""
+    cores: int | None = None
+    """Cores there that can be spared; None for those here."""
 
 
 def machine(name: str | None, device: str | None) -> Machine:
@@ -35,6 +38,7 @@ def machine(name: str | None, device: str | None) -> Machine:
     """
     from djinn.bench.machines import certified_here, machine_of
     from djinn.devices import device_of
+    from djinn.host.cores import KEPT
     from djinn.planning.prediction import Rates
 
     if name is not None:
@@ -42,7 +46,11 @@ def machine(name: str | None, device: str | None) -> Machine:
         has = found.rates.device
         if device is not None and device_of(device).type != has:
             raise ConfigError(f"device {device!r}: the rates of {name} are those of device {has}")
-        return Machine(name=name, device=has, rates=found.rates, free=found.machine.available_bytes)
+        cores = found.machine.cores or found.machine.threads
+        return Machine(
+            name=name, device=has, rates=found.rates, free=found.machine.available_bytes,
+            cores=None if cores is None else max(cores - KEPT, 1),
+        )  # fmt: skip
     where = device_of(device)
     here = certified_here(where.type)
     if here is not None:
@@ -82,8 +90,18 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
     if forecast.plan.pool.slots:
         share = f"{predicted.hit_rate:.2f} of the experts that routers pick"
         say(f"{share} are taken to be in the pool{_assumed(forecast)}")
+    if forecast.plan.host is not None:
+        say(_host(forecast.plan.host.rates))
     if predicted.blind:
         say(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
+
+
+def _host(rates: HostRates) -> str:
+    """Return what a plan with host units is made from."""
+    speeds = f"{_three_digits(rates.cores / 1e9)} GB/s beside a link of {_three_digits(rates.link / 1e9)} GB/s"
+    if rates.assumed:
+        speeds += ", which is assumed: `djinn certify` measures it"
+    return f"the host's cores compute at {speeds}; tokens are then close to the resident model's, not equal to them"
 
 
 def _assumed(forecast: Forecast) -> str:
@@ -149,6 +167,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
             for choice in forecast.budgets
         ],
         "pool": {"slots": plan.pool.slots, "experts": plan.pool.experts, "bytes": plan.pool.nbytes},
+        "host": None if plan.host is None else {"units": sorted(plan.host.units), **asdict(plan.host.rates)},
         "one_more_gb_saves_s": forecast.gain_s,
         "largest_batch": forecast.largest_batch,
         "longest_prompt": forecast.longest_prompt,
@@ -159,5 +178,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
 def _times(predicted: Prediction | None) -> dict[str, Any] | None:
     if predicted is None:
         return None
-    names = ("hit_rate", "ttft_s", "token_s", "tokens_per_s", "link_s", "disk_s", "compute_s", "host_s", "limit")
+    names = (
+        "hit_rate", "ttft_s", "token_s", "tokens_per_s", "link_s", "disk_s", "compute_s", "host_s", "cores_s", "limit",
+    )  # fmt: skip
     return {name: getattr(predicted, name) for name in names} | {"not_measured": list(predicted.blind)}

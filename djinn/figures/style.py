@@ -41,6 +41,8 @@ LOOKS = {
     "djinn": Look("djinn", "#0072B2", "", "o"),
     "djinn:lossless": Look("djinn, coded", "#56B4E9", "++", "*"),
     "djinn:whole": Look("djinn, whole layers", "#999999", "oo", "p"),
+    "djinn:host": Look("djinn, host computes (not exact)", "#D55E00", "xx", "h"),
+    "djinn:lossless+host": Look("djinn, coded, host computes (not exact)", "#F0E442", "..", "H"),
     "accelerate:disk": Look("Accelerate, disk", "#E69F00", "///", "s"),
     "accelerate:cpu": Look("Accelerate", "#E69F00", "|||", "D"),
     "accelerate:cpu-pinned": Look("Accelerate, pinned", "#E69F00", "---", "P"),
@@ -62,7 +64,7 @@ def display_name(name: str) -> str:
     return f"{LOOKS[known].label}, {variant}" if variant else LOOKS[known].label
 
 
-LANES = {"copy": "#0072B2", "decode": "#CC79A7", "compute": "#009E73", "stall": "#D55E00"}
+LANES = {"copy": "#0072B2", "decode": "#CC79A7", "compute": "#009E73", "stall": "#D55E00", "host": "#E69F00"}
 """The lanes of the timeline, top to bottom."""
 
 _RC: dict[Any, Any] = {

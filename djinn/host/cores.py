@@ -9,7 +9,7 @@ from pathlib import Path
 from djinn.errors import ConfigError
 from djinn.hardware import allowed_cpus, cgroup_cpus, cpu_list
 
-_KEPT = 2
+KEPT = 2
 """Processors that are left alone: one for the threads that copy and read, one for the user."""
 _CPUS = Path("/sys/devices/system/cpu")
 
@@ -47,7 +47,7 @@ def choose(cores: Sequence[Sequence[int]], quota: float | None, threads: int | N
     in_turn = [core[place] for place in range(longest) for core in cores if place < len(core)]
     most = len(in_turn) if quota is None else max(1, min(len(in_turn), int(quota)))
     if threads is None:
-        threads = max(1, min(len(cores), most - _KEPT))
+        threads = max(1, min(len(cores), most - KEPT))
     if not 1 <= threads <= most:
         limit = "" if most == len(in_turn) else f", as its cgroup's quota of {quota:g} processors says"
         raise ConfigError(f"host_threads: {threads} is not between 1 and {most}, what this process may use{limit}")
