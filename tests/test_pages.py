@@ -250,7 +250,7 @@ def test_python_examples_run(
         assert streamed is not None
         assert int(streamed[1]) > 0
     else:
-        assert {path.suffix for path in tmp_path.iterdir()} == {".pdf", ".png", ".csv"}
+        assert {path.suffix for path in tmp_path.iterdir()} == {".pdf", ".png", ".csv", ".txt"}
 
 
 @pytest.mark.parametrize("block", PYTHON)

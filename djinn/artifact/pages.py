@@ -168,14 +168,8 @@ def write_picture(stem: Path = PICTURE) -> list[Path]:
     manifest, records = _pictured()
     rows = picture_frame()
     budget = format_bytes(int(rows["budget_bytes"].iloc[0]))
-    few, many = rows["runs"].min(), rows["runs"].max()
-    counted = f"{few}" if few == many else f"{few} to {many}"
-    ceiling = rows["ceiling_gbps"].iloc[0]
-    about = (
-        f"{records[0].device_name}, {manifest.date}: median of {counted} runs, batch {records[0].batch}, synthetic "
-        f"weights, same tokens. Bound: bytes beyond the budget over the link's ceiling, {ceiling:.1f} GB/s."
-    )
-    figure = headline.draw(rows, f"Time per token: Llama-2-70B (138 GB) in {budget} of an H100", about)
+    title = f"Time per token: Llama-2-70B (138 GB) in {budget} of an H100"
+    figure = headline.draw(rows, title, headline.about(records, rows, manifest.date))
     return save(figure, rows, stem)
 
 

@@ -15,15 +15,18 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     link_gbps        bytes that crossed the link / wall_s, 10^9 bytes/s
     effective_gbps   weight bytes the model consumed / wall_s, 10^9 bytes/s
     ceiling_gbps     the link's raw rate beside this run, 10^9 bytes/s
+    bound_s          the least seconds that a pass over raw weights can take: bytes of the model beyond the budget of
+                     all GPUs / ceiling; NaN where only those experts cross the link that routers pick
     hit_rate         share of the experts that routers picked in the run that were in the pool; NaN where there is none
     pool_share       share of all experts that the pool holds: the hit rate to expect of routers that pick evenly
     link_utilisation, model_bytes, budget_bytes, ring_bytes, chunk_bytes, resident_bytes   as recorded
+    batch, prompt_tokens   as recorded
     peak_device_bytes, peak_host_bytes, peak_anon_bytes   as recorded
     tokens           the generated ids, as a tuple
-``tokens``: one row per token after the first: name, run, token (from 1), token_s, words.
+``tokens``: one row per token after the first: name, run, token (from 1), token_s, bound_s, words.
 ``sweep``: as ``runs``, and
-    axis             what was varied: "chunk", "ring", "budget" or "coding"
-    size_bytes       the point, bytes; NaN for "coding"
+    axis             what was varied: "chunk", "ring", "budget", "batch", "prompt" or "coding"
+    size_bytes       the point: bytes, of "batch" sequences, of "prompt" tokens; NaN for "coding"
 ``bits``: one row per kind of coded tensor and run of djinn: name, run, kind, bits (stored for every 16 of the weights).
 ``timeline``: one row per interval of the copy engine: lane, unit, start_s, end_s, nbytes, cause.
 ``pcie``: the trace of the GPU's link: time_s, rx_gbps, tx_gbps, source.
@@ -52,6 +55,8 @@ NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 _BITS = "bits "
 """How the settings of a record begin that djinn's adapter writes for each kind of coded tensor."""
+_MOST_DIGITS = 9
+"""Of a batch or a prompt's length."""
 _MOST_BITS = 64
 """Of a coded weight: what says more is no number of bits."""
 _WORDS = {"oom": "OOM", "timeout": "timed out", "unavailable": "unavailable", "error": "failed"}
@@ -71,8 +76,10 @@ _COPIED = [
     "peak_device_bytes",
     "peak_host_bytes",
     "peak_anon_bytes",
+    "batch",
+    "prompt_tokens",
 ]
-_NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps", "hit_rate", "pool_share"]
+_NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps", "bound_s", "hit_rate", "pool_share"]
 RUN_COLUMNS = ["name", "run", "status", "reason", "words", "link", *_NUMBERS, "tokens"]
 _Number = Annotated[float, Field(ge=-(10**12), le=10**12)]
 
@@ -166,11 +173,14 @@ def tokens(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFra
     frame = runs(records, systems)
     samples += [[np.nan]] * (len(frame) - len(records))
     rows = [
-        {"name": run.name, "run": run.run, "token": number, "token_s": seconds, "words": run.words}
+        {"name": run.name, "run": run.run, "token": number, "token_s": seconds}
+        | {"bound_s": run.bound_s, "words": run.words}
         for run, measured in zip(frame.itertuples(), samples, strict=True)
         for number, seconds in enumerate(measured, start=1)
     ]
-    return pd.DataFrame(rows, columns=["name", "run", "token", "token_s", "words"]).astype({"token_s": float})
+    return pd.DataFrame(rows, columns=["name", "run", "token", "token_s", "bound_s", "words"]).astype(
+        {"token_s": float, "bound_s": float}
+    )
 
 
 def sweep(records: Sequence[Record]) -> pd.DataFrame:
@@ -246,6 +256,9 @@ def _row(record: Record) -> dict[str, object]:
         row["generate_s"] = record.ttft_s + sum(record.per_token_s)
     if record.link_bytes is not None and record.wall_s is not None:
         row["link_gbps"] = record.link_bytes / record.wall_s / 1e9
+    if record.model_bytes is not None and record.ceiling_gbps is not None and record.expert_hits is None:
+        beyond = max(0, record.model_bytes - record.gpus * record.budget_bytes)
+        row["bound_s"] = beyond / record.ceiling_gbps / 1e9
     return row
 
 
@@ -268,9 +281,11 @@ def _point(variant: str) -> tuple[str, float]:
     axis, _, value = variant.partition("=")
     if axis == "coding" and value:
         return axis, np.nan
+    if axis in ("batch", "prompt") and value.isdecimal() and len(value) <= _MOST_DIGITS:
+        return axis, float(value)
     if axis not in ("chunk", "ring", "budget") or not value:
         raise ConfigError(
-            f"sweep record with variant {variant!r}: expected chunk=<size>, ring=<size>, budget=<size> or "
-            "coding=lossless"
+            f"sweep record with variant {variant!r}: expected chunk=<size>, ring=<size>, budget=<size>, "
+            "batch=<number>, prompt=<number> or coding=lossless"
         )
     return axis, parse_bytes(value)
