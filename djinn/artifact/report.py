@@ -88,7 +88,7 @@ def _context(run: Run) -> dict[str, Any]:
     run_dir, profile, provenance = run.folder, run.profile, run.provenance
     outcomes = write_claims(run_dir)
     counts = Counter(outcome.verdict for outcome in outcomes)
-    machine = provenance.get("machine") or (run.certification.machine if run.certification else None)
+    machine = run.machine
     return {
         "title": profile.title,
         "synthetic": profile.synthetic,
