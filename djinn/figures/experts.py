@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from djinn.bench.records import hit_rate
 from djinn.errors import ConfigError, DjinnError
-from djinn.figures.plots import MEAN, over_sizes
+from djinn.figures.plots import SPREAD, over_sizes
 from djinn.figures.style import COLUMN_IN, GREY, LOOKS, explain, house_style
 
 _LOOKS = {"routed": LOOKS["djinn"], "coded": LOOKS["djinn:lossless"]}
@@ -35,7 +35,7 @@ def by_budget(points: pd.DataFrame) -> Figure:
     columns = [column for column in _PANELS if column == "token_s" or points[column].notna().any()]
     figure = Figure(figsize=(COLUMN_IN, 0.7 + 1.3 * len(columns)), layout="constrained")
     panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
-    words = f"Mean of the runs (dots). {MEAN}"
+    words = f"Median of the runs (dots). {SPREAD}"
     for ax, column in zip(panels, columns, strict=True):
         if column == "hit_rate":  # of a model that fits whole there is no pool
             over_sizes(ax, points.assign(words=points["words"].replace("", "no pool")), column)

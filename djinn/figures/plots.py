@@ -29,7 +29,7 @@ from djinn.figures.style import (
 )
 from djinn.sizes import exact_bytes, format_bytes
 
-MEAN = "Whiskers, from 3 runs on: 95% interval of the mean (Student t)."
+SPREAD = "Whiskers: range of the runs, from 5 on the interval of their median."
 _ENLARGED = 40
 """Intervals in the enlarged part of a timeline."""
 _CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band: range)."
@@ -39,7 +39,7 @@ _CEILING = "Dashed: the ceiling, the raw link rate beside the runs (median; band
 def bandwidth(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFrame | None = None) -> Figure:
     """Link bandwidth (filled) and effective bandwidth (outline) of each system against the link's ceiling.
 
-    ``reference`` is another run's frame, whose means are drawn over this one's.
+    ``reference`` is another run's frame, whose medians are drawn over this one's.
     """
     _require(runs, "no baseline records")
     ax = canvas(ax, _bar_height(runs))
@@ -47,11 +47,11 @@ def bandwidth(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFram
     for row, name in enumerate(frames.names(runs)):
         effective = runs.loc[runs["name"] == name, "effective_gbps"].dropna()
         if len(effective):
-            ax.barh(row, effective.mean(), height=0.84, fill=False, edgecolor=LOOKS[name].colour, linewidth=0.8)
+            ax.barh(row, effective.median(), height=0.84, fill=False, edgecolor=LOOKS[name].colour, linewidth=0.8)
     _bars(ax, runs, "link_gbps")
     ax.set_xlabel("GB/s")
-    filled = "Filled: bytes that crossed the link, mean of the runs (dots). Outline: weight bytes the model consumed."
-    explain(ax, "Bandwidth", f"{filled} {MEAN} {_CEILING}{_overlay(ax, runs, reference, 'link_gbps')}")
+    filled = "Filled: bytes that crossed the link, median of the runs (dots). Outline: weight bytes the model consumed."
+    explain(ax, "Bandwidth", f"{filled} {SPREAD} {_CEILING}{_overlay(ax, runs, reference, 'link_gbps')}")
     return figure_of(ax)
 
 
@@ -63,19 +63,19 @@ def ttft(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFrame | N
     _bars(ax, runs, "ttft_s")
     ax.set_xlabel("seconds")
     overlay = _overlay(ax, runs, reference, "ttft_s")
-    explain(ax, "Time to first token", f"Mean of the runs (dots). {MEAN}{overlay}")
+    explain(ax, "Time to first token", f"Median of the runs (dots). {SPREAD}{overlay}")
     return figure_of(ax)
 
 
 @house_style()
 def time_per_token(tokens: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFrame | None = None) -> Figure:
-    """Time from each token to the next: every sample, with mean and interval; ``reference`` as its frame of tokens."""
+    """Time from each token to the next: every sample, with median and spread; ``reference`` as its frame of tokens."""
     _require(tokens, "no baseline records")
     ax = canvas(ax, _bar_height(tokens))
     _bars(ax, tokens, "token_s")
     ax.set_xlabel("seconds per token")
     overlay = _overlay(ax, tokens, reference, "token_s")
-    explain(ax, "Time per output token", f"Mean over all tokens of all runs (dots). {MEAN}{overlay}")
+    explain(ax, "Time per output token", f"Median over all tokens of all runs (dots). {SPREAD}{overlay}")
     return figure_of(ax)
 
 
@@ -130,12 +130,12 @@ def sweep(points: pd.DataFrame, axis: str, ax: Axes | None = None) -> Figure:
     over_sizes(ax, points, "link_gbps")
     ax.set_xlabel(f"{axis} size")
     ax.set_ylabel("link, GB/s")
-    explain(ax, f"Bandwidth by {axis} size", f"Mean of the runs (dots). {MEAN} {_CEILING}")
+    explain(ax, f"Bandwidth by {axis} size", f"Median of the runs (dots). {SPREAD} {_CEILING}")
     return figure_of(ax)
 
 
 def over_sizes(ax: Axes, points: pd.DataFrame, column: str) -> None:
-    """Draw a column over the sizes of a sweep, which are sorted: every sample, mean and interval, and the gaps."""
+    """Draw a column over the sizes of a sweep, which are sorted: every sample, median and spread, and the gaps."""
     look = LOOKS["djinn"]
     sizes = points["size_bytes"].unique().tolist()
     samples = [points.loc[points["size_bytes"] == size, column].dropna().tolist() for size in sizes]
@@ -221,17 +221,17 @@ def _bar_height(frame: pd.DataFrame) -> float:
 
 
 def _interval(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean, and how far below and above it the interval reaches; NaN for what the samples cannot say."""
+    """Return the median, and how far below and above it the spread reaches; NaN for what the samples cannot say."""
     if not samples:
         return np.nan, np.nan, np.nan
     summary = summarise(samples)
     if summary.low is None or summary.high is None:
-        return summary.mean, np.nan, np.nan
-    return summary.mean, summary.mean - summary.low, summary.high - summary.mean
+        return summary.median, np.nan, np.nan
+    return summary.median, summary.median - summary.low, summary.high - summary.median
 
 
 def _bars(ax: Axes, frame: pd.DataFrame, column: str, spread: bool = True) -> None:
-    """Draw one bar per system: mean and interval (or, without ``spread``, the largest), every sample, and the gaps."""
+    """Draw one bar per system: median and spread (or, without ``spread``, the largest), every sample, and the gaps."""
     order = frames.names(frame)
     for row, name in enumerate(order):
         samples = frame.loc[frame["name"] == name, column].dropna().tolist()
@@ -266,13 +266,13 @@ def _overlay(ax: Axes, frame: pd.DataFrame, reference: pd.DataFrame | None, colu
     """Draw the reference run's means at this run's systems; return the words that explain them, if there are any."""
     if reference is None:
         return ""
-    means = reference.groupby("name")[column].mean().dropna()
-    rows = [(means[name], row) for row, name in enumerate(frames.names(frame)) if name in means]
+    medians = reference.groupby("name")[column].median().dropna()
+    rows = [(medians[name], row) for row, name in enumerate(frames.names(frame)) if name in medians]
     if not rows:
         return ""
     values, places = zip(*rows, strict=True)
     ax.plot(values, places, "D", mfc="white", mec="black", markersize=4, zorder=7)
-    return " Diamonds: means of the reference run."
+    return " Diamonds: medians of the reference run."
 
 
 def _ceiling(frame: pd.DataFrame, line: Callable[..., object], band: Callable[..., object]) -> None:
