@@ -47,6 +47,7 @@ _MEASURES = {
     "link, GB/s": "link_gbps",
     "ceiling of the link, GB/s": "ceiling_gbps",
     "share of the ceiling": "link_utilisation",
+    "share of bare copies": "bare_share",
     "effective, GB/s": "effective_gbps",
 }
 _OF_MIXTURES = {"picked experts found in the pool": "hit_rate"}
@@ -88,7 +89,7 @@ def _context(run: Run) -> dict[str, Any]:
     run_dir, profile, provenance = run.folder, run.profile, run.provenance
     outcomes = write_claims(run_dir)
     counts = Counter(outcome.verdict for outcome in outcomes)
-    machine = provenance.get("machine") or (run.certification.machine if run.certification else None)
+    machine = run.machine
     return {
         "title": profile.title,
         "synthetic": profile.synthetic,
@@ -110,7 +111,8 @@ def _context(run: Run) -> dict[str, Any]:
 def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
     """Return the systems side by side, in words: one column each, one row per measure.
 
-    A measure is its mean ± half of the 95% interval with the median in brackets; one that is missing is empty. A
+    A measure is its median with the range of the runs, from five on the interval of the median; one that is missing is
+    empty. A
     system that stays loaded was loaded once, so loading has no interval.
     """
     summary = {str(row["label"]): row for row in summary_frame(records).to_dict("records")}
@@ -127,18 +129,20 @@ def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
             "loading, s": _number(row, "load_s_median"),
             **{title: _spread(row, measure) for title, measure in measures.items()},
             **{title: _size(row, size) for title, size in _SIZES.items()},
-            "same tokens": {True: "yes", False: "NO", None: ""}[agree.get(name)],
+            "same tokens": {True: "yes", False: "NO", None: "nothing to compare" if row.get("runs") else ""}[
+                agree.get(name)
+            ],
         }
     return pd.DataFrame(columns)
 
 
 def _spread(row: Mapping[Any, Any], measure: str) -> str:
-    mean, high = row.get(f"{measure}_mean", math.nan), row.get(f"{measure}_high", math.nan)
-    if math.isnan(mean):
+    median, low, high = (row.get(f"{measure}_{part}", math.nan) for part in ("median", "low", "high"))
+    if math.isnan(median):
         return ""
-    scale, unit = (100, "%") if measure in ("link_utilisation", "hit_rate") else (1, "")
-    interval = "" if math.isnan(high) else f" ± {scale * (high - mean):.2g}{unit}"
-    return f"{scale * mean:.3g}{unit}{interval} ({scale * row[f'{measure}_median']:.3g}{unit})"
+    scale, unit = (100, "%") if measure in ("link_utilisation", "bare_share", "hit_rate") else (1, "")
+    spread = "" if math.isnan(low) else f" ({scale * low:.3g} to {scale * high:.3g})"
+    return f"{scale * median:.3g}{unit}{spread}"
 
 
 def _number(row: Mapping[Any, Any], column: str) -> str:

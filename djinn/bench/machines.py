@@ -54,16 +54,16 @@ def certified_here(device: str, runs: Path | None = None) -> tuple[Path, Certifi
     from djinn import hardware
     from djinn.bench.run import Run
 
-    here = _kind(hardware.describe())
+    here = kind_of(hardware.describe())
     found = sorted((runs or RUNS_DIR).glob(f"*/{CERTIFICATION}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         run = Run(path.parent.parent)
         certification = None if run.replayed else run.certification
-        if certification and certification.rates.device == device and _kind(certification.machine) == here:
+        if certification and certification.rates.device == device and kind_of(certification.machine) == here:
             return run.folder, certification
     return None
 
 
-def _kind(machine: Machine) -> tuple[object, ...]:
+def kind_of(machine: Machine) -> tuple[object, ...]:
     """Return what makes two descriptions those of one machine, as far as rates go."""
     return machine.cpu, machine.threads, machine.ram_bytes, tuple(gpu.name for gpu in machine.gpus)

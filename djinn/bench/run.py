@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import yaml
 from pydantic import ConfigDict, Field
@@ -29,6 +29,9 @@ class Done(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # type: ignore[misc]
 
     wall_s: Annotated[float, Field(ge=0, le=10**9)]
+    began_at: NotRequired[str]
+    revision: NotRequired[str | None]
+    dirty: NotRequired[bool | None]
 
 
 class Provenance(TypedDict, total=False):
@@ -39,6 +42,8 @@ class Provenance(TypedDict, total=False):
     machine: Machine | None
     revision: str | None
     dirty: bool | None
+    lock_sha256: str | None
+    packages: dict[str, str] | None
 
 
 class Origin(TypedDict):
@@ -171,6 +176,17 @@ class Run:
         """
         path = self.folder / "provenance.json"
         return read_json(path, Provenance) if path.is_file() else {}
+
+    @property
+    def machine(self) -> Machine | None:
+        """The machine that measured the run: the one that was certified.
+
+        What was drawn again elsewhere may have a provenance that was written there.
+
+        Raises:
+            ConfigError: a damaged file.
+        """
+        return self.certification.machine if self.certification else self.provenance.get("machine")
 
     def done_path(self, notebook: str) -> Path:
         """Return the sentinel of a notebook: it is there once the notebook has ended well."""

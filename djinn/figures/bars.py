@@ -1,7 +1,7 @@
 """Horizontal bars, one row per system: what the figures of a run have in common.
 
-A bar is the median of all samples. Whiskers are about its runs, whose medians they are made of: their range while
-there are fewer than five, from five on a 95% interval (:func:`djinn.bench.statistics.summarise`).
+A bar is the median of the runs, each of which counts with its own median. Whiskers are the runs' range while there are
+fewer than five, from five on the interval of their median (:func:`djinn.bench.statistics.summarise`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -21,10 +20,8 @@ from djinn.bench.statistics import summarise
 from djinn.figures import frames
 from djinn.figures.style import beside, look_of, words_at
 
-SPREAD = "Whiskers: the range of the runs while there are fewer than five, from five on their 95% interval."
+SPREAD = "Whiskers: the range of the runs, from five runs on the 95% interval of their median."
 CUT = "Bars with two white strokes are cut; their numbers are whole."
-MANY = 5
-"""Runs from which on there is an interval."""
 _JUMP = 3.0
 """Bars more than this many times as long as the next shorter one are cut, so that the others can be told apart."""
 _CUT = 1.35
@@ -35,16 +32,10 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
     """Return the median, and how far below and above it the whiskers reach; NaN for what the samples cannot say."""
     if not samples:
         return math.nan, math.nan, math.nan
-    middle = median(samples)
-    if len(samples) < MANY:
-        low, high = min(samples), max(samples)
-    else:
-        summary = summarise(samples)
-        assert summary.low is not None
-        assert summary.high is not None
-        low, high = summary.low, summary.high
-    whiskers = len(samples) > 1
-    return middle, max(0, middle - low) if whiskers else math.nan, max(0, high - middle) if whiskers else math.nan
+    summary = summarise(samples)
+    if summary.low is None or summary.high is None:
+        return summary.median, math.nan, math.nan
+    return summary.median, summary.median - summary.low, summary.high - summary.median
 
 
 def by_run(rows: pd.DataFrame, column: str) -> list[float]:
@@ -90,7 +81,7 @@ def bars(
         The length at which bars that are out of proportion were cut; infinity where none was.
     """
     order = frames.names(frame)
-    values = {name: frame.loc[frame["name"] == name, column].agg(of) for name in order}
+    values = {name: pd.Series(by_run(frame[frame["name"] == name], column), dtype=float).agg(of) for name in order}
     longest = cut_at([value for value in values.values() if np.isfinite(value)])
     for place, name in enumerate(order):
         rows, row = frame[frame["name"] == name], place + shift
@@ -132,7 +123,7 @@ def overlay(ax: Axes, frame: pd.DataFrame, reference: pd.DataFrame | None, colum
     """Draw the reference run's medians, as far as ``longest``, at this run's systems; return them for the key."""
     if reference is None:
         return []
-    medians = reference.groupby("name")[column].median().dropna()
+    medians = reference.groupby(["name", "run"])[column].median().groupby("name").median().dropna()
     rows = [(medians.get(name, np.inf), row) for row, name in enumerate(frames.names(frame))]
     rows = [(value, row) for value, row in rows if value <= longest and np.isfinite(value)]
     if not rows:

@@ -148,7 +148,7 @@ def _times(
     ax = canvas(ax, 1.1 + _ROW_IN * len(frames.names(frame)))
     longest = bars(ax, frame, column, "s")
     key: list[Artist] = [sample_key(dot)]
-    caption = f"{what} Bars: medians. {SPREAD}"
+    caption = f"{what} Bars: medians of the runs. {SPREAD}"
     bound = frame["bound_s"].median()
     if bound > 0:
         key.append(ax.axvline(bound, color="black", linestyle="--", label=f"link's bound {digits(bound)} s"))

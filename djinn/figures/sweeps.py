@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from djinn.errors import DjinnError
 from djinn.figures import frames
-from djinn.figures.bars import MANY, SPREAD, digits, sample_key, spread
+from djinn.figures.bars import SPREAD, digits, sample_key, spread
 from djinn.figures.plots import require
 from djinn.figures.style import LOOKS, canvas, explain, figure_of, house_style, look_of, words_at
 from djinn.sizes import exact_bytes
@@ -128,6 +128,5 @@ def _curves(runs: pd.DataFrame, x: str, y: str, ax: Axes) -> Axes:
 
 def _explained(ax: Axes, title: str, what: str) -> None:
     containers = [container for container in ax.containers if container.get_label()]
-    words = f"{what} Marks: medians of the runs. Whiskers: their range, from {MANY} runs on their 95% interval."
-    explain(ax, title, words)
+    explain(ax, title, f"{what} Marks: medians of the runs. {SPREAD}")
     ax.legend(handles=containers, loc="best")

@@ -48,6 +48,14 @@ class Copier(Protocol):
         """Let copies under way end, well or badly, and no later one begin before compute issued so far has ended."""
         ...
 
+    def bare_rate(self) -> float | None:
+        """Return the rate of copies of the units' own images while nothing computes, bytes/s; it overwrites the ring.
+
+        So nothing may be prefetched: it is called after :func:`djinn.cool`. None where no unit waits in host memory,
+        and on a CPU, where copies are the work of those cores that compute.
+        """
+        ...
+
     def resolve_timeline(self) -> None:
         """Bring ``stats.timeline`` up to date."""
         ...

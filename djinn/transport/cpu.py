@@ -88,6 +88,9 @@ class CpuCopier(PieceMover):
     def settle(self) -> None:
         self._feeder.settle()
 
+    def bare_rate(self) -> None:
+        """Return None: see :class:`~djinn.transport.copier.Copier`."""
+
     def resolve_timeline(self) -> None:
         """Nothing to do: intervals are added as they end."""
 

@@ -22,6 +22,12 @@ from djinn.transport.reader import Buffer, Reader
 from djinn.transport.stats import Interval, Stats
 from djinn.weights.units import Unit
 
+_BARE_BYTES = 8 * 10**9
+"""The least that is copied bare to time it, and as much before it untimed: an idle link runs at half its rate for about
+20 ms, and below its best for some time more. Of a larger arena all is timed, since its rate depends on the place."""
+_MOST_ROUNDS = 100
+"""Of a small arena, whose rate is that of issuing copies."""
+
 
 class CudaCopier:
     """Copies units from the arena, and from disk, to a ring on a CUDA device.
@@ -116,6 +122,30 @@ class CudaCopier:
             # The two copy streams too: what one still has under way must not land on what the other copies next.
             self.stream.wait_stream(self.disk.stream)
             self.disk.stream.wait_stream(self.stream)
+
+    def bare_rate(self) -> float | None:
+        copies = [
+            (issue, source.image.nbytes)
+            for issue, source in zip(self._issue, self._sources, strict=True)
+            if issue is not None and source.image is not None
+        ]
+        if not copies:
+            return None
+        once = sum(nbytes for _, nbytes in copies)
+        rounds = min(-(-_BARE_BYTES // once), _MOST_ROUNDS)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        warmed = 0
+        for issue, nbytes in copies * rounds:
+            issue(self.stream.cuda_stream)
+            warmed += nbytes
+            if warmed >= _BARE_BYTES:
+                break
+        begin.record(self.stream)
+        for issue, _ in copies * rounds:
+            issue(self.stream.cuda_stream)
+        end.record(self.stream)
+        end.synchronize()
+        return rounds * once / (begin.elapsed_time(end) / 1e3)
 
     def resolve_timeline(self) -> None:
         """Turn the events recorded so far into intervals; waits for the device.

@@ -35,7 +35,7 @@ def test_report(fabricated_run: Path):
         "not run",
         "out of memory: 26 GB of weights, 12 GB of RAM",
         "synthetic",
-        "90.8% ± 4.4% (90.8%)",
+        "90.8% (89 to 92.6)",
     ):
         assert words in html
         assert words in text
@@ -50,7 +50,7 @@ def test_a_mixture_has_a_row_for_its_hit_rate_and_no_other_model_has():
     records = [fabricated(profile, "djinn", run, expert_hits=3 + run, expert_misses=7 - run) for run in range(2)]
     records.append(fabricated(profile, "djinn:whole", 0))
     row = systems_frame(records, []).loc["picked experts found in the pool"]
-    assert row.tolist() == ["35% (35%)", ""]
+    assert row.tolist() == ["35% (30 to 40)", ""]
     assert row.name not in systems_frame(records[2:], []).index
 
 

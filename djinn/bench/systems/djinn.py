@@ -7,7 +7,7 @@ from dataclasses import replace
 import djinn
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
-from djinn.engine.load import load_requested, placement
+from djinn.engine.load import engine_of, load_requested, placement
 from djinn.planning.placement import Plan
 from djinn.transport.stats import Interval
 from djinn.weights.tensors import kind_of
@@ -77,6 +77,11 @@ class Djinn(System):
         """Return the seconds of stalls since loading; on a GPU only a traced model knows them."""
         stats = djinn.stats(self.model)
         return None if self._on_gpu and not stats.traced else stats.stall_s
+
+    def bare_gbps(self) -> float | None:
+        """Return the rate of bare copies of what streams; on a CPU there is no such link."""
+        rate = engine_of(self.model).copier.bare_rate()
+        return None if rate is None else rate / 1e9
 
     def experts(self) -> dict[str, float]:
         """Return the counts of experts since loading; nothing where the plan has no pool for them."""
