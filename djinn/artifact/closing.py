@@ -18,6 +18,11 @@ def verdict_of(run_dir: Path) -> str:
     return verdict(read_claims(run_dir), speed(read_evidence(Run(run_dir))))
 
 
+def counted(outcomes: Sequence[Outcome]) -> str:
+    """Return how many claims that apply pass, and what the others need."""
+    return verdict(outcomes).partition("\n")[0]
+
+
 def verdict(outcomes: Sequence[Outcome], speed: str = "") -> str:
     """Return one line over all claims, ``speed`` at its end, and one line for each claim that failed."""
     counts = Counter(outcome.verdict for outcome in outcomes)

@@ -129,7 +129,7 @@ def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None) -
             beside(ax, "; ".join(f"{LOOKS[each].label} {faster(system[each])}" for each in _measured(system)), row)
     if bound > 0:
         ax.axvline(bound, color="black", linestyle="--", zorder=5)
-        late = bound > rows["token_s"].clip(upper=longest).max() / 2
+        late = bound > 0.6 * rows["token_s"].clip(upper=longest).max()
         words = f"the link's bound for raw weights, {bound:#.3g} s"
         ax.annotate(
             words, (bound, len(rows) - 0.2), xytext=(-4 if late else 4, 0), textcoords="offset points", va="center",
