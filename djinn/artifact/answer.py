@@ -11,8 +11,8 @@ from djinn.bench.records import Record, system_label
 from djinn.bench.statistics import summary_frame, tokens_agree
 from djinn.figures import frames, headline
 from djinn.figures.bars import digits
+from djinn.figures.headline import SMALL_BYTES
 from djinn.figures.style import display_name
-from djinn.figures.sweeps import SMALL_BYTES
 from djinn.profiles import Profile
 from djinn.sizes import format_bytes
 
