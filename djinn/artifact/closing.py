@@ -53,7 +53,7 @@ def speed(evidence: Evidence) -> str:
         ratio = time_over_best_peer(evidence, peers)
     except NotMeasuredError:
         return ""
-    medians = frames.runs(evidence.records).groupby("name")["generate_s"].median()
+    medians = frames.runs(evidence.of_full_length).groupby("name")["generate_s"].median()
     best = LOOKS[str(medians[medians.index.isin(peers)].idxmin())].label
     factor = f"{max(ratio, 1 / ratio):.1f}"
     if factor == "1.0":

@@ -52,6 +52,11 @@ class Evidence:
         return finished
 
     @property
+    def of_full_length(self) -> list[Record]:
+        """The records of runs with as many new tokens as the profile asks for: those whose times can be compared."""
+        return [record for record in self.records if record.new_tokens == self.profile.new_tokens]
+
+    @property
     def routed(self) -> bool:
         """Whether djinn fetched experts as routers picked them."""
         return any(record.expert_hits is not None for record in self.finished())
@@ -137,16 +142,14 @@ def link_over_bare(evidence: Evidence) -> float:
 def disk_share(evidence: Evidence) -> float:
     """The median run's share of the disk's raw rate, where the disk is what limits."""
     if (running := _compute_share(evidence)) > (share := link_utilisation(evidence)):
-        raise NotMeasuredError(
-            f"compute is the limit here: it runs {running:.2f} of the time; see the claim about that"
-        )
+        raise NotMeasuredError(f"compute is the limit here: it runs {running:.2f} of the time", "a run the disk limits")
     return share
 
 
 def compute_share(evidence: Evidence) -> float:
     """The median share of time in which compute did not wait, where compute is what limits."""
     if (share := link_utilisation(evidence)) >= (running := _compute_share(evidence)):
-        raise NotMeasuredError(f"the disk is the limit here: {share:.2f} of its raw rate", "a run that compute limits")
+        raise NotMeasuredError(f"the disk is the limit here: {share:.2f} of its raw rate", "a run compute limits")
     return running
 
 
@@ -188,10 +191,10 @@ def host_memory_gib(evidence: Evidence) -> float:
 def time_over_best_peer(evidence: Evidence, peers: list[str], system: str = "djinn") -> float:
     """The system's time over the fastest peer's in the same run: the median over the runs that all of them finished.
 
-    The time is TTFT plus every per-token time. A peer that finished no run is left out. Runs are paired, because the
-    machine drifts between them.
+    The time is TTFT plus every per-token time. A peer that finished no run is left out, as are runs with fewer tokens.
+    Runs are paired, because the machine drifts between them.
     """
-    runs = frames.runs(evidence.records)
+    runs = frames.runs(evidence.of_full_length)
     table = runs.dropna(subset=["generate_s"]).pivot_table(index="run", columns="name", values="generate_s")
     finished = [peer for peer in peers if peer in table]
     if system not in table or not finished:

@@ -90,9 +90,10 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, *, verbose: bo
 
 
 def expected_s(profile: Profile, notebook: str) -> float:
-    """Return about how many seconds a notebook takes: what it took in the profile's reference run, if there is one."""
+    """Return about how many seconds a notebook takes: what it took in a reference run of this very profile, if any."""
     reference = run_of(profile.name)
-    done = Run(reference).done(notebook) if reference else None
+    same = reference is not None and Run(reference).profile.digest == profile.digest
+    done = Run(reference).done(notebook) if reference and same else None
     others = len(NOTEBOOKS) - len(_ABOUT_S)
     estimate = _ABOUT_S.get(notebook, (60 * profile.minutes - sum(_ABOUT_S.values())) / others)
     return _START_S + (done["wall_s"] if done else estimate)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from djinn.bench.data_sheets import DATA_SHEETS
 from djinn.errors import ConfigError
 from djinn.places import CERTIFICATION, REFERENCE_DIR, RUNS_DIR, certification_path
 
@@ -31,8 +32,8 @@ def certified_folder(name: str, root: Path = REFERENCE_DIR) -> Path:
         if name and certification_path(folder) is not None:
             return folder
     raise ConfigError(
-        f"no machine {name!r}; the machines are {', '.join(machine_names(root))}, or a run directory that "
-        "`djinn certify` has written to"
+        f"no machine {name!r}; the machines are {', '.join(machine_names(root))}, those of data sheets "
+        f"{', '.join(DATA_SHEETS)}, or a run directory that `djinn certify` has written to"
     )
 
 

@@ -178,6 +178,12 @@ def system_label(record: Record) -> str:
     return f"{record.system}:{record.variant}" if record.variant else record.system
 
 
+def swept_label(record: Record) -> str:
+    """Return the system of a sweep's record, whose variant is ``<point>`` or ``<target>:<point>``."""
+    target, colon, _ = record.variant.partition(":")
+    return f"{record.system}:{target}" if colon else record.system
+
+
 def bare_looks(measured: Record | RankNumbers) -> list[float]:
     """Return the rates of bare copies before and after a run; empty where they were not measured."""
     looks = (measured.bare_gbps_before, measured.bare_gbps_after)

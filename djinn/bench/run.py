@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from djinn.bench.certify.certification import Certification, read_certification
-from djinn.bench.records import Record, latest, read_records, system_label
+from djinn.bench.records import Record, latest, read_records, swept_label, system_label
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine
@@ -124,8 +124,7 @@ class Run:
         path = self.results / "baselines.jsonl"
         records = latest(read_records(path))
         for record in records:
-            if (name := system_label(record)) not in system_names():
-                raise ConfigError(f"{path}: no system {name!r}; the systems are {', '.join(system_names())}")
+            _require_known(system_label(record), path)
         return records
 
     @cached_property
@@ -133,12 +132,12 @@ class Run:
         """The latest record of every point of the sweep.
 
         Raises:
-            ConfigError: a damaged file, or a system other than djinn.
+            ConfigError: a damaged file, or a system that no profile can list.
         """
         path = self.results / "sweep.jsonl"
         records = latest(read_records(path))
-        if others := {record.system for record in records} - {"djinn"}:
-            raise ConfigError(f"{path}: a sweep is of djinn alone, and this one has records of {min(others)!r}")
+        for record in records:
+            _require_known(swept_label(record), path)
         return records
 
     @cached_property
@@ -210,3 +209,8 @@ class Run:
         """
         paths = sorted(self.results.glob("*.done.json"))
         return {path.name.removesuffix(".done.json"): read_json(path, Done) for path in paths if path.is_file()}
+
+
+def _require_known(name: str, path: Path) -> None:
+    if name not in system_names():
+        raise ConfigError(f"{path}: no system {name!r}; the systems are {', '.join(system_names())}")

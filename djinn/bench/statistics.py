@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 
 import pandas as pd
 
@@ -120,23 +121,25 @@ def reference_label(records: Iterable[Record]) -> str | None:
 
     It is ``resident`` if that ran; otherwise the first independent system that did, since two systems that share
     nothing but the weights agree only if both are right: accelerate, then deepspeed. djinn is never its own reference.
-    Nor is a system whose own runs differ, or on several GPUs one that is not of :data:`ALIKE`.
+    Nor is a system whose own runs differ, or on several GPUs one that is not of :data:`ALIKE`. Of several alike the one
+    with the most tokens counts.
     """
     order = ("resident", "accelerate", "deepspeed")
-    tokens: dict[tuple[int, str], set[tuple[int, ...]]] = {}
+    tokens: dict[tuple[int, int, str], set[tuple[int, ...]]] = {}
     for record in latest(records):
         if record.system in order and _is_compared(record):
-            key = (order.index(record.system), system_label(record))
+            key = (order.index(record.system), -len(record.tokens), system_label(record))
             tokens.setdefault(key, set()).add(tuple(record.tokens))
     steady = [key for key, found in tokens.items() if len(found) == 1]
-    return min(steady)[1] if steady else None
+    return min(steady)[-1] if steady else None
 
 
 def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
     """Return, for each ``system:variant``, whether every ok run generated the tokens of :func:`reference_label`.
 
     None means that there is nothing to compare: no reference, no ok run, or on several GPUs a system that is not of
-    :data:`ALIKE`. The reference itself is True if its runs agree with each other.
+    :data:`ALIKE`. The reference itself is True if its runs agree with each other. Of a system that was asked for fewer
+    tokens these are compared.
     """
     records = latest(records)
     reference = reference_label(records)
@@ -146,7 +149,11 @@ def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
     if reference is None:
         return dict.fromkeys(runs)
     expected = runs[reference][0]
-    return {label: all(tokens == expected for tokens in each) if each else None for label, each in runs.items()}
+    return {label: all(map(partial(_agree, expected), each)) if each else None for label, each in runs.items()}
+
+
+def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
+    return all(mine == yours for mine, yours in zip(one, other, strict=False))
 
 
 def _is_compared(record: Record) -> bool:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from djinn.cli.show import print_json, print_table, say
 from djinn.errors import ConfigError
+from djinn.sizes import parse_bytes, parse_rate
 
 if TYPE_CHECKING:
     from djinn.planning.outlook import Choice, Forecast
     from djinn.planning.prediction import Prediction, Rates
 
-_CERTIFY = "`djinn certify` measures this machine; --machine plans for one that was measured before"
+_CERTIFY = (
+    "`djinn certify` measures this machine; --machine plans for one that was measured before, or for a card's data "
+    "sheet; --link plans for a link of that rate"
+)
+_ENOUGH_BYTES = 10**15
+"""Host memory of a machine of which nobody has said how much it has."""
+_TAKEN = "host memory is taken to be enough there; --ram says how much there is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,37 +32,71 @@ class Machine:
     rates: Rates | None
     free: int | None
     """Host memory that is free there, bytes; None for what is free here."""
+    note: str = ""
+    """What a reader of the plan has to know."""
+    elsewhere: Machine | None = None
+    """What to plan for instead where this machine cannot hold the plan, and nobody asked for this one."""
 
 
-def machine(name: str | None, device: str | None) -> Machine:
-    """Return the machine that was named, or this one with what is known of it.
+def machine(
+    name: str | None, device: str | None, *, link: str | None = None, disk: str | None = None, ram: str | None = None
+) -> Machine:
+    """Return the machine that was named, or this one with what is known of it; given numbers replace its own.
 
     Raises:
         ConfigError: no such machine, or one that was certified for another device.
     """
-    from djinn.bench.machines import certified_here, machine_of
-    from djinn.devices import device_of
     from djinn.planning.prediction import Rates
 
+    found = _found(name, "cuda" if link and name is None and device is None else device, asked=link is not None)
+    if link is not None or disk is not None:
+        rates = found.rates or Rates(device="cpu" if found.device == "cpu" else "cuda")
+        rates = rates if link is None else replace(rates, link=parse_rate(link))
+        rates = rates if disk is None else replace(rates, disk=parse_rate(disk))
+        found = replace(found, name=f"{found.name}, with the given rates", rates=rates)
+    return found if ram is None else replace(found, free=parse_bytes(ram), note="", elsewhere=None)
+
+
+def _found(name: str | None, device: str | None, *, asked: bool) -> Machine:
+    from djinn.bench.data_sheets import sheet_of
+    from djinn.bench.machines import certified_here, machine_of
+    from djinn.devices import device_of
+
     if name is not None:
-        found = machine_of(name)
-        has = found.rates.device
-        if device is not None and device_of(device).type != has:
-            raise ConfigError(f"device {device!r}: the rates of {name} are those of device {has}")
-        return Machine(name=name, device=has, rates=found.rates, free=found.machine.available_bytes)
+        if (sheet := sheet_of(name)) is not None:
+            rates, free, note = sheet.rates(), _ENOUGH_BYTES, _TAKEN
+            name = f"{name} (data sheet, not measured)"
+        else:
+            measured = machine_of(name)
+            rates, free, note = measured.rates, measured.machine.available_bytes, ""
+        if device is not None and device_of(device).type != rates.device:
+            raise ConfigError(f"device {device!r}: the rates of {name} are those of device {rates.device}")
+        return Machine(name=name, device=rates.device, rates=rates, free=free, note=note)
+    import torch
+
     where = device_of(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        return Machine(name="a GPU that is not here", device=str(where), rates=None, free=_ENOUGH_BYTES, note=_TAKEN)
     here = certified_here(where.type)
     if here is not None:
         run, certification = here
-        return Machine(name=f"this machine ({run.name})", device=str(where), rates=certification.rates, free=None)
-    rates = None
-    import torch
+        own = Machine(name=f"this machine ({run.name})", device=str(where), rates=certification.rates, free=None)
+    else:
+        measured_now = _link_here() if where.type == "cuda" and not asked else None
+        own = Machine(name="this machine, not certified", device=str(where), rates=measured_now, free=None)
+    if device is not None or where.type == "cuda":
+        return own
+    note = f"this machine has no GPU and too little memory for that budget: planned for a GPU elsewhere; {_TAKEN}"
+    other = Machine(name="a GPU elsewhere", device="cuda", rates=None, free=_ENOUGH_BYTES, note=note)
+    return replace(own, elsewhere=other)
 
-    if where.type == "cuda" and torch.cuda.is_available():
-        from djinn.bench.rates.link import pinned_h2d_rate
 
-        rates = Rates(device="cuda", link=pinned_h2d_rate(64 * 2**20))
-    return Machine(name="this machine, not certified", device=str(where), rates=rates, free=None)
+def _link_here() -> Rates:
+    """Return the rate of this machine's link, measured now."""
+    from djinn.bench.rates.link import pinned_h2d_rate
+    from djinn.planning.prediction import Rates
+
+    return Rates(device="cuda", link=pinned_h2d_rate(64 * 2**20))
 
 
 def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
@@ -69,6 +110,7 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
     )
     if forecast.predicted is None:
         say(f"\n{fits}\nno times: {forecast.unknown}; {_CERTIFY}")
+        _say_note(there)
         return
     predicted = forecast.predicted
     say(f"\npredicted for {there.name}, {_rates(there.rates)}:")
@@ -84,6 +126,12 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
         say(f"{share} are taken to be in the pool{_assumed(forecast)}")
     if predicted.blind:
         say(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
+    _say_note(there)
+
+
+def _say_note(there: Machine) -> None:
+    if there.note:
+        say(there.note)
 
 
 def _assumed(forecast: Forecast) -> str:
@@ -141,6 +189,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in sizes} | {
         "machine": there.name,
         "device": there.device,
+        "note": there.note,
         "predicted": _times(forecast.predicted),
         "unknown": forecast.unknown,
         "batches": [{"batch": choice.batch, **(_times(choice.predicted) or {})} for choice in forecast.batches],

@@ -45,7 +45,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from djinn.bench.records import Record, system_label
+from djinn.bench.records import Record, swept_label, system_label
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
 from djinn.reading import read_csv, read_json_lines
@@ -186,16 +186,18 @@ def tokens(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFra
 
 
 def sweep(records: Sequence[Record]) -> pd.DataFrame:
-    """Return ``runs`` with the varied axis and its size, read from each record's variant ("chunk=64 MiB").
+    """Return ``runs`` with the varied axis and its size.
+
+    They are read from each record's variant: "chunk=64 MiB", or "cpu-pinned:batch=4" of a system with a target.
 
     Raises:
         ConfigError: a record whose variant names no point.
     """
     frame = runs(records)
-    points = [_point(record.variant) for record in records]
+    points = [_point(record.variant.rpartition(":")[2]) for record in records]
     frame.insert(1, "axis", [axis for axis, _ in points])
     frame.insert(2, "size_bytes", [size for _, size in points])
-    frame["name"] = [record.system for record in records]
+    frame["name"] = [swept_label(record) for record in records]
     return frame
 
 

@@ -172,6 +172,13 @@ def test_the_best_peer_is_chosen_run_by_run():
     assert (no_peer.verdict, no_peer.why) == ("NOT RUN", "none of accelerate:disk, deepspeed:nvme finished")
 
 
+def test_a_peer_with_fewer_tokens_is_not_compared_by_its_time():
+    short = fabricated(SMOKE, "accelerate:disk", 0, ttft_s=1.0, per_token_s=[], new_tokens=1, tokens=[7])
+    assert evaluate(CLAIMS["C5"], evidence([fabricated(SMOKE, "djinn", 0), short])).verdict == "NOT RUN"
+    outcome = evaluate(CLAIMS["C5"], evidence([*smoke()[:1], *smoke()[2:3], short]))
+    assert outcome.measured == pytest.approx(1 / 1.8, rel=0.05), "of DeepSpeed's"
+
+
 @pytest.mark.parametrize(
     ("comparison", "measured", "holds"),
     [

@@ -143,6 +143,16 @@ def test_tokens_are_compared_one_by_one():
     assert tokens_agree([*records, record(run=1, tokens=(9, 9, 9))])["djinn"] is False
 
 
+def test_a_system_that_was_asked_for_fewer_tokens_is_compared_as_far_as_they_go():
+    short = record("accelerate", "cpu", tokens=(1,), new_tokens=1, per_token_s=[])
+    longer = record("accelerate", "cpu-pinned")
+    assert reference_label([short, longer, record()]) == "accelerate:cpu-pinned"
+    agree = {"accelerate:cpu": True, "accelerate:cpu-pinned": True, "djinn": True}
+    assert tokens_agree([short, longer, record()]) == agree
+    other = record("accelerate", "cpu", tokens=(2,), new_tokens=1, per_token_s=[])
+    assert tokens_agree([other, longer, record()]) == agree | {"accelerate:cpu": False}
+
+
 def test_on_several_gpus_only_systems_that_add_up_alike_are_compared():
     two = {"gpus": 2}
     other = [
