@@ -17,7 +17,7 @@ from pages import APPENDIX, ARCHITECTURE, CLI, GENERATED, PAGES, PATHS, README, 
 from typer.testing import CliRunner
 
 from djinn.artifact.claims import load_claims
-from djinn.artifact.pages import picture_frame
+from djinn.artifact.pictures import picture_frame
 from djinn.cli import main
 from djinn.figures.headline import OURS, faster
 from djinn.figures.style import LOOKS

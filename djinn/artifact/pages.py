@@ -18,12 +18,12 @@ import pandas as pd
 from djinn.artifact.bundle import write_sums
 from djinn.artifact.claims import Claim, Outcome, evaluate, load_claims, target_words
 from djinn.artifact.metrics import read_evidence
+from djinn.artifact.pictures import write_figures, write_picture
 from djinn.artifact.reference import Manifest, Source, folders, read_manifest, run_of, runs
 from djinn.bench.records import Record, read_records
 from djinn.bench.run import Run
 from djinn.bench.statistics import summary_frame
 from djinn.figures import headline
-from djinn.figures.draw import save
 from djinn.figures.style import display_name
 from djinn.files import write_text
 from djinn.places import REFERENCE_DIR, ROOT
@@ -31,11 +31,6 @@ from djinn.profiles import load_profile
 from djinn.sizes import format_bytes
 
 DOCS = ROOT / "docs"
-PICTURE = DOCS / "images" / "70b"
-"""README's picture, without its suffix."""
-PICTURED = "compare_70b"
-"""The profile whose newest reference run README's picture shows."""
-
 _TABLES = ("baselines.jsonl", "benchmark.jsonl")
 """Files of run records that get a table; the points of a sweep are for its figure."""
 
@@ -63,6 +58,15 @@ and model stands first; older and partial records stand below the line. The word
 - "Device memory capped" in the name of a machine means that the budget was smaller than the GPU's memory.
 
 ![Time per token of Llama-2-70B in 24 GB of an H100, by system](images/70b.png)
+
+![Time per token of each system over djinn's, for three models](images/models.png)
+
+Right of the line djinn is faster. Each model has a machine and a budget of its own: the tables below.
+
+![Time per token of Llama-2-70B by budget, predicted and measured](images/budgets.png)
+
+Lines are what `djinn plan` predicts with the rates that were measured there. Marks are what the systems then took.
+Below 16 GB the rest of the model does not fit that host's memory, and comes from disk.
 """
 
 _CLAIMS = f"""# Claims
@@ -166,33 +170,19 @@ def claims_page() -> str:
     return "\n".join(parts)
 
 
-def picture_frame(root: Path = REFERENCE_DIR) -> pd.DataFrame:
-    """Return the rows of README's picture (see :func:`djinn.figures.headline.medians`)."""
-    return headline.medians(_pictured(root)[1])
-
-
-def write_picture(stem: Path = PICTURE) -> list[Path]:
-    """Draw README's picture as PDF and PNG, with the CSV that it shows; return the paths."""
-    manifest, records = _pictured()
-    rows = picture_frame()
-    budget = format_bytes(int(rows["budget_bytes"].iloc[0]))
-    title = f"Time per token: Llama-2-70B (138 GB) in {budget} of an H100"
-    figure = headline.draw(rows, title, headline.about(records, rows, manifest.date))
-    return save(figure, rows, stem)
-
-
 def pages() -> dict[Path, str]:
     """Return the text of every generated page, by its path."""
     return {DOCS / "results.md": results_page(), DOCS / "claims.md": claims_page()}
 
 
 def main() -> None:
-    """Write the checksums of the records, the generated pages and README's picture."""
+    """Write the checksums of the records, the generated pages and their figures."""
     for folder in folders():
         write_sums(folder)
     for path, text in pages().items():
         write_text(path, text)
     write_picture()
+    write_figures()
 
 
 def _blocks(root: Path) -> Iterator[_Block]:
@@ -217,12 +207,6 @@ def _section(block: _Block) -> str:
 def _token_s(frame: pd.DataFrame, name: str) -> float | None:
     times = frame.loc[frame["label"] == name, "token_s_median"].dropna()
     return float(times.iloc[0]) if len(times) else None
-
-
-def _pictured(root: Path = REFERENCE_DIR) -> tuple[Manifest, list[Record]]:
-    folder = run_of(PICTURED, root)
-    assert folder is not None, f"no reference run of {PICTURED}"
-    return read_manifest(folder), Run(folder).baselines
 
 
 def _outcomes(folder: Path, claims: list[Claim]) -> dict[str, Outcome]:

@@ -79,7 +79,7 @@ class Streamer:
     def attach_residents(self, model: nn.Module, units: Sequence[Unit]) -> None:
         """Hook the readers of coded units that stay on the device: they have only to be decoded."""
         for unit in units:
-            self._hook(model, unit, self._decode_hook(unit), self._leave_hook(unit.name))
+            self._hook(model, unit, self._decode_hook(unit), self._leave_hook(unit))
 
     def _hook(self, model: nn.Module, unit: Unit, before: Callable[..., None], after: Callable[..., None]) -> None:
         """Hook the unit's readers; they and the modules around them take turns from now on."""
@@ -138,11 +138,12 @@ class Streamer:
 
         return enter
 
-    def _leave_hook(self, unit: str) -> Callable[..., None]:
+    def _leave_hook(self, unit: Unit) -> Callable[..., None]:
         def leave(*_: object) -> None:
-            self._scratch.leave(unit)
-            if not self._scratch.is_used_by(unit):
-                self._presences[unit].end()
+            self._scratch.leave(unit.name)
+            if not self._scratch.is_used_by(unit.name):
+                self._copier.computed(unit)
+                self._presences[unit.name].end()
 
         return leave
 
@@ -209,6 +210,7 @@ class Streamer:
             self._in_slots[unit].end()
             del self._reading[unit]
             if reading.visit is None:
+                self._copier.computed(self._units[unit])
                 self._scratch.leave(self._units[unit].name)
             self._release_unread()
         self._stats.hook_s += time.perf_counter() - begin
@@ -226,11 +228,8 @@ class Streamer:
 
     def _release_unread(self) -> None:
         """Release all visits before the first whose slot is still being read, and start what waited for that."""
-        first = self._cursor
-        if self._reading:
-            visits = [reading.visit for reading in self._reading.values() if reading.visit is not None]
-            first = min(visits, default=first)
-        self._release_until(first)
+        visits = [reading.visit for reading in self._reading.values() if reading.visit is not None]
+        self._release_until(min(visits, default=self._cursor))
         self._advance()
 
     def _release_until(self, visit: int) -> None:

@@ -44,6 +44,10 @@ class Copier(Protocol):
         """Decode a resident, and put that on the timeline."""
         ...
 
+    def computed(self, unit: Unit) -> None:
+        """Note that all compute which reads what ``unit`` was decoded to has been issued, for the timeline."""
+        ...
+
     def settle(self) -> None:
         """Let copies under way end, well or badly, and no later one begin before compute issued so far has ended."""
         ...
