@@ -149,7 +149,10 @@ def test_scripts_say_what_they_take(script: str) -> None:
     command = [sys.executable, script, "--help"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    assert "--run-dir" in finished.stdout
+    given = [text for text in (*SHELL, *SPANS) if text.startswith(f"python {script}")]
+    assert {option for text in given for option in re.findall(r"--[a-z][a-z-]*", text)} <= set(
+        re.findall(r"--[a-z][a-z-]*", finished.stdout)
+    )
 
 
 def test_they_say_where_to_look_for_every_claim() -> None:
