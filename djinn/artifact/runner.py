@@ -34,6 +34,7 @@ from djinn.text import one_line, printable
 
 NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
 
+_PAGE = Path(__file__).parent / "templates" / "notebook.html.j2"
 _PROGRESS_S = "10"
 """Seconds between two states of a progress bar, as tqdm reads it: a log keeps every one of them."""
 
@@ -148,9 +149,20 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     write_text(executed, nbformat.writes(document))
     unfinished.unlink()
     failed.unlink(missing_ok=True)
-    page, _ = HTMLExporter().from_notebook_node(document)
-    write_text(executed.with_suffix(".html"), page)
+    write_page(executed)
     return executed
+
+
+def write_page(executed: Path) -> Path:
+    """Write an executed notebook as a page beside it, which fetches nothing from a network; return its path."""
+    document = nbformat.read(executed, as_version=4)
+    for output in (output for cell in document.cells for output in cell.get("outputs", ())):
+        # What draws a widget would have to be fetched; a progress bar has its last state as text, too.
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    body, _ = HTMLExporter(template_file=str(_PAGE)).from_notebook_node(document)
+    page = executed.with_suffix(".html")
+    write_text(page, body)
+    return page
 
 
 def _shortcoming(executed: Path, run_dir: Path, name: str) -> str:

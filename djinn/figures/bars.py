@@ -20,7 +20,7 @@ from djinn.bench.statistics import summarise
 from djinn.figures import frames
 from djinn.figures.style import beside, look_of, words_at
 
-SPREAD = "Whiskers: the range of the runs, from five runs on the 95% interval of their median."
+SPREAD = "Whiskers: the range of the runs, from five on the interval of their median."
 CUT = "Bars with two white strokes are cut; their numbers are whole."
 _JUMP = 3.0
 """Bars more than this many times as long as the next shorter one are cut, so that the others can be told apart."""

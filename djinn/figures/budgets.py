@@ -11,9 +11,9 @@ from djinn.bench.run import Run
 from djinn.errors import DjinnError
 from djinn.figures import frames
 from djinn.figures.bars import cut_at, digits
+from djinn.figures.headline import SMALL_BYTES
 from djinn.figures.plots import require
 from djinn.figures.style import GREY, SMALLEST_PT, canvas, explain, figure_of, house_style, look_of
-from djinn.figures.sweeps import SMALL_BYTES
 from djinn.planning.request import Coding
 
 _CODINGS: dict[str, Coding] = {"djinn": "none", "djinn:lossless": "lossless"}

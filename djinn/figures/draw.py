@@ -66,7 +66,7 @@ def save(figure: Figure, frame: pd.DataFrame, stem: Path, *, paper: bool = False
 
     Each is written whole or not at all. For a ``paper`` the figure loses its title and its mark.
     """
-    caption = caption_of(figure)
+    caption = one_line(caption_of(figure))
     if paper:
         strip(figure)
     # No date inside, so that the same records give the same bytes.

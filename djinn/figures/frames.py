@@ -15,6 +15,7 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     link_gbps        bytes that crossed the link / wall_s, 10^9 bytes/s
     effective_gbps   weight bytes the model consumed / wall_s, 10^9 bytes/s
     ceiling_gbps     the link's raw rate beside this run, 10^9 bytes/s
+    bare_gbps        the rate of bare copies of the same weights, the higher of those before and after this run
     bound_s          the least seconds that a pass over raw weights can take: bytes of the model beyond the budget of
                      all GPUs / ceiling; NaN where only those experts cross the link that routers pick
     hit_rate         share of the experts that routers picked in the run that were in the pool; NaN where there is none
@@ -67,6 +68,7 @@ _COPIED = [
     "wall_s",
     "effective_gbps",
     "ceiling_gbps",
+    "bare_gbps",
     "link_utilisation",
     "model_bytes",
     "budget_bytes",

@@ -19,6 +19,8 @@ from djinn.errors import DjinnError, UnavailableError
 from djinn.figures.bars import break_marks, cut_at
 from djinn.figures.style import LOOKS, PAGE_IN, SMALLEST_PT, beside, canvas, explain, figure_of, house_style
 
+SMALL_BYTES = 10**9
+"""A smaller model's times and rates mean nothing: fixed costs outweigh its copies."""
 OURS = ("djinn", "djinn:lossless")
 _OTHERS = "#B8B8B8"
 
@@ -80,10 +82,11 @@ def about(records: Sequence[Record], rows: pd.DataFrame, date: str = "") -> str:
     counted = f"{few}" if few == many else f"{few} to {many}"
     weights = "synthetic weights" if records[0].synthetic else "weights of a checkpoint"
     when = f", {date}" if date else ""
+    small = " A smoke run: these times mean nothing." if rows["model_bytes"].max() < SMALL_BYTES else ""
     return (
         f"{records[0].device_name}{when}: median of {counted} runs, batch {records[0].batch}, {weights}. Bound: the "
         f"time that the link needs at its ceiling, {rows['ceiling_gbps'].iloc[0]:.3g} GB/s, for the bytes beyond the "
-        "budget."
+        f"budget.{small}"
     )
 
 
@@ -129,7 +132,7 @@ def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None) -
             beside(ax, "; ".join(f"{LOOKS[each].label} {faster(system[each])}" for each in _measured(system)), row)
     if bound > 0:
         ax.axvline(bound, color="black", linestyle="--", zorder=5)
-        late = bound > rows["token_s"].clip(upper=longest).max() / 2
+        late = bound > 0.6 * rows["token_s"].clip(upper=longest).max()
         words = f"the link's bound for raw weights, {bound:#.3g} s"
         ax.annotate(
             words, (bound, len(rows) - 0.2), xytext=(-4 if late else 4, 0), textcoords="offset points", va="center",

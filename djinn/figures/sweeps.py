@@ -12,14 +12,13 @@ from matplotlib.ticker import NullLocator
 from djinn.errors import DjinnError
 from djinn.figures import frames
 from djinn.figures.bars import SPREAD, digits, sample_key, spread
+from djinn.figures.headline import SMALL_BYTES
 from djinn.figures.plots import require
 from djinn.figures.style import LOOKS, canvas, explain, figure_of, house_style, look_of, words_at
 from djinn.sizes import exact_bytes
 
 _FEWEST = 3
 """Points that make a line; fewer are no figure."""
-SMALL_BYTES = 10**9
-"""A smaller model's rates mean nothing: fixed costs outweigh its copies."""
 
 
 @house_style()
