@@ -133,7 +133,7 @@ def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     html = (run_dir / "index.html").read_text()
     assert profile.title in html
     assert "0 FAIL" in html
-    assert len(list((run_dir / "figures").glob("*.pdf"))) == 7
+    assert len(list((run_dir / "figures").glob("*.pdf"))) == 9
     assert not (run_dir / "scratch").exists()
     assert verify(run_dir) > 0
     assert "index.html" in capfd.readouterr().out
