@@ -118,7 +118,8 @@ def lines(records: Sequence[Record], systems: Sequence[str]) -> list[Line]:
     records = list(records)
     rows = {str(row["label"]): row for row in summary_frame(records).to_dict("records")}
     ours = {name: rows[name]["token_s_median"] for name in headline.OURS if rows.get(name, {}).get("runs")}
-    ours = {name: seconds for name, seconds in ours.items() if seconds > 0 and len(rows) > 1}
+    peers = [name for name, row in rows.items() if row["runs"] and name not in headline.OURS]
+    ours = {name: seconds for name, seconds in ours.items() if seconds > 0 and peers}
     agree = tokens_agree(records)
     finished = [row for row in rows.values() if row["runs"]]
     times = ("token_s_median", "ttft_s_median")
@@ -134,7 +135,7 @@ def lines(records: Sequence[Record], systems: Sequence[str]) -> list[Line]:
             _seconds("time per token", row, "token_s_median", fastest),
             *(Cell(f"{display_name(our)} is", _faster(name, row, seconds)) for our, seconds in ours.items()),
             _seconds("first token", row, "ttft_s_median", fastest),
-            Cell("of the link's ceiling", _percent(row["link_utilisation_median"])),
+            Cell("of the link's ceiling", _share(row)),
             Cell("peak device memory", _size(row["peak_device_bytes"])),
             Cell("same tokens", {True: "yes", False: "NO", None: "nothing to compare"}[agree.get(name)]),
         ]
@@ -160,8 +161,9 @@ def _faster(name: str, row: Mapping[Any, Any], seconds: float) -> str:
     return "" if name in headline.OURS or math.isnan(own) else headline.faster(own / seconds)
 
 
-def _percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{share:.0%}"
+def _share(row: Mapping[Any, Any]) -> str:
+    share = row["link_utilisation_median"]
+    return "" if math.isnan(share) else f"{share:.0%}{'' if row['is_ceiling'] else ', no ceiling'}"
 
 
 def _size(size: float) -> str:

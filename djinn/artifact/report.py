@@ -166,8 +166,8 @@ def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
     """Return the systems side by side, in words: one column each, one row per measure.
 
     A measure is its median with the range of the runs, from five on the interval of the median; one that is missing is
-    empty. A
-    system that stays loaded was loaded once, so loading has no interval.
+    empty, and a measure that no system has is left out. A system that stays loaded was loaded once, so loading has no
+    interval.
     """
     summary = {str(row["label"]): row for row in summary_frame(records).to_dict("records")}
     agree = tokens_agree(records)
@@ -187,7 +187,8 @@ def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
                 agree.get(name)
             ],
         }
-    return pd.DataFrame(columns)
+    frame = pd.DataFrame(columns)
+    return frame[(frame != "").any(axis=1)]
 
 
 def _spread(row: Mapping[Any, Any], measure: str) -> str:

@@ -156,6 +156,7 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
 def write_page(executed: Path) -> Path:
     """Write an executed notebook as a page beside it, which fetches nothing from a network; return its path."""
     document = nbformat.read(executed, as_version=4)
+    document.metadata.pop("widgets", None)
     for output in (output for cell in document.cells for output in cell.get("outputs", ())):
         # What draws a widget would have to be fetched; a progress bar has its last state as text, too.
         output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)

@@ -17,7 +17,8 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     ceiling_gbps     the link's raw rate beside this run, 10^9 bytes/s
     bare_gbps        the rate of bare copies of the same weights, the higher of those before and after this run
     bound_s          the least seconds that a pass over raw weights can take: bytes of the model beyond the budget of
-                     all GPUs / ceiling; NaN where only those experts cross the link that routers pick
+                     all GPUs / ceiling; NaN where only those experts cross the link that routers pick, and
+                     where the link is the disk, whose part host memory may keep
     hit_rate         share of the experts that routers picked in the run that were in the pool; NaN where there is none
     pool_share       share of all experts that the pool holds: the hit rate to expect of routers that pick evenly
     link_utilisation, model_bytes, budget_bytes, ring_bytes, chunk_bytes, resident_bytes   as recorded
@@ -260,7 +261,7 @@ def _row(record: Record) -> dict[str, object]:
         row["generate_s"] = record.ttft_s + sum(record.per_token_s)
     if record.link_bytes is not None and record.wall_s is not None:
         row["link_gbps"] = record.link_bytes / record.wall_s / 1e9
-    if record.model_bytes is not None and record.ceiling_gbps is not None and record.expert_hits is None:
+    if record.link == "pcie" and record.model_bytes and record.ceiling_gbps and record.expert_hits is None:
         beyond = max(0, record.model_bytes - record.gpus * record.budget_bytes)
         row["bound_s"] = beyond / record.ceiling_gbps / 1e9
     return row

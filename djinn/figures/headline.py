@@ -35,7 +35,8 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
         token_s: median of all times from one token to the next, seconds.
         ceiling_gbps: median of the link's ceilings beside the runs of all systems, 10^9 bytes/s.
         model_bytes, budget_bytes: as recorded.
-        bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds.
+        bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds; NaN where the link is the disk, whose part
+            host memory may keep, and where only those experts cross it that routers pick.
         djinn, djinn:lossless: how many times faster that one's median is than this system's.
 
     Raises:
@@ -60,8 +61,9 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
             "budget_bytes": frame["budget_bytes"],
         }
     )
+    bounded = any(record.link == "pcie" for record in records) and not any(record.expert_hits for record in records)
     on_devices = max(record.gpus for record in records) * rows["budget_bytes"]
-    rows["bound_s"] = (rows["model_bytes"] - on_devices).clip(lower=0) / ceiling / 1e9
+    rows["bound_s"] = (rows["model_bytes"] - on_devices).clip(lower=0) / ceiling / 1e9 if bounded else float("nan")
     for ours in OURS:
         rows[ours] = rows["token_s"] / times.get(ours, float("nan"))
     return rows.reset_index(drop=True)
@@ -83,10 +85,14 @@ def about(records: Sequence[Record], rows: pd.DataFrame, date: str = "") -> str:
     weights = "synthetic weights" if records[0].synthetic else "weights of a checkpoint"
     when = f", {date}" if date else ""
     small = " A smoke run: these times mean nothing." if rows["model_bytes"].max() < SMALL_BYTES else ""
+    bound = (
+        f" Bound: the time that the link needs at its ceiling, {rows['ceiling_gbps'].iloc[0]:.3g} GB/s, for the bytes "
+        "beyond the budget."
+        if rows["bound_s"].iloc[0] > 0
+        else ""
+    )
     return (
-        f"{records[0].device_name}{when}: median of {counted} runs, batch {records[0].batch}, {weights}. Bound: the "
-        f"time that the link needs at its ceiling, {rows['ceiling_gbps'].iloc[0]:.3g} GB/s, for the bytes beyond the "
-        f"budget.{small}"
+        f"{records[0].device_name}{when}: median of {counted} runs, batch {records[0].batch}, {weights}.{bound}{small}"
     )
 
 
