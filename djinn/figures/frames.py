@@ -18,7 +18,7 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     bare_gbps        the rate of bare copies of the same weights, the higher of those before and after this run
     bound_s          the least seconds that a pass over raw weights can take: bytes of the model beyond the budget of
                      all GPUs / ceiling; NaN where only those experts cross the link that routers pick, and
-                     where the link is the disk, whose part host memory may keep
+                     where the link is the disk, of which host memory may keep a part
     hit_rate         share of the experts that routers picked in the run that were in the pool; NaN where there is none
     pool_share       share of all experts that the pool holds: the hit rate to expect of routers that pick evenly
     link_utilisation, model_bytes, budget_bytes, ring_bytes, chunk_bytes, resident_bytes   as recorded

@@ -35,8 +35,8 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
         token_s: median of all times from one token to the next, seconds.
         ceiling_gbps: median of the link's ceilings beside the runs of all systems, 10^9 bytes/s.
         model_bytes, budget_bytes: as recorded.
-        bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds; NaN where the link is the disk, whose part
-            host memory may keep, and where only those experts cross it that routers pick.
+        bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds; NaN where the link is the disk, of which
+            host memory may keep a part, and where only those experts cross it that routers pick.
         djinn, djinn:lossless: how many times faster that one's median is than this system's.
 
     Raises:
