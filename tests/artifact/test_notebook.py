@@ -52,7 +52,7 @@ def test_overrides(tmp_path: Path):
         ({"budget": "24"}, "budget: size '24' is not a positive number with a unit"),
         ({"runs": 0}, "runs: Input should be greater than or equal to 1"),
         ({"systems": "djinn,vllm"}, "no system 'vllm'; the systems are djinn"),
-        ({"profile": "smoke_13B"}, "no profile 'smoke_13B'; the profiles are compare_70b, compare_h100"),
+        ({"profile": "smoke_13B"}, "no profile 'smoke_13B'; the profiles are compare_13b, compare_34b"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str):
