@@ -44,7 +44,7 @@ def bandwidth(runs: pd.DataFrame, ax: Axes | None = None, reference: pd.DataFram
         "For each system, the bytes that crossed the link per second (filled) and the bytes of raw weights that the "
         "model consumed per second (outline; more than the link carries where weights are resident or coded). Bars: "
         f"medians of the runs, dots: every run. {SPREAD} Dashed: the link's ceiling, its raw rate for a small buffer "
-        "or for reads beside the runs (band: its range). Dotted, where they were measured: bare copies of the weights.",
+        "or for reads beside the runs (band: its range). Dotted, where measured: bare copies of the same weights.",
         key,
     )
     return figure_of(ax)
