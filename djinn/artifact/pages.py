@@ -47,6 +47,8 @@ and model stands first; older and partial records stand below the line. The word
 - Times and rates are medians over the finished runs, memory is the largest peak. A run's time per token is the median
   of its tokens after the first.
 - All weights are synthetic: seeded random numbers in the shape of the model.
+- Versions of torch and transformers are given where they were recorded. On GPUs they are those of the machine's image,
+  older than those of `requirements.lock`.
 - **host memory** is anonymous memory: what the kernel cannot take back by itself.
 - **of the ceiling** is the link's rate over its raw rate, which was measured beside each run: pinned copies of a small
   buffer to a GPU, direct reads from a disk. Where a run was faster than the raw rate by more than that itself
@@ -75,7 +77,8 @@ _CLAIMS = f"""# Claims
 
 [artifact/claims.yaml](../artifact/claims.yaml) holds every claim as data. Code evaluates it over the records of a run
 and says PASS, FAIL or NOT RUN, with the reason. A claim whose inputs are missing never passes. The target itself is the
-limit: there is no tolerance. Of C4a and C4b the half is judged that limits the run.
+limit: there is no tolerance. Of C4a and C4b the half is judged that limits the run. The paper is the experiment plan that
+this artifact implements ([APPENDIX.md](../artifact/APPENDIX.md#scope)).
 
 To check a claim yourself, run `make reproduce PROFILE=<run>` with the name in the column **run**, and open the page
 that it writes. That takes two minutes of your time; **minutes** and **disk** are the machine's. The column
@@ -198,10 +201,19 @@ def _section(block: _Block) -> str:
     path = f"{_from_docs(block.folder)}/{block.name}"
     parts = [
         f"### {model}, {machine}\n",
-        f"{block.manifest.date}, [{block.folder.name}/{block.name}]({path}), by `{block.source.command}`.\n",
+        f"{block.manifest.date}, [{block.folder.name}/{block.name}]({path}), by `{block.source.command}`"
+        f"{_software(block.folder)}.\n",
         table(block.records),
     ]
     return "\n".join([*parts, *([f"{block.source.notes}\n"] if block.source.notes else [])])
+
+
+def _software(folder: Path) -> str:
+    """Return what a run was measured with, in words; nothing for a folder that holds no certified run."""
+    machine = Run(folder).machine
+    if machine is None or machine.torch is None:
+        return ""
+    return f", with torch {machine.torch.partition('+')[0]} and transformers {machine.transformers}"
 
 
 def _token_s(frame: pd.DataFrame, name: str) -> float | None:

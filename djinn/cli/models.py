@@ -31,6 +31,7 @@ from djinn.cli.options import (
 from djinn.cli.ranks import is_first, is_rank, run_as_ranks
 from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes, say, working
 from djinn.errors import ConfigError, PlanError
+from djinn.sizes import parse_bytes
 from djinn.text import printable
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def generate(
     if as_json:
         print_json(asdict(made))
     else:
-        print_generated(made, gpus)
+        print_generated(made, parse_bytes(budget), gpus)
 
 
 def synth(
