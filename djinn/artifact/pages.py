@@ -77,8 +77,8 @@ _CLAIMS = f"""# Claims
 
 [artifact/claims.yaml](../artifact/claims.yaml) holds every claim as data. Code evaluates it over the records of a run
 and says PASS, FAIL or NOT RUN, with the reason. A claim whose inputs are missing never passes. The target itself is the
-limit: there is no tolerance. Of C4a and C4b the half is judged that limits the run. The paper is the experiment plan that
-this artifact implements ([APPENDIX.md](../artifact/APPENDIX.md#scope)).
+limit: there is no tolerance. Of C4a and C4b the half is judged that limits the run. The paper is the experiment plan
+that this artifact implements ([APPENDIX.md](../artifact/APPENDIX.md#scope)).
 
 To check a claim yourself, run `make reproduce PROFILE=<run>` with the name in the column **run**, and open the page
 that it writes. That takes two minutes of your time; **minutes** and **disk** are the machine's. The column
