@@ -24,7 +24,7 @@ help: ## List the targets
 reproduce: env ## Run the four notebooks in order and write figures and report (PROFILE=, RUN=, VERBOSE=1)
 	@$(BIN)/djinn reproduce --profile '$(PROFILE)' $(if $(RUN),--run-dir '$(RUN)') $(if $(VERBOSE),--verbose)
 
-replay: env ## Draw the reference records' figures, claims and reports again (no GPU, a minute)
+replay: env ## Draw the reference records' figures, claims and reports again (no GPU, two minutes)
 	@$(BIN)/djinn replay
 
 test: env ## Run the whole test suite (WORKERS=, 2 by default: files of tests that run at once)

@@ -53,6 +53,7 @@ GRID: dict[str, dict[str, int | bool]] = {
         "stage3_prefetch_bucket_size": LAYER,
         "stage3_max_live_parameters": 4 * LAYER,
         "stage3_param_persistence_threshold": 100_000_000,
+        "stage3_model_persistence_threshold": 10**12,
     },
     "two layers ahead": {
         "stage3_prefetch_bucket_size": 2 * LAYER,

@@ -55,18 +55,47 @@ def _known_system(name: str) -> str:
 SystemName = Annotated[str, AfterValidator(_known_system)]
 
 
+_Many = Annotated[int, Field(ge=1, le=10**6)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Brief(_Frozen):
+    """Systems that are so slow that they run fewer times, and shorter, than the others."""
+
+    systems: tuple[SystemName, ...] = Field(min_length=1)
+    runs: _Many
+    new_tokens: _Many
+
+
+class DeepSpeedLimits(_Frozen):
+    """ZeRO-3's limits in elements, under DeepSpeed's own names, in place of those that djinn would choose for it.
+
+    https://www.deepspeed.ai/docs/config-json/#zero-optimizations-for-fp16-training says what each does.
+    """
+
+    stage3_prefetch_bucket_size: int | None = Field(default=None, ge=0, le=10**13)
+    stage3_max_live_parameters: int | None = Field(default=None, ge=0, le=10**13)
+    stage3_param_persistence_threshold: int | None = Field(default=None, ge=0, le=10**13)
+    stage3_model_persistence_threshold: int | None = Field(default=None, ge=0, le=10**13)
+
+
 class Sweep(_Frozen):
-    """Points of notebook 03: chunk sizes, ring sizes and budgets, one changed at a time, and coded weights."""
+    """Points of notebook 03: sizes, batches and prompts, one changed at a time, and coded weights."""
 
     chunks: tuple[Bytes, ...] = ()
     rings: tuple[Bytes, ...] = ()
     # Left out of the dump where there are none: the digests in records are older than this field.
     budgets: tuple[Bytes, ...] = Field(default=(), exclude_if=operator.not_)
     """Device budgets, over which a mixture's hit rate and speed are drawn."""
+    batches: tuple[_Many, ...] = Field(default=(), exclude_if=operator.not_)
+    """Sequences at once, over which tokens per second are drawn."""
+    prompts: tuple[_Many, ...] = Field(default=(), exclude_if=operator.not_)
+    """Lengths of the prompt in tokens, over which the time to the first token is drawn."""
+    systems: tuple[SystemName, ...] = Field(default=(), exclude_if=operator.not_)
+    """The systems that are measured over batches and prompts; djinn alone by default."""
     runs: int = Field(default=3, ge=1, le=10**6)
     new_tokens: int = Field(default=2, ge=1, le=10**6)
     coded: bool = False
@@ -102,6 +131,9 @@ class Profile(_Frozen):
     runs: int = Field(ge=1, le=10**6)
     warmups: int = Field(default=0, ge=0, le=10**6)
     systems: tuple[SystemName, ...] = Field(min_length=1)
+    # Left out of the dump where there are none, as Sweep.budgets are.
+    brief: Brief | None = Field(default=None, exclude_if=operator.not_)
+    deepspeed: DeepSpeedLimits | None = Field(default=None, exclude_if=operator.not_)
     interleave: bool = True
     """Keep every system loaded and take turns run by run, so that a drifting machine drifts for all alike."""
     sweep: Sweep = Sweep()
@@ -136,6 +168,8 @@ class Profile(_Frozen):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.brief is not None and (others := set(self.brief.systems) - set(self.systems)):
+            raise ValueError(f"brief: {min(others)} is none of the profile's systems")
         smallest = min([self.budget, *self.sweep.budgets])
         if self.ring is not None and self.ring > smallest:
             which = "budget" if smallest == self.budget else "sweep's budget"
@@ -154,6 +188,18 @@ class Profile(_Frozen):
     def synthetic(self) -> bool:
         """Whether the weights are seeded random numbers instead of a trained model."""
         return self.model.startswith("synthetic:")
+
+    def of(self, system: str) -> Profile:
+        """Return what ``system`` is asked for: this profile, but for coded weights, and for what :attr:`brief` says."""
+        changes: dict[str, Any] = {"coding": "lossless"} if system in CODED else {}
+        if self.brief is not None and system in self.brief.systems:
+            changes |= {"runs": min(self.runs, self.brief.runs), "new_tokens": self.brief.new_tokens}
+        return self.override(**changes) if changes else self
+
+    def tuning(self, system: str) -> tuple[tuple[str, int], ...]:
+        """Return the settings of a system's own that the profile names."""
+        limits = self.deepspeed if system.partition(":")[0] == "deepspeed" else None
+        return () if limits is None else tuple(limits.model_dump(exclude_none=True).items())
 
     def processes(self, system: str) -> int:
         """Return how many processes hold ``system``: one for each GPU, or one for all."""
@@ -218,6 +264,9 @@ def load_profile(name: str | Path) -> Profile:
     return _validated({"name": path.stem, **document}, str(path))
 
 
+_PARTS: dict[str, type[_Frozen]] = {"sweep": Sweep, "brief": Brief, "deepspeed": DeepSpeedLimits}
+
+
 def _validated(document: dict[str, Any], where: str) -> Profile:
     try:
         return Profile.model_validate(document)
@@ -226,7 +275,7 @@ def _validated(document: dict[str, Any], where: str) -> Profile:
         for problem in error.errors():
             key = ".".join(str(part) for part in problem["loc"]) or "profile"
             if problem["type"] == "extra_forbidden":
-                fields = Sweep.model_fields if key.startswith("sweep.") else Profile.model_fields
+                fields = _PARTS.get(key.partition(".")[0], Profile).model_fields if "." in key else Profile.model_fields
                 near = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
                 hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(fields)}"
                 problems.append(f"unknown key {key}{hint}")

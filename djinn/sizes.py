@@ -49,6 +49,18 @@ def parse_bytes(value: int | str) -> int:
     return round(size)
 
 
+def parse_rate(value: str) -> int:
+    """Return the bytes per second that ``value`` names: a size with "/s" behind it ("25 GB/s").
+
+    Raises:
+        ConfigError: no "/s", or what :func:`parse_bytes` refuses.
+    """
+    size, slash, unit = value.partition("/")
+    if (slash, unit.strip()) != ("/", "s"):
+        raise ConfigError(f"rate {value!r} is not a size per second, such as '25 GB/s'")
+    return parse_bytes(size)
+
+
 def format_bytes(size: float) -> str:
     """Return ``size`` in decimal units with three significant digits: ``1.71 GB``."""
     for unit in ("TB", "GB", "MB", "KB"):

@@ -44,8 +44,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def fabricated_run(tmp_path: Path) -> Path:
     """A run directory with invented records: some systems finished, one out of memory, one for want of disk."""
+    return fabricate(tmp_path / "run")
+
+
+def fabricate(run_dir: Path) -> Path:
+    """Write such a run directory; return it."""
     profile = load_profile("smoke_13b")
-    run_dir = tmp_path / "run"
     results = run_dir / "results"
     results.mkdir(parents=True)
     (run_dir / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False))

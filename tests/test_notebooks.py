@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class TestContract:
     def test_the_next_code_cell_checks_them(self, path: Path):
         cells = code_of(path)
         assert f'session = begin("{path.stem}", globals())' in cells[1].source
-        assert cells[-1].source.endswith("finish(session)")
+        assert cells[-1].source.splitlines()[-1].startswith("finish(session, ")
 
     def test_thin_stripped_and_nothing_that_papermill_would_let_pass(self, path: Path):
         assert faults(path) == []
@@ -57,7 +58,14 @@ class TestContract:
     def test_says_what_it_claims_and_what_to_expect(self, path: Path):
         cells = nbformat.read(path, as_version=4).cells
         assert cells[0].source.startswith("# ")
-        assert cells[-1].source.startswith("## What to expect")
+        assert cells[1].source.startswith("## What to expect")
+
+    def test_every_figure_has_a_cell_of_its_own_and_words_before_it(self, path: Path):
+        cells = nbformat.read(path, as_version=4).cells
+        for before, cell in itertools.pairwise(cells):
+            figures = len(re.findall(r"\b(?:drawn|picture)\(", cell.source)) if cell.cell_type == "code" else 0
+            assert figures <= 1
+            assert not figures or before.cell_type == "markdown"
 
 
 @pytest.mark.slow
@@ -125,7 +133,7 @@ def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     html = (run_dir / "index.html").read_text()
     assert profile.title in html
     assert "0 FAIL" in html
-    assert len(list((run_dir / "figures").glob("*.pdf"))) == 7
+    assert len(list((run_dir / "figures").glob("*.pdf"))) == 9
     assert not (run_dir / "scratch").exists()
     assert verify(run_dir) > 0
     assert "index.html" in capfd.readouterr().out

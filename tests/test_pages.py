@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from pages import APPENDIX, ARCHITECTURE, CLI, GENERATED, PAGES, PATHS, README, 
 from typer.testing import CliRunner
 
 from djinn.artifact.claims import load_claims
-from djinn.artifact.pages import picture_frame
+from djinn.artifact.pictures import picture_frame
 from djinn.cli import main
 from djinn.figures.headline import OURS, faster
 from djinn.figures.style import LOOKS
@@ -148,11 +149,14 @@ def test_scripts_say_what_they_take(script: str) -> None:
     command = [sys.executable, script, "--help"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    assert "--run-dir" in finished.stdout
+    given = [text for text in (*SHELL, *SPANS) if text.startswith(f"python {script}")]
+    assert {option for text in given for option in re.findall(r"--[a-z][a-z-]*", text)} <= set(
+        re.findall(r"--[a-z][a-z-]*", finished.stdout)
+    )
 
 
 def test_they_say_where_to_look_for_every_claim() -> None:
-    assert {claim.id for claim in load_claims()} <= set(re.findall(r"C\d+", REVIEWERS.section("Where to look")))
+    assert {claim.id for claim in load_claims()} <= set(re.findall(r"C\d+[ab]?", REVIEWERS.section("Where to look")))
 
 
 def test_the_appendix_names_what_is_there() -> None:
@@ -163,6 +167,19 @@ def test_the_appendix_names_what_is_there() -> None:
     assert set(re.findall(r"PROFILE=(\w+)", APPENDIX.text)) == set(profile_names())
     assert set(re.findall(r"`make (\w+)", APPENDIX.text)) <= {"reproduce", "replay"}
     assert len(APPENDIX.text.split()) < 1200
+
+
+def test_bits_of_trained_weights_are_those_of_the_record() -> None:
+    record = ROOT / "data" / "benchmarks" / "bits_2026-11-28" / "bits.jsonl"
+    names = {"smollm2": "SmolLM2", "minilm": "MiniLM"}
+    rows = []
+    for line in record.read_text().splitlines():
+        kind = json.loads(line)
+        bits = [kind["bits"], kind["exponent"], kind["entropy"], kind["gaussian"]["bits"]]
+        sizes = [f"{kind['weights'] / 1e6:.3g} M", *(f"{each:.2f}" for each in bits)]
+        rows.append([names[kind["checkpoint"]], kind["kind"], *sizes])
+        assert kind["exponent"] < kind["bits"] < 16
+    assert PAGES["docs/guide.md"].rows("Trained weights") == rows
 
 
 def test_notebooks_are_all_there_with_their_command() -> None:
@@ -250,7 +267,7 @@ def test_python_examples_run(
         assert streamed is not None
         assert int(streamed[1]) > 0
     else:
-        assert {path.suffix for path in tmp_path.iterdir()} == {".pdf", ".png", ".csv"}
+        assert {path.suffix for path in tmp_path.iterdir()} == {".pdf", ".png", ".csv", ".txt"}
 
 
 @pytest.mark.parametrize("block", PYTHON)

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 from djinn.artifact import reference
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
+from djinn.places import ROOT
 from djinn.profiles import CONFIG_DIR, Profile, load_profile, profile_names, system_names
 
 # Of a run on an H200 the digest had changed before: its records are older than fields that are in every dump.
@@ -107,6 +108,36 @@ def test_one_gpu_says_nothing_in_what_is_digested():
     assert load_profile("smoke_ranks").override(gpus=1).gpus == 1
 
 
+def test_what_few_profiles_say_is_not_digested_in_the_others():
+    """So records of older profiles keep their digests."""
+    plain = load_profile("smoke_tiny")
+    for name, value in {
+        "brief": {"systems": ["djinn"], "runs": 1, "new_tokens": 2},
+        "deepspeed": {"stage3_max_live_parameters": 10},
+        "sweep": plain.sweep.model_dump(mode="json") | {"batches": [1, 4]},
+    }.items():
+        assert plain.override(**{name: value}).digest != plain.digest
+    assert not {"brief", "deepspeed"} & plain.model_dump().keys()
+    assert not {"batches", "prompts", "systems"} & plain.model_dump()["sweep"].keys()
+
+
+def test_slow_systems_may_run_fewer_times_and_shorter():
+    profile = load_profile("compare_70b")
+    shipped = profile.of("accelerate:cpu")
+    assert (shipped.runs, shipped.new_tokens) == (2, 3)
+    assert profile.of("deepspeed:cpu") is profile.of("djinn") is profile
+    assert (profile.runs, profile.new_tokens) == (5, 16)
+    assert profile.of("djinn:lossless").coding == "lossless"
+    with pytest.raises(ConfigError, match="brief: resident is none of the profile's systems"):
+        profile.override(brief={"systems": ["resident"], "runs": 1, "new_tokens": 1})
+
+
+@pytest.mark.parametrize("part", ["sweep", "brief", "deepspeed"])
+def test_an_unknown_key_of_a_part_is_named_with_its_own_keys(part):
+    with pytest.raises(ConfigError, match=rf"unknown key {part}\.rnus; "):
+        load_profile("compare_70b").override(**{part: {"rnus": 1}})
+
+
 def test_a_system_says_how_many_processes_hold_it():
     profile = load_profile("ranks_2x24")
     assert [profile.processes(system) for system in ("djinn", "deepspeed", "resident", "accelerate")] == [2, 2, 2, 1]
@@ -166,3 +197,10 @@ def test_a_profile_is_looked_up_by_its_name_alone():
     for name in ("../configs/smoke_tiny", "./smoke_tiny", "", "/"):
         with pytest.raises(ConfigError, match="no profile"):
             load_profile(name)
+
+
+def test_the_template_is_a_profile_of_its_own():
+    template = load_profile(ROOT / "artifact" / "template.yaml")
+    assert template.name not in profile_names()
+    assert template.sweep.batches
+    assert template.sweep.prompts

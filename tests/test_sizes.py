@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from djinn.errors import ConfigError
-from djinn.sizes import Bytes, exact_bytes, format_bytes, parse_bytes
+from djinn.sizes import Bytes, exact_bytes, format_bytes, parse_bytes, parse_rate
 
 field = TypeAdapter(Bytes | None)
 
@@ -51,3 +51,10 @@ def test_sizes_are_read_in_decimal_units(size, text):
 def test_more_than_any_machine_has_is_refused(value):
     with pytest.raises(ConfigError, match="more than 1000 TB"):
         parse_bytes(value)
+
+
+def test_a_rate_is_a_size_per_second():
+    assert parse_rate("25 GB/s") == parse_rate("25GB/s ") == 25 * 10**9
+    for value in ("25 GB", "25 GB/min", "/s", "25/s"):
+        with pytest.raises(ConfigError):
+            parse_rate(value)

@@ -10,12 +10,18 @@ from djinn.artifact.claims import Outcome, load_claims, read_claims
 from djinn.artifact.metrics import Evidence, NotMeasuredError, read_evidence, time_over_best_peer
 from djinn.bench.run import Run
 from djinn.figures import frames
+from djinn.figures.headline import SMALL_BYTES
 from djinn.figures.style import LOOKS
 
 
 def verdict_of(run_dir: Path) -> str:
     """Return the verdict on a run that has its report."""
     return verdict(read_claims(run_dir), speed(read_evidence(Run(run_dir))))
+
+
+def counted(outcomes: Sequence[Outcome]) -> str:
+    """Return how many claims that apply pass, and what the others need."""
+    return verdict(outcomes).partition("\n")[0]
 
 
 def verdict(outcomes: Sequence[Outcome], speed: str = "") -> str:
@@ -34,17 +40,20 @@ def speed(evidence: Evidence) -> str:
     """Return how djinn's time compares with that of the best other system that streams; nothing where there is none.
 
     The others are those of the claim about speed on the run's device, and the number is the inverse of its measure.
+    Of a smoke run it says that times mean nothing.
     """
     peers = next(
         claim.arguments["peers"]
         for claim in load_claims()
         if claim.metric == time_over_best_peer.__name__ and claim.needs.device == evidence.profile.device
     )
+    if any((record.model_bytes or 0) < SMALL_BYTES for record in evidence.records if record.status == "ok"):
+        return "its times mean nothing, since this is a smoke run"
     try:
         ratio = time_over_best_peer(evidence, peers)
     except NotMeasuredError:
         return ""
-    medians = frames.runs(evidence.records).groupby("name")["generate_s"].median()
+    medians = frames.runs(evidence.of_full_length).groupby("name")["generate_s"].median()
     best = LOOKS[str(medians[medians.index.isin(peers)].idxmin())].label
     factor = f"{max(ratio, 1 / ratio):.1f}"
     if factor == "1.0":

@@ -9,9 +9,9 @@ from statistics import median
 import pandas as pd
 
 from djinn.bench.certify.proof import Proof
-from djinn.bench.records import Record, system_label
+from djinn.bench.records import Record, bare_looks, system_label
 from djinn.bench.run import Run
-from djinn.bench.statistics import reference_label, tokens_agree
+from djinn.bench.statistics import is_exceeded, tokens_agree
 from djinn.figures import frames
 from djinn.profiles import Profile
 
@@ -36,6 +36,8 @@ class Evidence:
     """Records of the baselines: the latest of every point."""
     proof: Proof | None
     """The certification's proof that streamed output equals resident output; None where there is none."""
+    timeline: pd.DataFrame
+    """Timeline of the sweep's point with the profile's own settings; empty where there is none."""
     coded_timeline: pd.DataFrame
     """Timeline of the sweep's point with coded weights; empty where there is none."""
 
@@ -48,6 +50,11 @@ class Evidence:
         if not finished:
             raise NotMeasuredError(f"{system}: {ours[-1].status}: {ours[-1].reason}")
         return finished
+
+    @property
+    def of_full_length(self) -> list[Record]:
+        """The records of runs with as many new tokens as the profile asks for: those whose times can be compared."""
+        return [record for record in self.records if record.new_tokens == self.profile.new_tokens]
 
     @property
     def routed(self) -> bool:
@@ -77,9 +84,8 @@ def device_memory_over_budget(evidence: Evidence, system: str = "djinn") -> floa
 
 def same_tokens(evidence: Evidence) -> float:
     """1 if every run of djinn generated the tokens of the reference system, else 0."""
-    reference = reference_label(evidence.records)
     agree = tokens_agree(evidence.records).get("djinn")
-    if agree is None or reference is None or reference.startswith("djinn"):
+    if agree is None:
         other = "another system" if evidence.profile.gpus == 1 else "the resident model on the same GPUs"
         raise NotMeasuredError(f"nothing to compare: needs djinn and {other}, with the same tokens in all runs")
     return float(agree)
@@ -106,16 +112,50 @@ def decode_share(evidence: Evidence) -> float:
     return float(frames.shares(evidence.coded_timeline).get("decode", 0.0))
 
 
+def copy_share(evidence: Evidence) -> float:
+    """The share of the traced run's time in which the copy engine is busy."""
+    if evidence.timeline.empty:
+        raise NotMeasuredError("no timeline of a run with raw weights")
+    return float(frames.shares(evidence.timeline).get("copy", 0.0))
+
+
 def link_utilisation(evidence: Evidence) -> float:
-    """The median run's link utilisation."""
+    """The median run's rate over the link's for a small buffer, or the disk's, of which the higher look counts."""
+    looks = evidence.values("ceiling_gbps")
+    if any(is_exceeded(rate, looks) for rate in evidence.values("link_gbps")):
+        raise NotMeasuredError("a run was faster than the raw rate beside it, which therefore is no ceiling")
     return median(evidence.values("link_utilisation"))
 
 
-def disk_or_compute_bound(evidence: Evidence) -> float:
-    """The larger of the median link utilisation and the median share of time in which compute did not wait."""
+def link_over_bare(evidence: Evidence) -> float:
+    """The median run's rate over that of bare copies of the same weights, the higher of those before and after it."""
+    for record in evidence.finished():
+        for each in record.each_rank:
+            looks = bare_looks(each)
+            if looks and each.link_gbps is not None and is_exceeded(each.link_gbps, looks):
+                raise NotMeasuredError(
+                    "a run was faster than the bare copies beside it, which therefore are no ceiling"
+                )
+    return median(evidence.values("bare_share"))
+
+
+def disk_share(evidence: Evidence) -> float:
+    """The median run's share of the disk's raw rate, where the disk is what limits."""
+    if (running := _compute_share(evidence)) > (share := link_utilisation(evidence)):
+        raise NotMeasuredError(f"compute is the limit here: it runs {running:.2f} of the time", "a run the disk limits")
+    return share
+
+
+def compute_share(evidence: Evidence) -> float:
+    """The median share of time in which compute did not wait, where compute is what limits."""
+    if (share := link_utilisation(evidence)) >= (running := _compute_share(evidence)):
+        raise NotMeasuredError(f"the disk is the limit here: {share:.2f} of its raw rate", "a run compute limits")
+    return running
+
+
+def _compute_share(evidence: Evidence) -> float:
     walls, stalls = evidence.values("wall_s"), evidence.values("stall_s")
-    running = [1 - stall / wall for stall, wall in zip(stalls, walls, strict=True)]
-    return max(link_utilisation(evidence), median(running))
+    return median(1 - stall / wall for stall, wall in zip(stalls, walls, strict=True))
 
 
 def link_gbps(evidence: Evidence) -> float:
@@ -129,10 +169,18 @@ def ttft_s(evidence: Evidence) -> float:
     return median(evidence.values("ttft_s"))
 
 
-def oversubscription(evidence: Evidence) -> float:
-    """Model bytes over the budgets of all GPUs, in the run where it is smallest."""
-    budgets = [record.gpus * record.budget_bytes for record in evidence.finished()]
-    return min(size / budget for size, budget in zip(evidence.values("model_bytes"), budgets, strict=True))
+def ttft_over_streaming(evidence: Evidence) -> float:
+    """The median run's time to first token over what bare copies of the bytes of one pass take."""
+    columns = [evidence.values(name) for name in ("ttft_s", "bare_gbps", "link_bytes", "new_tokens")]
+    return median(ttft * 1e9 * bare / (crossed / passes) for ttft, bare, crossed, passes in zip(*columns, strict=True))
+
+
+def model_over_peak(evidence: Evidence) -> float:
+    """Model bytes over the largest peak of device memory of all GPUs together, in the run where that is smallest."""
+    peaks = [
+        gpus * peak for gpus, peak in zip(evidence.values("gpus"), evidence.values("peak_device_bytes"), strict=True)
+    ]
+    return min(size / peak for size, peak in zip(evidence.values("model_bytes"), peaks, strict=True))
 
 
 def host_memory_gib(evidence: Evidence) -> float:
@@ -143,10 +191,10 @@ def host_memory_gib(evidence: Evidence) -> float:
 def time_over_best_peer(evidence: Evidence, peers: list[str], system: str = "djinn") -> float:
     """The system's time over the fastest peer's in the same run: the median over the runs that all of them finished.
 
-    The time is TTFT plus every per-token time. A peer that finished no run is left out. Runs are paired, because the
-    machine drifts between them.
+    The time is TTFT plus every per-token time. A peer that finished no run is left out, as are runs with fewer tokens.
+    Runs are paired, because the machine drifts between them.
     """
-    runs = frames.runs(evidence.records)
+    runs = frames.runs(evidence.of_full_length)
     table = runs.dropna(subset=["generate_s"]).pivot_table(index="run", columns="name", values="generate_s")
     finished = [peer for peer in peers if peer in table]
     if system not in table or not finished:
@@ -166,11 +214,15 @@ METRICS: Mapping[str, Callable[..., float]] = {
         coding_changes_no_token,
         bits_per_weight,
         decode_share,
+        copy_share,
         link_utilisation,
-        disk_or_compute_bound,
+        link_over_bare,
+        disk_share,
+        compute_share,
         link_gbps,
         ttft_s,
-        oversubscription,
+        ttft_over_streaming,
+        model_over_peak,
         host_memory_gib,
         time_over_best_peer,
     )
@@ -183,5 +235,6 @@ def read_evidence(run: Run) -> Evidence:
         profile=run.profile,
         records=run.baselines,
         proof=run.certification.proof if run.certification else None,
+        timeline=frames.read_timeline(run.folder),
         coded_timeline=frames.read_timeline(run.folder, "timeline_coded"),
     )

@@ -11,7 +11,7 @@ import ast
 import difflib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BytesIO
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from IPython.display import Image
+from IPython.display import HTML, Image, Markdown
 from matplotlib.figure import Figure
 
 from djinn import hardware
+from djinn.artifact.answer import meaning
 from djinn.artifact.bundle import write_sums
 from djinn.artifact.provenance import git_state
 from djinn.artifact.reference import run_of
+from djinn.artifact.tables import overview
 from djinn.bench.ownership import owned
 from djinn.bench.run import Run
 from djinn.errors import ConfigError, DjinnError
@@ -35,7 +37,7 @@ from djinn.files import write_text
 from djinn.places import ROOT, RUNS_DIR, from_root
 from djinn.profiles import Profile, load_profile
 from djinn.sizes import format_bytes
-from djinn.text import one_line, printable
+from djinn.text import markdown, one_line, printable
 
 SCREEN_DPI = 144
 """How large a figure appears in a notebook: half as large again as in print."""
@@ -75,13 +77,10 @@ class Session:
     began: float = field(default_factory=time.monotonic)
     began_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def configuration(self) -> pd.DataFrame:
-        """Return the profile as used: one row per setting."""
-        return configuration_frame(self.profile)
-
-    def machine(self) -> pd.DataFrame:
-        """Return what this machine is: one row per fact that is known."""
-        return machine_frame(hardware.describe(self.run_dir).model_dump(mode="json"))
+    def overview(self) -> HTML:
+        """Return the profile in six lines, with all settings and this machine folded."""
+        machine = machine_frame(hardware.describe(self.run_dir).model_dump(mode="json"))
+        return overview(self.profile, configuration_frame(self.profile), machine)
 
     def check(self, holds: bool, otherwise: str) -> None:
         """Stop the notebook with the words ``otherwise`` unless ``holds``.
@@ -115,11 +114,16 @@ def begin(name: str, namespace: Mapping[str, Any]) -> Session:
     title = one_line(profile.title)
     print(f"{name}: {title}; all four notebooks take about {profile.minutes:g} minutes{_took(profile, name)}")
     print(f"Results: {printable(from_root(run_dir))}")
+    print(meaning(profile))
     return Session(name, profile, run_dir, parameters)
 
 
-def finish(session: Session) -> None:
-    """Write the sentinel that says the notebook reached its end, and checksums; the last call of the last code cell."""
+def finish(session: Session, found: str) -> None:
+    """Write the sentinel that says the notebook reached its end, and checksums; the last call of the last code cell.
+
+    Args:
+        found: what the notebook found, in sentences computed from its data; they are the last thing that it says.
+    """
     wall_s = time.monotonic() - session.began
     document = {
         "notebook": session.name,
@@ -132,7 +136,7 @@ def finish(session: Session) -> None:
     with owned(session.run_dir):
         write_text(Run(session.run_dir).done_path(session.name), json.dumps(document, indent=2) + "\n")
         write_sums(session.run_dir)
-    print(f"{session.name}: finished in {wall_s:.0f} s")
+    print(f"{session.name}: finished in {wall_s:.0f} s\n{printable(found)}")
 
 
 @house_style()
@@ -141,6 +145,14 @@ def picture(figure: Figure) -> Image:
     data = BytesIO()
     figure.savefig(data, format="png", dpi=PNG_DPI)
     return Image(data.getvalue(), width=round(figure.get_size_inches()[0] * SCREEN_DPI))
+
+
+def drawn(plot: Callable[..., Figure], *arguments: Any, **options: Any) -> Image | Markdown:
+    """Return what ``plot`` draws of the arguments as an image; where it lacks records, what it lacks."""
+    try:
+        return picture(plot(*arguments, **options))
+    except DjinnError as error:
+        return Markdown(f"*Not drawn: {markdown(str(error))}.*")
 
 
 def configuration_frame(profile: Profile) -> pd.DataFrame:
@@ -152,7 +164,7 @@ def configuration_frame(profile: Profile) -> pd.DataFrame:
 def machine_frame(machine: Mapping[str, Any]) -> pd.DataFrame:
     """Return a machine's known facts, in words: one row each."""
     known = {fact: value for fact, value in machine.items() if value not in (None, [], ())}
-    return pd.DataFrame({"value": [_fact(fact, value) for fact, value in known.items()]}, index=list(known))
+    return pd.DataFrame({"value": [_fact(fact, value) for fact, value in known.items()]}, index=list(map(_name, known)))
 
 
 def _checked(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,13 +236,17 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key}: {_plain(each)}" for key, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(_plain, value)) or "none"
     return "not set" if value is None else str(value)
+
+
+def _name(fact: str) -> str:
+    return fact.removesuffix("_bytes").replace("_", " ")
 
 
 def _fact(fact: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_fact(key, each)}" for key, each in value.items() if each is not None)
+        return ", ".join(f"{_name(key)} {_fact(key, each)}" for key, each in value.items() if each is not None)
     if isinstance(value, list):
         return "; ".join(_fact(fact, each) for each in value)
     return format_bytes(value) if fact.endswith("_bytes") else str(value)

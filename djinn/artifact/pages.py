@@ -18,12 +18,12 @@ import pandas as pd
 from djinn.artifact.bundle import write_sums
 from djinn.artifact.claims import Claim, Outcome, evaluate, load_claims, target_words
 from djinn.artifact.metrics import read_evidence
+from djinn.artifact.pictures import write_figures, write_picture
 from djinn.artifact.reference import Manifest, Source, folders, read_manifest, run_of, runs
 from djinn.bench.records import Record, read_records
 from djinn.bench.run import Run
 from djinn.bench.statistics import summary_frame
 from djinn.figures import headline
-from djinn.figures.draw import save
 from djinn.figures.style import display_name
 from djinn.files import write_text
 from djinn.places import REFERENCE_DIR, ROOT
@@ -31,11 +31,6 @@ from djinn.profiles import load_profile
 from djinn.sizes import format_bytes
 
 DOCS = ROOT / "docs"
-PICTURE = DOCS / "images" / "70b"
-"""README's picture, without its suffix."""
-PICTURED = "compare_70b"
-"""The profile whose newest reference run README's picture shows."""
-
 _TABLES = ("baselines.jsonl", "benchmark.jsonl")
 """Files of run records that get a table; the points of a sweep are for its figure."""
 
@@ -49,16 +44,31 @@ These tables are made from the records in [data/reference](../data/reference) al
 and model stands first; older and partial records stand below the line. The words are those of the
 [glossary](architecture.md#terms).
 
-- Times are medians over all tokens of all finished runs, rates are medians over the runs, memory is the largest peak.
+- Times and rates are medians over the finished runs, memory is the largest peak. A run's time per token is the median
+  of its tokens after the first.
 - All weights are synthetic: seeded random numbers in the shape of the model.
+- Versions of torch and transformers are given where they were recorded. On GPUs they are those of the machine's image,
+  older than those of `requirements.lock`.
 - **host memory** is anonymous memory: what the kernel cannot take back by itself.
-- **of the ceiling** is the link's rate over its raw rate, which was measured beside each run: pinned copies to a GPU,
-  direct reads from a disk.
+- **of the ceiling** is the link's rate over its raw rate, which was measured beside each run: pinned copies of a small
+  buffer to a GPU, direct reads from a disk. Where a run was faster than the raw rate by more than that itself
+  varied, it says so: then it is no ceiling.
+- **of bare copies** is the link's rate over that of copies of the same weights with nothing computed, directly before
+  and after the run. Records older than 2026-11-28 do not have it.
 - **djinn is** and **djinn, coded is** say how much faster djinn generates a token than the system of that row.
 - Rows with different budgets are different settings of a system. They are no comparison.
 - "Device memory capped" in the name of a machine means that the budget was smaller than the GPU's memory.
 
 ![Time per token of Llama-2-70B in 24 GB of an H100, by system](images/70b.png)
+
+![Time per token of each system over djinn's, for three models](images/models.png)
+
+Right of the line djinn is faster. Each model has a machine and a budget of its own: the tables below.
+
+![Time per token of Llama-2-70B by budget, predicted and measured](images/budgets.png)
+
+Lines are what `djinn plan` predicts with the rates that were measured there. Marks are what the systems then took.
+Below 16 GB the rest of the model does not fit that host's memory, and comes from disk.
 """
 
 _CLAIMS = f"""# Claims
@@ -66,8 +76,9 @@ _CLAIMS = f"""# Claims
 {_WRITTEN}
 
 [artifact/claims.yaml](../artifact/claims.yaml) holds every claim as data. Code evaluates it over the records of a run
-and says PASS, FAIL or NOT RUN, with the reason. A claim whose inputs are missing never passes. A claim passes within
-its tolerance and not beyond; where the table gives none, the target itself is the limit.
+and says PASS, FAIL or NOT RUN, with the reason. A claim whose inputs are missing never passes. The target itself is the
+limit: there is no tolerance. Of C4a and C4b the half is judged that limits the run. The paper is the experiment plan
+that this artifact implements ([APPENDIX.md](../artifact/APPENDIX.md#scope)).
 
 To check a claim yourself, run `make reproduce PROFILE=<run>` with the name in the column **run**, and open the page
 that it writes. That takes two minutes of your time; **minutes** and **disk** are the machine's. The column
@@ -77,9 +88,9 @@ A claim that names a GPU is judged on that GPU alone.
 
 _GROUPS = {
     "Exact": ("streamed_equals_resident", "same_tokens", "coding_changes_no_token"),
-    "Memory": ("device_memory_over_budget", "oversubscription", "host_memory_gib"),
-    "Bandwidth": ("disk_or_compute_bound", "link_gbps", "link_utilisation"),
-    "Speed": ("time_over_best_peer", "ttft_s"),
+    "Memory": ("device_memory_over_budget", "model_over_peak", "host_memory_gib"),
+    "Bandwidth": ("disk_share", "compute_share", "link_gbps", "link_over_bare", "link_utilisation", "copy_share"),
+    "Speed": ("time_over_best_peer", "ttft_s", "ttft_over_streaming"),
     "Coding": ("bits_per_weight", "decode_share"),
 }
 """The groups of claims, by what they measure; a metric that is in none of them comes last."""
@@ -123,6 +134,8 @@ def table(records: list[Record]) -> str:
     """Return a row per system and variant: medians over the finished runs, or why there is none."""
     head = ["system", "budget", "host memory", "first token, s", "per token, s", "link, GB/s", "of the ceiling", "runs"]
     frame = summary_frame(records)
+    with_bare = bool(frame["bare_share_n"].any())
+    head[-1:-1] = ["of bare copies"] if with_bare else []
     ours = {name: _token_s(frame, name) for name in headline.OURS}
     ours = {name: seconds for name, seconds in ours.items() if seconds and len(frame) > 1}
     head += [f"{display_name(name)} is" for name in ours]
@@ -130,12 +143,14 @@ def table(records: list[Record]) -> str:
     for row in frame.to_dict("records"):
         cells = [display_name(row["label"]), format_bytes(int(row["budget_bytes"]))]
         if not row["runs"]:
-            rows.append(_cells([*cells, "", f"{row['status']}: {row['reason']}", "", "", "", "0", *[""] * len(ours)]))
+            why = ["", f"{row['status']}: {row['reason']}", *[""] * (3 + with_bare)]
+            rows.append(_cells([*cells, *why, "0", *[""] * len(ours)]))
             continue
         cells.append(format_bytes(int(row["peak_anon_bytes"])))
         cells += [_number(row[f"{column}_median"]) for column in ("ttft_s", "token_s", "link_gbps")]
-        share = row["link_utilisation_median"]
-        cells += ["" if math.isnan(share) else f"{share:.1%}", str(row["runs"])]
+        exceeded = "" if row["is_ceiling"] else ", no ceiling"
+        cells.append(f"{_percent(row['link_utilisation_median'])}{exceeded}")
+        cells += [*([_percent(row["bare_share_median"])] if with_bare else []), str(row["runs"])]
         apart = row["label"] not in headline.OURS
         cells += [headline.faster(row["token_s_median"] / seconds) if apart else "" for seconds in ours.values()]
         rows.append(_cells(cells))
@@ -158,39 +173,19 @@ def claims_page() -> str:
     return "\n".join(parts)
 
 
-def picture_frame(root: Path = REFERENCE_DIR) -> pd.DataFrame:
-    """Return the rows of README's picture (see :func:`djinn.figures.headline.medians`)."""
-    return headline.medians(_pictured(root)[1])
-
-
-def write_picture(stem: Path = PICTURE) -> list[Path]:
-    """Draw README's picture as PDF and PNG, with the CSV that it shows; return the paths."""
-    manifest, records = _pictured()
-    rows = picture_frame()
-    budget = format_bytes(int(rows["budget_bytes"].iloc[0]))
-    few, many = rows["runs"].min(), rows["runs"].max()
-    counted = f"{few}" if few == many else f"{few} to {many}"
-    ceiling = rows["ceiling_gbps"].iloc[0]
-    about = (
-        f"{records[0].device_name}, {manifest.date}: median of {counted} runs, batch {records[0].batch}, synthetic "
-        f"weights, same tokens. Bound: bytes beyond the budget over the link's ceiling, {ceiling:.1f} GB/s."
-    )
-    figure = headline.draw(rows, f"Time per token: Llama-2-70B (138 GB) in {budget} of an H100", about)
-    return save(figure, rows, stem)
-
-
 def pages() -> dict[Path, str]:
     """Return the text of every generated page, by its path."""
     return {DOCS / "results.md": results_page(), DOCS / "claims.md": claims_page()}
 
 
 def main() -> None:
-    """Write the checksums of the records, the generated pages and README's picture."""
+    """Write the checksums of the records, the generated pages and their figures."""
     for folder in folders():
         write_sums(folder)
     for path, text in pages().items():
         write_text(path, text)
     write_picture()
+    write_figures()
 
 
 def _blocks(root: Path) -> Iterator[_Block]:
@@ -206,21 +201,24 @@ def _section(block: _Block) -> str:
     path = f"{_from_docs(block.folder)}/{block.name}"
     parts = [
         f"### {model}, {machine}\n",
-        f"{block.manifest.date}, [{block.folder.name}/{block.name}]({path}), by `{block.source.command}`.\n",
+        f"{block.manifest.date}, [{block.folder.name}/{block.name}]({path}), by `{block.source.command}`"
+        f"{_software(block.folder)}.\n",
         table(block.records),
     ]
     return "\n".join([*parts, *([f"{block.source.notes}\n"] if block.source.notes else [])])
 
 
+def _software(folder: Path) -> str:
+    """Return what a run was measured with, in words; nothing for a folder that holds no certified run."""
+    machine = Run(folder).machine
+    if machine is None or machine.torch is None:
+        return ""
+    return f", with torch {machine.torch.partition('+')[0]} and transformers {machine.transformers}"
+
+
 def _token_s(frame: pd.DataFrame, name: str) -> float | None:
     times = frame.loc[frame["label"] == name, "token_s_median"].dropna()
     return float(times.iloc[0]) if len(times) else None
-
-
-def _pictured(root: Path = REFERENCE_DIR) -> tuple[Manifest, list[Record]]:
-    folder = run_of(PICTURED, root)
-    assert folder is not None, f"no reference run of {PICTURED}"
-    return read_manifest(folder), Run(folder).baselines
 
 
 def _outcomes(folder: Path, claims: list[Claim]) -> dict[str, Outcome]:
@@ -267,6 +265,10 @@ def _from_docs(path: Path) -> str:
 
 def _number(value: Any) -> str:
     return "" if math.isnan(value) else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{share:.1%}"
 
 
 def _cells(cells: list[str]) -> str:

@@ -13,32 +13,37 @@ from pathlib import Path
 from typing import Any
 
 from djinn import hardware
+from djinn.bench.machines import kind_of
 from djinn.bench.run import Run
 from djinn.figures.frames import read_runs
 from djinn.files import write_text
 from djinn.places import CHECKOUT, ROOT
 from djinn.profiles import Profile
 
+_SOFTWARE = ("revision", "dirty", "lock_sha256", "packages")
+"""What belongs to the place where records are measured, and not to the one where they are drawn."""
+
 
 def write_provenance(run_dir: Path, profile: Profile) -> Path:
     """Write ``provenance.json`` of a run and return its path; what is unknown is null.
 
-    Holds the git revision and whether the tree had changes, the lock file's SHA-256, every package installed here, the
+    Holds the git revision and whether the tree had changes, the lock file's SHA-256, every installed package, the
     machine that was certified (this one if none was) with its driver and link, the link's measured rates, the profile
     as used, the model (synthetic with its seed, or the revision that pins it), each system's peak memory over its runs
     in bytes, and what each finished notebook said of itself: parameters, revision, start, wall seconds. What is
-    replayed keeps the provenance of its records.
+    replayed keeps the provenance of its records. What is drawn again on another machine than the certified one keeps
+    the revision, the lock and the packages that it was measured with; null where nobody wrote them down there.
     """
     path = run_dir / "provenance.json"
     run = Run(run_dir)
     if run.replayed:
         return path
-    lock = ROOT / "requirements.lock"
+    here = hardware.describe(run_dir)
     certified = run.certification.model_dump(mode="json") if run.certification else {}
+    is_here = run.certification is None or kind_of(run.certification.machine) == kind_of(here)
     document: dict[str, Any] = {
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        **git_state(),
-        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
+        **(_software() if is_here else {name: run.provenance.get(name) for name in _SOFTWARE}),
         "model": {
             "name": profile.model,
             "synthetic": profile.synthetic,
@@ -48,10 +53,9 @@ def write_provenance(run_dir: Path, profile: Profile) -> Path:
         "config_digest": profile.digest,
         "profile": profile.model_dump(mode="json"),
         "notebooks": run.notebooks_done,
-        "machine": certified.get("machine") or hardware.describe(run_dir).model_dump(mode="json"),
+        "machine": certified.get("machine") or here.model_dump(mode="json"),
         "link_rates": certified.get("link"),
         "peak_memory": _peaks(run_dir),
-        "packages": {each.name: each.version for each in sorted(importlib.metadata.distributions(), key=_by_name)},
     }
     write_text(path, json.dumps(document, indent=2) + "\n")
     return path
@@ -61,6 +65,16 @@ def git_state() -> dict[str, Any]:
     """Return ``revision`` and ``dirty`` (changes to tracked files) of this repository; None outside of git."""
     revision, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
+
+
+def _software() -> dict[str, Any]:
+    """Return what runs here: see :data:`_SOFTWARE`."""
+    lock = ROOT / "requirements.lock"
+    return {
+        **git_state(),
+        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
+        "packages": {each.name: each.version for each in sorted(importlib.metadata.distributions(), key=_by_name)},
+    }
 
 
 def _peaks(run_dir: Path) -> dict[str, dict[str, int | None]]:

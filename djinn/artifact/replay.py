@@ -9,7 +9,7 @@ from pathlib import Path
 from djinn.artifact.progress import shown
 from djinn.artifact.reference import read_manifest, runs
 from djinn.artifact.report import write_report
-from djinn.artifact.runner import execute, expected_s
+from djinn.artifact.runner import execute, expected_s, write_page
 from djinn.bench.ownership import LOCK, owned
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
@@ -46,8 +46,10 @@ def _replay(folder: Path, run: Run) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     manifest = read_manifest(folder)
     write_text(run.replay_path, json.dumps({"machine": manifest.machine, "date": manifest.date}) + "\n")
-    ignored = shutil.ignore_patterns("SHA256SUMS", "manifest.json")
-    shutil.copytree(folder, run.folder, ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(folder, run.folder, ignore=shutil.ignore_patterns("SHA256SUMS"), dirs_exist_ok=True)
+    for notebook in sorted((run.folder / "notebooks").glob("*.ipynb")):
+        if notebook.stem != "04_figures":  # which is executed below
+            write_page(notebook)
     parameters = {"profile": from_root(run.profile_path), "run_dir": from_root(run.folder)}
     with shown(folder.name, expected_s(run.profile, "04_figures")):
         execute(NOTEBOOK_DIR / "04_figures.ipynb", run.folder, parameters)

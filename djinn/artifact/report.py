@@ -6,6 +6,7 @@ import base64
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,40 +14,54 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from djinn.artifact.answer import answer, beside, lines
 from djinn.artifact.bundle import write_sums
-from djinn.artifact.claims import claims_frame, write_claims
+from djinn.artifact.claims import Outcome, claims_frame, write_claims
+from djinn.artifact.closing import counted
 from djinn.artifact.notebook import configuration_frame, machine_frame
-from djinn.artifact.reference import expected
+from djinn.artifact.reference import expected, read_manifest
 from djinn.bench.records import Record
 from djinn.bench.run import Done, Run
 from djinn.bench.statistics import summary_frame, tokens_agree
 from djinn.errors import ConfigError
 from djinn.figures import frames
-from djinn.figures.style import LANES, LOOKS
+from djinn.figures.style import LANES, display_name
 from djinn.files import write_text
+from djinn.hardware import Machine
 from djinn.sizes import format_bytes
 from djinn.text import markdown, one_line
 
 FIGURES = {
-    "bandwidth": "Link and effective bandwidth of each system against the link's ceiling",
+    "headline": "Time per token of each system, and how much faster djinn is",
+    "time_per_token": "Time per token of each system",
     "ttft": "Time to first token of each system",
-    "time_per_token": "Time per output token of each system",
-    "bits_per_weight": "Bits that coded tensors take, by kind of tensor",
-    "chunk_sweep": "Link bandwidth by chunk size",
-    "ring_sweep": "Link bandwidth by ring size",
-    "budget_sweep": "Hit rate of experts and time per token by budget",
+    "bandwidth": "Rates over the link and of weights consumed, of each system, against the link's ceiling",
     "device_memory": "Peak device memory of each system against the model's size and the budget",
-    "timeline": "Copies, compute and stalls over time",
-    "timeline_coded": "Copies, decoding and stalls over time, with coded weights",
+    "loading": "Loading time of each system",
+    "token_parts": "Where a token's time goes: computing, decoding, waiting",
+    "budgets": "Time per token by budget, predicted and measured",
+    "predictions": "Predicted times against measured ones",
+    "copy_rates": "How fast each copy was",
+    "bits_per_weight": "Bits that coded tensors take, by kind of tensor",
+    "chunk_sweep": "Rate over the link by chunk size",
+    "ring_sweep": "Rate over the link by ring size",
+    "budget_sweep": "Hit rate of experts and time per token by budget",
+    "batch_sweep": "Tokens per second by batch",
+    "prompt_sweep": "Time to first token by length of the prompt",
+    "timeline": "Copies, compute and waiting over time",
+    "timeline_coded": "Copies, decoding and waiting over time, with coded weights",
+    "pcie": "What the GPU counts on its link",
 }
 """The figures a report shows, in order, with the words for readers who cannot see them."""
 
+_LANE_WORDS = {"stall": "waiting"}
 _MEASURES = {
     "time to first token, s": "ttft_s",
     "time per token, s": "token_s",
     "link, GB/s": "link_gbps",
     "ceiling of the link, GB/s": "ceiling_gbps",
     "share of the ceiling": "link_utilisation",
+    "share of bare copies": "bare_share",
     "effective, GB/s": "effective_gbps",
 }
 _OF_MIXTURES = {"picked experts found in the pool": "hit_rate"}
@@ -88,15 +103,32 @@ def _context(run: Run) -> dict[str, Any]:
     run_dir, profile, provenance = run.folder, run.profile, run.provenance
     outcomes = write_claims(run_dir)
     counts = Counter(outcome.verdict for outcome in outcomes)
-    machine = provenance.get("machine") or (run.certification.machine if run.certification else None)
+    machine = run.machine
+    applied = [outcome for outcome in outcomes if outcome.verdict != "NOT RUN"]
+    lacking: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.verdict == "NOT RUN":
+            lacking.setdefault(outcome.lacking or "records that this run does not have", []).append(outcome)
+    reference = {} if run.replayed else expected(profile.device)
+    drawn = [_figure(run, name, words) for name, words in FIGURES.items() if _png(run_dir, name).is_file()]
     return {
         "title": profile.title,
         "synthetic": profile.synthetic,
         "replayed": run.replayed,
-        "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL", "NOT RUN")},
+        "when": _when(run),
+        "machine_words": _machine_words(machine),
+        "answer": answer(run.baselines),
+        "beside": beside(run.baselines),
+        "headline": next((figure for figure in drawn if figure["name"] == "headline"), None),
+        "counted": counted(outcomes),
+        "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL")},
+        "lines": [asdict(line) for line in lines(run.baselines, list(profile.systems))],
+        "notes": _notes(run),
         "systems": _rows(systems_frame(run.baselines, list(profile.systems)).reset_index(names="")),
-        "claims": _rows(claims_frame(outcomes, expected(profile.device))),
-        "figures": [_figure(run_dir, name, words) for name, words in FIGURES.items() if _png(run_dir, name).is_file()],
+        "applied": _rows(claims_frame(applied, reference)),
+        "not_run": {what: _rows(claims_frame(own, reference)) for what, own in lacking.items()},
+        "has_reference": bool(reference),
+        "figures": [figure for figure in drawn if figure["name"] != "headline"],
         "missing_figures": [words for name, words in FIGURES.items() if not _png(run_dir, name).is_file()],
         "timelines": _timelines(run_dir),
         "notebooks": [_notebook(run_dir, name, done) for name, done in run.notebooks_done.items()],
@@ -107,11 +139,35 @@ def _context(run: Run) -> dict[str, Any]:
     }
 
 
+def _when(run: Run) -> str:
+    """Return the day on which the run's first notebook began; nothing where none has ended."""
+    began = [str(done["began_at"]) for done in run.notebooks_done.values() if "began_at" in done]
+    return min(began, default="")[:10]
+
+
+def _machine_words(machine: Machine | None) -> str:
+    if machine is None:
+        return ""
+    names = [gpu.name for gpu in machine.gpus]
+    parts = [f"{len(names)} x {names[0]}" if len(names) > 1 else names[0]] if names else []
+    return ", ".join([*parts, *([machine.cpu] if machine.cpu else []), f"{format_bytes(machine.ram_bytes)} of RAM"])
+
+
+def _notes(run: Run) -> dict[str, list[str]]:
+    """Return what a replayed run's manifest says of its records: of the comparison's, and of all others."""
+    path = run.folder / "manifest.json"
+    files = read_manifest(run.folder).files if run.replayed and path.is_file() else {}
+    said = {name: source.notes for name, source in files.items() if source.notes}
+    compared = said.pop("results/baselines.jsonl", "")
+    return {"compared": [compared] if compared else [], "others": [f"{name}: {note}" for name, note in said.items()]}
+
+
 def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
     """Return the systems side by side, in words: one column each, one row per measure.
 
-    A measure is its mean ± half of the 95% interval with the median in brackets; one that is missing is empty. A
-    system that stays loaded was loaded once, so loading has no interval.
+    A measure is its median with the range of the runs, from five on the interval of the median; one that is missing is
+    empty, and a measure that no system has is left out. A system that stays loaded was loaded once, so loading has no
+    interval.
     """
     summary = {str(row["label"]): row for row in summary_frame(records).to_dict("records")}
     agree = tokens_agree(records)
@@ -120,25 +176,28 @@ def systems_frame(records: list[Record], systems: list[str]) -> pd.DataFrame:
     columns = {}
     for name in dict.fromkeys([*systems, *summary]):
         row: Mapping[Any, Any] = summary.get(name, {})
-        columns[LOOKS[name].label] = {
+        columns[display_name(name)] = {
             "status": words.get(name, "ok"),
             "reason": row.get("reason", ""),
             "finished runs": str(row.get("runs", 0)),
             "loading, s": _number(row, "load_s_median"),
             **{title: _spread(row, measure) for title, measure in measures.items()},
             **{title: _size(row, size) for title, size in _SIZES.items()},
-            "same tokens": {True: "yes", False: "NO", None: ""}[agree.get(name)],
+            "same tokens": {True: "yes", False: "NO", None: "nothing to compare" if row.get("runs") else ""}[
+                agree.get(name)
+            ],
         }
-    return pd.DataFrame(columns)
+    frame = pd.DataFrame(columns)
+    return frame[(frame != "").any(axis=1)]
 
 
 def _spread(row: Mapping[Any, Any], measure: str) -> str:
-    mean, high = row.get(f"{measure}_mean", math.nan), row.get(f"{measure}_high", math.nan)
-    if math.isnan(mean):
+    median, low, high = (row.get(f"{measure}_{part}", math.nan) for part in ("median", "low", "high"))
+    if math.isnan(median):
         return ""
-    scale, unit = (100, "%") if measure in ("link_utilisation", "hit_rate") else (1, "")
-    interval = "" if math.isnan(high) else f" ± {scale * (high - mean):.2g}{unit}"
-    return f"{scale * mean:.3g}{unit}{interval} ({scale * row[f'{measure}_median']:.3g}{unit})"
+    scale, unit = (100, "%") if measure in ("link_utilisation", "bare_share", "hit_rate") else (1, "")
+    spread = "" if math.isnan(low) else f" ({scale * low:.3g} to {scale * high:.3g})"
+    return f"{scale * median:.3g}{unit}{spread}"
 
 
 def _number(row: Mapping[Any, Any], column: str) -> str:
@@ -159,11 +218,18 @@ def _png(run_dir: Path, name: str) -> Path:
     return run_dir / "figures" / f"{name}.png"
 
 
-def _figure(run_dir: Path, name: str, words: str) -> dict[str, str]:
-    data = base64.b64encode(_png(run_dir, name).read_bytes()).decode()
-    trace = f"{name}.trace.json"
-    trace = trace if (run_dir / "figures" / trace).is_file() else ""
-    return {"name": name, "words": words, "png": f"data:image/png;base64,{data}", "trace": trace}
+def _figure(run: Run, name: str, words: str) -> dict[str, str]:
+    folder = run.folder / "figures"
+    data = base64.b64encode(_png(run.folder, name).read_bytes()).decode()
+    trace, caption = f"{name}.trace.json", folder / f"{name}.caption.txt"
+    return {
+        "name": name,
+        "words": words,
+        # The page says at its top whose records it shows.
+        "caption": caption.read_text().strip().removesuffix(run.replayed) if caption.is_file() else "",
+        "png": f"data:image/png;base64,{data}",
+        "trace": trace if (folder / trace).is_file() else "",
+    }
 
 
 def _timelines(run_dir: Path) -> list[dict[str, Any]]:
@@ -192,7 +258,11 @@ def _timelines(run_dir: Path) -> list[dict[str, Any]]:
                 "name": name,
                 "words": FIGURES[name],
                 "shares": ", ".join(f"{lane} {shares[lane]:.0%}" for lane in lanes),
-                "data": {"lanes": [(lane, LANES[lane]) for lane in lanes], "units": units, "spans": spans},
+                "data": {
+                    "lanes": [(_LANE_WORDS.get(lane, lane), LANES[lane]) for lane in lanes],
+                    "units": units,
+                    "spans": spans,
+                },
             }
         )
     return found

@@ -34,6 +34,7 @@ from djinn.text import one_line, printable
 
 NOTEBOOKS = ("01_certify", "02_baselines", "03_sweep", "04_figures")
 
+_PAGE = Path(__file__).parent / "templates" / "notebook.html.j2"
 _PROGRESS_S = "10"
 """Seconds between two states of a progress bar, as tqdm reads it: a log keeps every one of them."""
 
@@ -89,9 +90,10 @@ def reproduce(profile: str = "auto", run_dir: Path | None = None, *, verbose: bo
 
 
 def expected_s(profile: Profile, notebook: str) -> float:
-    """Return about how many seconds a notebook takes: what it took in the profile's reference run, if there is one."""
+    """Return about how many seconds a notebook takes: what it took in a reference run of this very profile, if any."""
     reference = run_of(profile.name)
-    done = Run(reference).done(notebook) if reference else None
+    same = reference is not None and Run(reference).profile.digest == profile.digest
+    done = Run(reference).done(notebook) if reference and same else None
     others = len(NOTEBOOKS) - len(_ABOUT_S)
     estimate = _ABOUT_S.get(notebook, (60 * profile.minutes - sum(_ABOUT_S.values())) / others)
     return _START_S + (done["wall_s"] if done else estimate)
@@ -147,9 +149,21 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     write_text(executed, nbformat.writes(document))
     unfinished.unlink()
     failed.unlink(missing_ok=True)
-    page, _ = HTMLExporter().from_notebook_node(document)
-    write_text(executed.with_suffix(".html"), page)
+    write_page(executed)
     return executed
+
+
+def write_page(executed: Path) -> Path:
+    """Write an executed notebook as a page beside it, which fetches nothing from a network; return its path."""
+    document = nbformat.read(executed, as_version=4)
+    document.metadata.pop("widgets", None)
+    for output in (output for cell in document.cells for output in cell.get("outputs", ())):
+        # What draws a widget would have to be fetched; a progress bar has its last state as text, too.
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    body, _ = HTMLExporter(template_file=str(_PAGE)).from_notebook_node(document)
+    page = executed.with_suffix(".html")
+    write_text(page, body)
+    return page
 
 
 def _shortcoming(executed: Path, run_dir: Path, name: str) -> str:

@@ -19,7 +19,7 @@ from djinn.bench.ownership import owned
 from djinn.bench.rank_workers import RankWorkers
 from djinn.bench.records import Record, append_record, latest, read_records
 from djinn.bench.worker_client import Worker, WorkerError, WorkerProcess, close
-from djinn.profiles import CODED, Profile
+from djinn.profiles import Profile
 from djinn.text import printable
 from djinn.weights.resolve import is_synthetic, resolve
 
@@ -46,6 +46,8 @@ class Lane:
     """What the system is asked for; in a sweep, the profile with the point's values."""
     timeline: Path | None = None
     """Where to write the copy engine's intervals of the lane's first run."""
+    most_runs: int = 10**6
+    """How often it is measured, where that is less than the others are."""
 
     @property
     def label(self) -> str:
@@ -66,8 +68,8 @@ def run_baselines(profile: Profile, run_dir: Path) -> list[Record]:
     lanes = []
     for name in profile.systems:
         system, _, target = name.partition(":")
-        own = profile.override(coding="lossless") if name in CODED else profile
-        lanes.append(Lane(system=system, target=target, variant=target, profile=own))
+        own, tuning = profile.of(name), profile.tuning(name)
+        lanes.append(Lane(system=system, target=target, variant=target, profile=own, tuning=tuning, most_runs=own.runs))
     with Bench("baselines", profile, run_dir, keep=profile.interleave) as bench:
         return bench.measure(lanes, runs=profile.runs, order="by run" if profile.interleave else "by lane")
 
@@ -111,7 +113,7 @@ class Bench:
     def missing(self, lanes: Sequence[Lane], *, runs: int, order: Order) -> list[tuple[Lane, int]]:
         """Return the runs that have no ``ok`` record yet, in the order in which they are to be measured."""
         done = {record.point for record in read_records(self.path) if record.status == "ok"}
-        pairs = [(lane, run) for lane in lanes for run in range(runs)]
+        pairs = [(lane, run) for lane in lanes for run in range(min(runs, lane.most_runs))]
         if order == "by run":
             # Each run begins with another lane, so that none always finds the caches that the same other one left.
             pairs.sort(key=lambda pair: (pair[1], (lanes.index(pair[0]) - pair[1]) % len(lanes)))

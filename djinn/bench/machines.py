@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from djinn.bench.data_sheets import DATA_SHEETS
 from djinn.errors import ConfigError
 from djinn.places import CERTIFICATION, REFERENCE_DIR, RUNS_DIR, certification_path
 
@@ -32,8 +33,8 @@ def certified_folder(name: str, root: Path = REFERENCE_DIR) -> Path:
         if name and certification_path(folder) is not None:
             return folder
     raise ConfigError(
-        f"no machine {name!r}; the machines are {', '.join(machine_names(root))}, or a run directory that "
-        "`djinn certify` has written to"
+        f"no machine {name!r}; the machines are {', '.join(machine_names(root))}, those of data sheets "
+        f"{', '.join(DATA_SHEETS)}, or a run directory that `djinn certify` has written to"
     )
 
 
@@ -55,12 +56,12 @@ def certified_here(device: str, runs: Path | None = None) -> tuple[Path, Certifi
     from djinn import hardware
     from djinn.bench.run import Run
 
-    here = _kind(hardware.describe())
+    here = kind_of(hardware.describe())
     found = sorted((runs or RUNS_DIR).glob(f"*/{CERTIFICATION}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         run = Run(path.parent.parent)
         certification = None if run.replayed else run.certification
-        if certification and certification.rates.device == device and _kind(certification.machine) == here:
+        if certification and certification.rates.device == device and kind_of(certification.machine) == here:
             return run.folder, certification
     return None
 
@@ -71,6 +72,6 @@ def host_rates_here() -> HostRates | None:
     return None if here is None else here[1].rates.host
 
 
-def _kind(machine: Machine) -> tuple[object, ...]:
+def kind_of(machine: Machine) -> tuple[object, ...]:
     """Return what makes two descriptions those of one machine, as far as rates go."""
     return machine.cpu, machine.threads, machine.ram_bytes, tuple(gpu.name for gpu in machine.gpus)

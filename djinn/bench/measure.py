@@ -1,7 +1,8 @@
 """One measured call of ``generate``, the same for every system: what is timed, counted and sampled, and how.
 
 The run is as cold as a run can be: the checkpoint's pages are dropped from the page cache and nothing is prefetched.
-The link's raw rate is measured before and after, because disks and shared machines drift; the higher is the ceiling.
+The link is measured before and after, because disks and shared machines drift: its rate for a small buffer, of which
+the higher is the ceiling, and where the system can say it, the rate of bare copies of the system's own weights.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     meet()
     with peak.looking_away():
         before = link.ceiling()
+        meet()
+        bare_before = system.bare_gbps()
     moved, stalled, picked = link.moved(system), system.stall_s(), system.experts()
     meet()
     start = time.perf_counter()
@@ -134,6 +137,8 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     system.cool()  # or what it prefetches for a next token would share the link with the second look at its rate
     meet()
     with peak.looking_away():
+        bare_after = system.bare_gbps()
+        meet()
         ceiling = max(before, link.ceiling())
     return {
         "ttft_s": times.stamps[0] - start,
@@ -142,6 +147,8 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         "link": link.name,
         "link_bytes": link_bytes,
         "ceiling_gbps": ceiling / 1e9,
+        "bare_gbps_before": bare_before,
+        "bare_gbps_after": bare_after,
         "link_utilisation": link_bytes / wall_s / ceiling,
         "stall_s": None if stalled is None or stalled_s is None else stalled_s - stalled,
         "effective_gbps": model_bytes * profile.new_tokens / wall_s / 1e9,

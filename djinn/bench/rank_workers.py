@@ -23,6 +23,8 @@ MERGED: Mapping[str, Callable[[Sequence[float]], float]] = {
     "ring_bytes": max,
     "link_bytes": sum,
     "ceiling_gbps": sum,
+    "bare_gbps_before": sum,
+    "bare_gbps_after": sum,
     "link_utilisation": min,
     "stall_s": max,
     "peak_device_bytes": max,

@@ -10,7 +10,7 @@ import errno
 import functools
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -24,6 +24,7 @@ _Amount = Annotated[float, Field(ge=0, le=10**15)]
 """Seconds, or a rate: no more than can be added up and drawn."""
 _Time = Annotated[float, Field(ge=1e-12, le=10**15)]
 """Seconds that something took, so that a rate can be had by dividing."""
+_Rate = Annotated[_Amount, Field(gt=0)]
 Status = Literal["ok", "oom", "timeout", "unavailable", "error"]
 
 
@@ -37,12 +38,19 @@ class RankNumbers(BaseModel):
     ring_bytes: Count | None = None
     wall_s: _Time | None = None
     link_bytes: Count | None = None
-    ceiling_gbps: Annotated[_Amount, Field(gt=0)] | None = None
+    ceiling_gbps: _Rate | None = None
+    bare_gbps_before: _Rate | None = None
+    bare_gbps_after: _Rate | None = None
     link_utilisation: _Amount | None = None
     stall_s: _Amount | None = None
     peak_device_bytes: Count | None = None
     peak_host_bytes: Count | None = None
     peak_anon_bytes: Count | None = None
+
+    @property
+    def link_gbps(self) -> float | None:
+        """Bytes that crossed the link ÷ wall time, in 10^9 bytes/s."""
+        return None if self.link_bytes is None or self.wall_s is None else self.link_bytes / self.wall_s / 1e9
 
 
 class Record(BaseModel):
@@ -81,9 +89,14 @@ class Record(BaseModel):
     link_bytes: Count | None = None
     """Bytes that crossed the link in wall_s: the disk's on a CPU, PCIe's on a GPU."""
     link: Literal["disk", "pcie"] | None = None
-    ceiling_gbps: Annotated[_Amount, Field(gt=0)] | None = None
-    """The link's raw rate, measured beside this run."""
+    ceiling_gbps: _Rate | None = None
+    """The link's raw rate for a small buffer, or a disk's: the higher of two looks, before this run and after it."""
+    bare_gbps_before: _Rate | None = None
+    """Rate of copies of what this system streams with nothing computed, directly before this run; the next is directly
+    after it. None where a system cannot say it, on a CPU, and in records that are older than this number."""
+    bare_gbps_after: _Rate | None = None
     link_utilisation: _Amount | None = None
+    """Bytes over the link ÷ wall time ÷ ``ceiling_gbps``."""
     stall_s: _Amount | None = None
     """The part of wall_s in which compute waited for weights, where the system knows it."""
     effective_gbps: _Amount | None = None
@@ -129,6 +142,25 @@ class Record(BaseModel):
         return None if self.link_bytes is None or self.wall_s is None else self.link_bytes / self.wall_s / 1e9
 
     @property
+    def each_rank(self) -> Sequence[Record | RankNumbers]:
+        """What each rank measured; this record itself where one process held the model."""
+        return self.by_rank or (self,)
+
+    @property
+    def bare_gbps(self) -> float | None:
+        """The higher rate of the bare copies before and after this run; None where they were not measured."""
+        return max(bare_looks(self), default=None)
+
+    @property
+    def bare_share(self) -> float | None:
+        """Bytes over the link ÷ wall time ÷ the higher rate of the bare copies before and after this run.
+
+        Of several GPUs it is that of the one that used its link least. None where it was not measured.
+        """
+        shares = [_bare_share(each) for each in self.each_rank]
+        return None if None in shares else min(shares)  # type: ignore[type-var]
+
+    @property
     def hit_rate(self) -> float | None:
         """The share of picked experts that were in the pool; see :func:`hit_rate`."""
         if self.expert_hits is None or self.expert_misses is None:
@@ -144,6 +176,23 @@ def hit_rate(hits: int, misses: int) -> float | None:
 def system_label(record: Record) -> str:
     """Return ``system`` or ``system:variant``, as profiles write it."""
     return f"{record.system}:{record.variant}" if record.variant else record.system
+
+
+def swept_label(record: Record) -> str:
+    """Return the system of a sweep's record, whose variant is ``<point>`` or ``<target>:<point>``."""
+    target, colon, _ = record.variant.partition(":")
+    return f"{record.system}:{target}" if colon else record.system
+
+
+def bare_looks(measured: Record | RankNumbers) -> list[float]:
+    """Return the rates of bare copies before and after a run; empty where they were not measured."""
+    looks = (measured.bare_gbps_before, measured.bare_gbps_after)
+    return [look for look in looks if look is not None]
+
+
+def _bare_share(measured: Record | RankNumbers) -> float | None:
+    looks = bare_looks(measured)
+    return measured.link_gbps / max(looks) if looks and measured.link_gbps is not None else None
 
 
 def append_record(path: Path, record: Record) -> None:

@@ -6,14 +6,14 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 import yaml
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from djinn.bench.certify.certification import Certification, read_certification
-from djinn.bench.records import Record, latest, read_records, system_label
+from djinn.bench.records import Record, latest, read_records, swept_label, system_label
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine
@@ -29,6 +29,9 @@ class Done(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # type: ignore[misc]
 
     wall_s: Annotated[float, Field(ge=0, le=10**9)]
+    began_at: NotRequired[str]
+    revision: NotRequired[str | None]
+    dirty: NotRequired[bool | None]
 
 
 class Provenance(TypedDict, total=False):
@@ -39,6 +42,8 @@ class Provenance(TypedDict, total=False):
     machine: Machine | None
     revision: str | None
     dirty: bool | None
+    lock_sha256: str | None
+    packages: dict[str, str] | None
 
 
 class Origin(TypedDict):
@@ -119,8 +124,7 @@ class Run:
         path = self.results / "baselines.jsonl"
         records = latest(read_records(path))
         for record in records:
-            if (name := system_label(record)) not in system_names():
-                raise ConfigError(f"{path}: no system {name!r}; the systems are {', '.join(system_names())}")
+            _require_known(system_label(record), path)
         return records
 
     @cached_property
@@ -128,12 +132,12 @@ class Run:
         """The latest record of every point of the sweep.
 
         Raises:
-            ConfigError: a damaged file, or a system other than djinn.
+            ConfigError: a damaged file, or a system that no profile can list.
         """
         path = self.results / "sweep.jsonl"
         records = latest(read_records(path))
-        if others := {record.system for record in records} - {"djinn"}:
-            raise ConfigError(f"{path}: a sweep is of djinn alone, and this one has records of {min(others)!r}")
+        for record in records:
+            _require_known(swept_label(record), path)
         return records
 
     @cached_property
@@ -172,6 +176,17 @@ class Run:
         path = self.folder / "provenance.json"
         return read_json(path, Provenance) if path.is_file() else {}
 
+    @property
+    def machine(self) -> Machine | None:
+        """The machine that measured the run: the one that was certified.
+
+        What was drawn again elsewhere may have a provenance that was written there.
+
+        Raises:
+            ConfigError: a damaged file.
+        """
+        return self.certification.machine if self.certification else self.provenance.get("machine")
+
     def done_path(self, notebook: str) -> Path:
         """Return the sentinel of a notebook: it is there once the notebook has ended well."""
         return self.results / f"{notebook}.done.json"
@@ -194,3 +209,8 @@ class Run:
         """
         paths = sorted(self.results.glob("*.done.json"))
         return {path.name.removesuffix(".done.json"): read_json(path, Done) for path in paths if path.is_file()}
+
+
+def _require_known(name: str, path: Path) -> None:
+    if name not in system_names():
+        raise ConfigError(f"{path}: no system {name!r}; the systems are {', '.join(system_names())}")

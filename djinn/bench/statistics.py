@@ -1,4 +1,4 @@
-"""Numbers derived from records: means with their uncertainty, one row per system, agreement of outputs.
+"""Numbers derived from records: medians with their spread, one row per system, agreement of outputs.
 
 Everything here is pure and works on records alone; a measurement that is missing stays missing.
 """
@@ -9,23 +9,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import partial
 
 import pandas as pd
 
 from djinn.bench.records import Record, latest, system_label
 from djinn.errors import ConfigError
 from djinn.profiles import HOST_COMPUTE
-
-# 0.975 quantiles of Student's t for 1..30, 40, 60 and 120 degrees of freedom and for the normal distribution:
-# NIST/SEMATECH e-Handbook of Statistical Methods, section 1.3.6.7.2.
-# fmt: off
-_T_975 = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
-    11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 16: 2.120, 17: 2.110, 18: 2.101, 19: 2.093, 20: 2.086,
-    21: 2.080, 22: 2.074, 23: 2.069, 24: 2.064, 25: 2.060, 26: 2.056, 27: 2.052, 28: 2.048, 29: 2.045, 30: 2.042,
-    40: 2.021, 60: 2.000, 120: 1.980,
-}
-# fmt: on
 
 MEASURES = (
     "load_s",
@@ -35,10 +26,12 @@ MEASURES = (
     "link_gbps",
     "ceiling_gbps",
     "link_utilisation",
+    "bare_share",
     "effective_gbps",
     "hit_rate",
 )
-"""What :func:`summary_frame` summarises; ``token_s`` pools every inter-token time of every run."""
+"""What :func:`summary_frame` summarises: a number of each run. ``token_s`` is the median of a run's inter-token times,
+since those of one run depend on each other; ``bare_share`` is :attr:`djinn.bench.records.Record.bare_share`."""
 
 ALIKE = ("djinn", "resident")
 """Systems that add up in the same order where several GPUs hold a model: no other's tokens are compared there."""
@@ -46,39 +39,62 @@ ALIKE = ("djinn", "resident")
 SIZES = ("model_bytes", "resident_bytes", "ring_bytes", "peak_device_bytes", "peak_host_bytes", "peak_anon_bytes")
 
 
+INTERVAL_FROM = 5
+"""Samples from which on there is an interval; fewer have their range."""
+CONFIDENCE = 15 / 16
+"""With which an interval holds the median: what the whole range of five samples has, 1 - 2 / 2^5."""
+
+
 @dataclass(frozen=True)
 class Summary:
-    """Samples in short. ``std`` is the sample standard deviation; ``low`` and ``high`` bound the 95% interval of
-    the mean. One sample has neither spread nor interval: these are None, not zero. Two have no interval that says
-    anything: Student's t is 12.7 there.
+    """Samples in short: their median, and how far they spread.
+
+    ``low`` and ``high`` are the smallest and the largest of fewer than :data:`INTERVAL_FROM` samples, and of more the
+    bounds of an interval of the median. One sample has no spread: these are None, not equal to it.
     """
 
     n: int
-    mean: float
-    std: float | None
     median: float
     low: float | None
     high: float | None
 
 
 def summarise(samples: Sequence[float]) -> Summary:
-    """Summarise ``samples`` (any unit) with Student's t: mean ± t(0.975, n - 1) · std / √n.
+    """Summarise ``samples`` (any unit) without assuming how they are distributed.
 
-    Between two tabulated degrees of freedom the smaller is used, so the interval is never too narrow.
+    The interval lies between two samples, the k-th smallest and the k-th largest. It holds the median with probability
+    1 - 2 P(B < k), where B is binomial of n and 1/2, and k is the largest number for which that is :data:`CONFIDENCE`
+    or more: H. A. David and H. N. Nagaraja, Order Statistics, 3rd edition, section 7.1.
 
     Raises:
         ConfigError: no samples, or one that is not finite.
     """
     if not samples or not all(math.isfinite(sample) for sample in samples):
         raise ConfigError(f"cannot summarise {list(samples)!r}: expected at least one sample, all of them finite")
-    n, mean, median = len(samples), statistics.fmean(samples), statistics.median(samples)
+    ordered = sorted(samples)
+    n, median = len(ordered), statistics.median(ordered)
     if n == 1:
-        return Summary(n, mean, None, median, None, None)
-    std = statistics.stdev(samples)
-    if n == 2:
-        return Summary(n, mean, std, median, None, None)
-    half = _T_975[max(df for df in _T_975 if df < n)] * std / math.sqrt(n)
-    return Summary(n, mean, std, median, mean - half, mean + half)
+        return Summary(n, median, None, None)
+    outside = _outside(n) if n >= INTERVAL_FROM else 0
+    return Summary(n, median, ordered[outside], ordered[-1 - outside])
+
+
+def _outside(n: int) -> int:
+    """Return how many of ``n`` samples lie below the interval of the median, which as many lie above."""
+    allowed = Fraction(1 - CONFIDENCE) / 2 * 2**n
+    outside, ways = 0, 1
+    while ways + math.comb(n, outside + 1) <= allowed:
+        outside += 1
+        ways += math.comb(n, outside)
+    return outside
+
+
+def is_exceeded(rate: float, looks: Sequence[float]) -> bool:
+    """Return whether ``rate`` is above the highest of ``looks`` at a ceiling by more than these differ.
+
+    What was exceeded so is no ceiling, whatever it was measured for.
+    """
+    return rate > max(looks) + (max(looks) - min(looks))
 
 
 def summary_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -90,9 +106,10 @@ def summary_frame(records: Iterable[Record]) -> pd.DataFrame:
         runs: how many runs are ok.
         model, synthetic, device_name, budget_bytes: as recorded.
         SIZES: the largest over the ok runs, bytes.
-        For each of MEASURES: ``<m>_mean``, ``_std``, ``_median``, ``_low``, ``_high`` (95% interval of the mean) and
-        ``_n``. Seconds; 10^9 bytes/s; link_gbps is bytes over the link ÷ wall time, and link_utilisation its ratio
-        to the ceiling measured beside the same run. What was not measured is NaN.
+        For each of MEASURES: ``<m>_n``, ``_median``, ``_low`` and ``_high`` (see :class:`Summary`). Seconds; 10^9
+        bytes/s; link_gbps is bytes over the link ÷ wall time, and link_utilisation its ratio to the ceiling measured
+        beside the same run. What was not measured is NaN.
+        is_ceiling: False where a run exceeded all looks at the ceiling by more than these differ (:func:`is_exceeded`).
     """
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in latest(records):
@@ -101,36 +118,43 @@ def summary_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def reference_label(records: Iterable[Record]) -> str | None:
-    """Return the system whose tokens the others are held against, or None where no run is ok.
+    """Return the system whose tokens the others are held against, or None where there is none.
 
     It is ``resident`` if that ran; otherwise the first independent system that did, since two systems that share
-    nothing but the weights agree only if both are right: accelerate, then deepspeed, then djinn. A system whose own
-    runs differ is no reference, nor on several GPUs one that is not of :data:`ALIKE`.
+    nothing but the weights agree only if both are right: accelerate, then deepspeed. djinn is never its own reference.
+    Nor is a system whose own runs differ, or on several GPUs one that is not of :data:`ALIKE`. Of several alike the one
+    with the most tokens counts.
     """
-    order = ("resident", "accelerate", "deepspeed", "djinn")
-    tokens: dict[tuple[int, str], set[tuple[int, ...]]] = {}
+    order = ("resident", "accelerate", "deepspeed")
+    tokens: dict[tuple[int, int, str], set[tuple[int, ...]]] = {}
     for record in latest(records):
-        if _is_compared(record):
-            key = (order.index(record.system), system_label(record))
+        if record.system in order and _is_compared(record):
+            key = (order.index(record.system), -len(record.tokens), system_label(record))
             tokens.setdefault(key, set()).add(tuple(record.tokens))
     steady = [key for key, found in tokens.items() if len(found) == 1]
-    return min(steady)[1] if steady else None
+    return min(steady)[-1] if steady else None
 
 
 def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
     """Return, for each ``system:variant``, whether every ok run generated the tokens of :func:`reference_label`.
 
-    None means that it has no ok run, or on several GPUs is not of :data:`ALIKE`, or is of
-    :data:`djinn.profiles.HOST_COMPUTE`. The reference itself is True if its
-    runs agree with each other.
+    None means that there is nothing to compare: no reference, no ok run, a system of ``HOST_COMPUTE``, or on several
+    GPUs one that is not of :data:`ALIKE`. The reference itself is True if its runs agree with each other. Of a system
+    that was asked for fewer tokens these are compared.
     """
     records = latest(records)
     reference = reference_label(records)
     runs: dict[str, list[list[int]]] = {}
     for record in records:
         runs.setdefault(system_label(record), []).extend([record.tokens] if _is_compared(record) else [])
-    expected = runs[reference][0] if reference is not None else []
-    return {label: all(tokens == expected for tokens in each) if each else None for label, each in runs.items()}
+    if reference is None:
+        return dict.fromkeys(runs)
+    expected = runs[reference][0]
+    return {label: all(map(partial(_agree, expected), each)) if each else None for label, each in runs.items()}
+
+
+def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
+    return all(mine == yours for mine, yours in zip(one, other, strict=False))
 
 
 def _is_compared(record: Record) -> bool:
@@ -159,14 +183,21 @@ def _row(group: list[Record]) -> dict[str, object]:
     for measure in MEASURES:
         samples = [sample for record in good for sample in _samples(record, measure)]
         summary = asdict(summarise(samples)) if samples else {"n": 0}
-        for part in ("n", "mean", "std", "median", "low", "high"):
+        for part in ("n", "median", "low", "high"):
             value = summary.get(part)
             row[f"{measure}_{part}"] = math.nan if value is None else value
+    row["is_ceiling"] = not _exceeds(good)
     return row
+
+
+def _exceeds(records: Sequence[Record]) -> bool:
+    looks = [record.ceiling_gbps for record in records if record.ceiling_gbps is not None]
+    rates = [record.link_gbps for record in records if record.link_gbps is not None]
+    return bool(looks) and any(is_exceeded(rate, looks) for rate in rates)
 
 
 def _samples(record: Record, measure: str) -> list[float]:
     if measure == "token_s":
-        return record.per_token_s
+        return [statistics.median(record.per_token_s)] if record.per_token_s else []
     value = getattr(record, measure)
     return [] if value is None else [value]

@@ -1,4 +1,4 @@
-"""djinn alone, over chunk sizes, ring sizes and budgets, each with all else as the profile has it, and coded weights.
+"""Points with one thing changed each: chunk, ring, budget and coding of djinn, batch and prompt of several systems.
 
 The points take turns run by run. They stay loaded all at once where host memory holds them; else each is loaded anew.
 """
@@ -42,7 +42,7 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
 
 
 def sweep_lanes(profile: Profile, results: Path) -> list[Lane]:
-    """Return the points in order: chunks, rings, budgets, coded. One of the first and the last write timelines."""
+    """Return the points in order: chunks, rings, budgets, coded, batches, prompts. Two of djinn's write timelines."""
     sizes = {"chunk": profile.sweep.chunks, "ring": profile.sweep.rings, "budget": profile.sweep.budgets}
     points = [(axis, exact_bytes(size)) for axis, swept in sizes.items() for size in swept]
     own = ("chunk", exact_bytes(profile.chunk))
@@ -50,15 +50,35 @@ def sweep_lanes(profile: Profile, results: Path) -> list[Lane]:
     if profile.sweep.coded:
         points.append(("coding", "lossless"))
         timelines[points[-1]] = results / "timeline_coded.jsonl"
-    return [
+    new_tokens = profile.sweep.new_tokens
+    lanes = [
         Lane(
             system="djinn",
             variant=f"{axis}={value}",
-            profile=profile.override(**{axis: value, "new_tokens": profile.sweep.new_tokens}),
+            profile=profile.override(**{axis: value, "new_tokens": new_tokens}),
             timeline=timelines.get((axis, value)),
         )
         for axis, value in points
     ]
+    counts = {"batch": ("batch", profile.sweep.batches), "prompt": ("prompt_tokens", profile.sweep.prompts)}
+    return lanes + [
+        _lane_of(name, f"{axis}={count}", profile.override(**{field: count, "new_tokens": new_tokens}))
+        for axis, (field, swept) in counts.items()
+        for name in profile.sweep.systems or ("djinn",)
+        for count in swept
+    ]
+
+
+def _lane_of(name: str, point: str, profile: Profile) -> Lane:
+    """Return the lane of any system at a point; the variant of its records names its target too."""
+    system, _, target = name.partition(":")
+    return Lane(
+        system=system,
+        target=target,
+        variant=f"{target}:{point}" if target else point,
+        tuning=profile.tuning(name),
+        profile=profile.of(name),
+    )
 
 
 def _fit_together(lanes: list[Lane], profile: Profile) -> bool:

@@ -16,11 +16,14 @@ def figures(
     beside: Annotated[
         list[Path] | None, typer.Option(help="A run on another number of GPUs, to draw the times of all; repeatable.")
     ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Bare figures, without titles: captions lie beside them.")
+    ] = False,
 ) -> None:
     """Draw every figure that the results of a run allow."""
     from djinn.figures import draw_all
 
-    print_paths(draw_all(run_dir, beside=beside or ()))
+    print_paths(draw_all(run_dir, beside=beside or (), paper=paper))
 
 
 def report(run_dir: RunDir) -> None:

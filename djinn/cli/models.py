@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,14 +23,22 @@ from djinn.cli.options import (
     Json,
     Model,
     NewTokens,
+    OtherDisk,
+    OtherLink,
     OtherMachine,
+    OtherRam,
     PromptTokens,
     Ring,
 )
 from djinn.cli.ranks import is_first, is_rank, run_as_ranks
 from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes, say, working
-from djinn.errors import ConfigError
+from djinn.errors import ConfigError, PlanError
+from djinn.sizes import parse_bytes
 from djinn.text import printable
+
+if TYPE_CHECKING:
+    from djinn.cli.outlook import Machine
+    from djinn.planning.outlook import Forecast
 
 _IMPORTING = "importing torch and transformers"
 
@@ -50,6 +58,9 @@ def plan(
     gpus: Gpus = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
     machine: OtherMachine = None,
+    link: OtherLink = None,
+    disk: OtherDisk = None,
+    ram: OtherRam = None,
     figure: Annotated[Path | None, typer.Option(help="Draw it too, as .png, .pdf and .csv of this name.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -58,26 +69,39 @@ def plan(
         from djinn.cli import outlook
         from djinn.engine.forecast import forecast
 
-        there = outlook.machine(machine, device)
+        there = outlook.machine(machine, device, link=link, disk=disk, ram=ram)
         line.update("reading the weights' headers and planning")
-        found = forecast(
-            model,
-            budget=budget,
-            device=there.device,
-            rates=there.rates,
-            free=there.free,
-            ring=ring,
-            host_memory=host_memory,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            batch=batch,
-            coding=coding,  # type: ignore[arg-type]
-            host_compute=host_compute,
-            host_threads=host_threads,
-            cores=there.cores,
-            hit_rate=hit_rate,
-            gpus=gpus,
-        )
+
+        def planned(there: Machine) -> Forecast:
+            return forecast(
+                model,
+                budget=budget,
+                device=there.device,
+                rates=there.rates,
+                free=there.free,
+                ring=ring,
+                host_memory=host_memory,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                batch=batch,
+                coding=coding,  # type: ignore[arg-type]
+                host_compute=host_compute,
+                host_threads=host_threads,
+                cores=there.cores,
+                hit_rate=hit_rate,
+                gpus=gpus,
+            )
+
+        try:
+            found = planned(there)
+        except PlanError as refused:
+            if there.elsewhere is None:
+                raise
+            there = there.elsewhere
+            try:
+                found = planned(there)
+            except PlanError:  # it is not this machine's memory
+                raise refused from None
     outlook.print_forecast(found, there, as_json)
     if figure is not None:
         with working("drawing"):
@@ -156,7 +180,7 @@ def generate(
     if as_json:
         print_json(asdict(made))
     else:
-        print_generated(made, gpus)
+        print_generated(made, parse_bytes(budget), gpus)
 
 
 def synth(

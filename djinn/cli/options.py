@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from djinn.sizes import parse_bytes
+from djinn.sizes import parse_bytes, parse_rate
 
 
 def _size(value: str | None) -> str | None:
@@ -17,11 +17,19 @@ def _size(value: str | None) -> str | None:
     return value
 
 
+def _rate(value: str | None) -> str | None:
+    """Refuse a rate that is none, as early."""
+    if value is not None:
+        parse_rate(value)
+    return value
+
+
 def _machine(value: str | None) -> str | None:
-    """Refuse a machine that nobody certified, as early."""
+    """Refuse a machine that nobody certified and no data sheet is of, as early."""
+    from djinn.bench.data_sheets import sheet_of
     from djinn.bench.machines import certified_folder
 
-    if value is not None:
+    if value is not None and sheet_of(value) is None:
         certified_folder(value)
     return value
 
@@ -41,9 +49,15 @@ OtherMachine = Annotated[
     typer.Option(
         "--machine",
         callback=_machine,
-        help="A machine of data/reference, or a certified run's folder.  [default: this one]",
+        help="A machine of data/reference, a certified run's folder, or the data sheet of a card: "
+        "L4, 4090, A100-PCIe, A100-SXM.  [default: this one]",
     ),
 ]
+OtherLink = Annotated[
+    str | None, typer.Option("--link", callback=_rate, help="Rate of the link to the GPU: '25 GB/s'.")
+]
+OtherDisk = Annotated[str | None, typer.Option("--disk", callback=_rate, help="Rate of the disk: '7 GB/s'.")]
+OtherRam = Annotated[str | None, typer.Option("--ram", callback=_size, help="Host memory of that machine.")]
 OutputDir = Annotated[Path | None, typer.Option(help="Run directory.  [default: in artifact/runs]")]
 HitRate = Annotated[
     float | None,

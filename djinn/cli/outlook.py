@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from djinn.cli.show import print_json, print_table, say
 from djinn.errors import ConfigError
+from djinn.sizes import parse_bytes, parse_rate
 
 if TYPE_CHECKING:
     from djinn.planning.host import HostRates
     from djinn.planning.outlook import Choice, Forecast
     from djinn.planning.prediction import Prediction, Rates
 
-_CERTIFY = "`djinn certify` measures this machine; --machine plans for one that was measured before"
+_CERTIFY = (
+    "`djinn certify` measures this machine; --machine plans for one that was measured before, or for a card's data "
+    "sheet; --link plans for a link of that rate"
+)
+_ENOUGH_BYTES = 10**15
+"""Host memory of a machine of which nobody has said how much it has."""
+_TAKEN = "host memory is taken to be enough there; --ram says how much there is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,42 +35,75 @@ class Machine:
     """Host memory that is free there, bytes; None for what is free here."""
     cores: int | None = None
     """Cores there that can be spared; None for those here."""
+    note: str = ""
+    """What a reader of the plan has to know."""
+    elsewhere: Machine | None = None
+    """What to plan for instead where this machine cannot hold the plan, and nobody asked for this one."""
 
 
-def machine(name: str | None, device: str | None) -> Machine:
-    """Return the machine that was named, or this one with what is known of it.
+def machine(
+    name: str | None, device: str | None, *, link: str | None = None, disk: str | None = None, ram: str | None = None
+) -> Machine:
+    """Return the machine that was named, or this one with what is known of it; given numbers replace its own.
 
     Raises:
         ConfigError: no such machine, or one that was certified for another device.
     """
+    from djinn.planning.prediction import Rates
+
+    found = _found(name, "cuda" if link and name is None and device is None else device, asked=link is not None)
+    if link is not None or disk is not None:
+        rates = found.rates or Rates(device="cpu" if found.device == "cpu" else "cuda")
+        rates = rates if link is None else replace(rates, link=parse_rate(link))
+        rates = rates if disk is None else replace(rates, disk=parse_rate(disk))
+        found = replace(found, name=f"{found.name}, with the given rates", rates=rates)
+    return found if ram is None else replace(found, free=parse_bytes(ram), note="", elsewhere=None)
+
+
+def _found(name: str | None, device: str | None, *, asked: bool) -> Machine:
+    from djinn.bench.data_sheets import sheet_of
     from djinn.bench.machines import certified_here, machine_of
     from djinn.devices import device_of
     from djinn.host.cores import KEPT
-    from djinn.planning.prediction import Rates
 
     if name is not None:
-        found = machine_of(name)
-        has = found.rates.device
-        if device is not None and device_of(device).type != has:
-            raise ConfigError(f"device {device!r}: the rates of {name} are those of device {has}")
-        cores = found.machine.cores or found.machine.threads
-        return Machine(
-            name=name, device=has, rates=found.rates, free=found.machine.available_bytes,
-            cores=None if cores is None else max(cores - KEPT, 1),
-        )  # fmt: skip
+        cores = None
+        if (sheet := sheet_of(name)) is not None:
+            rates, free, note = sheet.rates(), _ENOUGH_BYTES, _TAKEN
+            name = f"{name} (data sheet, not measured)"
+        else:
+            measured = machine_of(name)
+            rates, free, note = measured.rates, measured.machine.available_bytes, ""
+            there = measured.machine.cores or measured.machine.threads
+            cores = None if there is None else max(there - KEPT, 1)
+        if device is not None and device_of(device).type != rates.device:
+            raise ConfigError(f"device {device!r}: the rates of {name} are those of device {rates.device}")
+        return Machine(name=name, device=rates.device, rates=rates, free=free, cores=cores, note=note)
+    import torch
+
     where = device_of(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        return Machine(name="a GPU that is not here", device=str(where), rates=None, free=_ENOUGH_BYTES, note=_TAKEN)
     here = certified_here(where.type)
     if here is not None:
         run, certification = here
-        return Machine(name=f"this machine ({run.name})", device=str(where), rates=certification.rates, free=None)
-    rates = None
-    import torch
+        own = Machine(name=f"this machine ({run.name})", device=str(where), rates=certification.rates, free=None)
+    else:
+        measured_now = _link_here() if where.type == "cuda" and not asked else None
+        own = Machine(name="this machine, not certified", device=str(where), rates=measured_now, free=None)
+    if device is not None or where.type == "cuda":
+        return own
+    note = f"this machine has no GPU and too little memory for that budget: planned for a GPU elsewhere; {_TAKEN}"
+    other = Machine(name="a GPU elsewhere", device="cuda", rates=None, free=_ENOUGH_BYTES, note=note)
+    return replace(own, elsewhere=other)
 
-    if where.type == "cuda" and torch.cuda.is_available():
-        from djinn.bench.rates.link import pinned_h2d_rate
 
-        rates = Rates(device="cuda", link=pinned_h2d_rate(64 * 2**20))
-    return Machine(name="this machine, not certified", device=str(where), rates=rates, free=None)
+def _link_here() -> Rates:
+    """Return the rate of this machine's link, measured now."""
+    from djinn.bench.rates.link import pinned_h2d_rate
+    from djinn.planning.prediction import Rates
+
+    return Rates(device="cuda", link=pinned_h2d_rate(64 * 2**20))
 
 
 def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
@@ -77,6 +117,7 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
     )
     if forecast.predicted is None:
         say(f"\n{fits}\nno times: {forecast.unknown}; {_CERTIFY}")
+        _say_note(there)
         return
     predicted = forecast.predicted
     say(f"\npredicted for {there.name}, {_rates(there.rates)}:")
@@ -94,6 +135,12 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
         say(_host(forecast.plan.host.rates))
     if predicted.blind:
         say(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
+    _say_note(there)
+
+
+def _say_note(there: Machine) -> None:
+    if there.note:
+        say(there.note)
 
 
 def _host(rates: HostRates) -> str:
@@ -159,6 +206,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in sizes} | {
         "machine": there.name,
         "device": there.device,
+        "note": there.note,
         "predicted": _times(forecast.predicted),
         "unknown": forecast.unknown,
         "batches": [{"batch": choice.batch, **(_times(choice.predicted) or {})} for choice in forecast.batches],

@@ -82,16 +82,19 @@ def print_tensor_sizes(sizes: Sequence[TensorSize], as_json: bool) -> None:
     print_table(["tensors", "dtype", "stored", "bytes", "as stored", "bits of 16"], rows)
 
 
-def print_generated(made: Generated, gpus: int = 1) -> None:
-    """Say on standard error how a text was generated, which is on standard output already.
+def print_generated(made: Generated, budget: int, gpus: int = 1) -> None:
+    """Say on standard error how a text was generated within ``budget`` bytes; it is on standard output already.
 
     Of several ``gpus`` the figures are the first one's, which has as much to do as any.
     """
+    exceeded = ""
+    if made.peak_device_bytes > budget:
+        exceeded = f", above the budget of {format_bytes(budget)}: without a GPU the process's own growth counts"
     shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(made.shares.items(), key=lambda kv: -kv[1]))
     typer.echo(
         f"{made.new_tokens} tokens in {made.wall_s:.3g} s: {made.tokens_per_s:.3g} tokens/s, effective bandwidth "
         f"{made.effective_gbps:.3g} GB/s, of which {made.link_gbps:.3g} GB/s were streamed\n"
-        f"peak device memory {format_bytes(made.peak_device_bytes)}\n"
+        f"peak device memory {format_bytes(made.peak_device_bytes)}{exceeded}\n"
         f"limited by: {made.limit}; shares of the time: {shares}"
         + (f"\nbytes and shares are those of the first of {gpus} GPUs" if gpus > 1 else ""),
         err=True,

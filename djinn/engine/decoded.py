@@ -41,6 +41,7 @@ class DecodedResidents:
         def leave(*_: object) -> None:
             self._scratch.leave(unit.name)
             if not self._scratch.is_used_by(unit.name):
+                self._copier.computed(unit)
                 presence.end()
 
         return enter, leave

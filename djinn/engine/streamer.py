@@ -204,6 +204,7 @@ class Streamer:
             self._in_slots[unit].end()
             del self._reading[unit]
             if reading.visit is None:
+                self._copier.computed(self._units[unit])
                 self._scratch.leave(self._units[unit].name)
             self._release_unread()
         self._stats.hook_s += time.perf_counter() - begin
@@ -221,11 +222,8 @@ class Streamer:
 
     def _release_unread(self) -> None:
         """Release all visits before the first whose slot is still being read, and start what waited for that."""
-        first = self._cursor
-        if self._reading:
-            visits = [reading.visit for reading in self._reading.values() if reading.visit is not None]
-            first = min(visits, default=first)
-        self._release_until(first)
+        visits = [reading.visit for reading in self._reading.values() if reading.visit is not None]
+        self._release_until(min(visits, default=self._cursor))
         self._advance()
 
     def _release_until(self, visit: int) -> None:

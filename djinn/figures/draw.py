@@ -1,4 +1,4 @@
-"""Every figure of a run directory, written as PDF, PNG and the CSV it was drawn from; timelines for Perfetto too."""
+"""Every figure of a run directory as PDF, PNG, caption and the CSV it was drawn from; timelines for Perfetto."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from matplotlib.figure import Figure
 
 from djinn.bench.run import Run
 from djinn.errors import DjinnError
-from djinn.figures import experts, frames, plots, scaling
+from djinn.figures import across, budgets, experts, frames, headline, plots, scaling, sweeps, timelines
 from djinn.figures.perfetto import trace_events
-from djinn.figures.style import house_style, mark
+from djinn.figures.style import LOOKS, caption_of, house_style, mark, strip
 from djinn.files import write_bytes, write_text
 from djinn.text import one_line, spreadsheet
 
 PNG_DPI = 220
 
 
-def draw_all(run_dir: Path, reference: Path | None = None, beside: Sequence[Path] = ()) -> list[Path]:
+def draw_all(
+    run_dir: Path, reference: Path | None = None, beside: Sequence[Path] = (), *, paper: bool = False
+) -> list[Path]:
     """Draw what the results of ``run_dir`` allow into ``run_dir/figures``; return the files written.
 
-    A figure whose results are missing is not drawn, and a line says why. Means of another run of the same profile,
+    A figure whose results are missing is not drawn, and a line says why. Medians of another run of the same profile,
     ``reference``, are drawn over this one's. Runs on other numbers of GPUs ``beside`` it give a figure of all of them.
+    For a ``paper`` figures have no title and no mark of a replay: their captions say both.
 
     Raises:
         DjinnError: runs beside it that are not of the same work.
@@ -39,16 +42,16 @@ def draw_all(run_dir: Path, reference: Path | None = None, beside: Sequence[Path
     for name, frame, plot in _figures(run, None if origin or reference is None else Run(reference)):
         try:
             figure = plot(frame)
-            mark(figure, origin)
         except DjinnError as error:
             print(f"{name}: not drawn: {one_line(error)}")
             continue
-        written += save(figure, frame, run_dir / "figures" / name)
+        mark(figure, origin)
+        written += save(figure, frame, run_dir / "figures" / name, paper=paper)
         if name.startswith("timeline"):
             written.append(_write_trace(frame, run_dir / "figures" / f"{name}.trace.json"))
     if beside:
         rows = scaling.by_gpus([record for each in (run, *map(Run, beside)) for record in each.baselines])
-        written += save(scaling.draw(rows), rows, run_dir / "figures" / "time_by_gpus")
+        written += save(scaling.draw(rows), rows, run_dir / "figures" / "time_by_gpus", paper=paper)
     return written
 
 
@@ -58,13 +61,20 @@ def _write_trace(intervals: pd.DataFrame, path: Path) -> Path:
 
 
 @house_style()
-def save(figure: Figure, frame: pd.DataFrame, stem: Path) -> list[Path]:
-    """Write ``figure`` to ``stem``.pdf and .png, and the frame it shows to ``stem``.csv, each whole or not at all."""
+def save(figure: Figure, frame: pd.DataFrame, stem: Path, *, paper: bool = False) -> list[Path]:
+    """Write ``figure`` to ``stem``.pdf and .png, its caption to .caption.txt, and the frame it shows to .csv.
+
+    Each is written whole or not at all. For a ``paper`` the figure loses its title and its mark.
+    """
+    caption = one_line(caption_of(figure))
+    if paper:
+        strip(figure)
     # No date inside, so that the same records give the same bytes.
     writers: dict[str, Callable[[BytesIO], object]] = {
         ".pdf": partial(figure.savefig, format="pdf", metadata={"CreationDate": None}),
         ".png": partial(figure.savefig, format="png", dpi=PNG_DPI),
         ".csv": partial(frame.map(_cell).to_csv, index=False),
+        ".caption.txt": lambda out: out.write(f"{caption}\n".encode()),
     }
     paths = []
     for suffix, write in writers.items():
@@ -76,6 +86,10 @@ def save(figure: Figure, frame: pd.DataFrame, stem: Path) -> list[Path]:
     return paths
 
 
+def _headline_title(run: Run) -> str:
+    return f"Time per token: {one_line(run.profile.title)}" if run.has_profile else "Time per token"
+
+
 def _cell(value: Any) -> Any:
     return spreadsheet(value) if isinstance(value, str) else value
 
@@ -84,17 +98,32 @@ def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFram
     records = run.baselines
     before = reference.baselines if reference is not None else []
     runs_before, tokens_before = (frames.runs(before), frames.tokens(before)) if before else (None, None)
-    systems = run.profile.systems if records and run.has_profile else ()
-    runs = frames.runs(records, systems)
+    # In one order on every page, whatever a profile's.
+    systems = [name for name in LOOKS if name in run.profile.systems] if records and run.has_profile else []
+    runs, points = frames.runs(records, systems), frames.sweep(run.sweep)
+    traced = {"djinn": frames.read_timeline(run.folder)}
+    traced["djinn:lossless"] = frames.read_timeline(run.folder, "timeline_coded")
+    ceilings = pd.concat([runs["ceiling_gbps"], points["ceiling_gbps"]]).dropna()
+    ceiling = float(ceilings.median()) if len(ceilings) else None
+    fastest = headline.rows_of(records)
+    words = "" if fastest.empty else headline.about(records, fastest)
+    yield "headline", fastest, partial(headline.draw, title=_headline_title(run), caption=words)
     yield "bandwidth", runs, partial(plots.bandwidth, reference=runs_before)
     yield "ttft", runs, partial(plots.ttft, reference=runs_before)
     yield "time_per_token", frames.tokens(records, systems), partial(plots.time_per_token, reference=tokens_before)
     yield "device_memory", runs, plots.device_memory
-    points = frames.sweep(run.sweep)
+    yield "loading", runs, plots.loading
+    yield "token_parts", timelines.parts_frame(traced), timelines.where_time_goes
     yield "bits_per_weight", frames.bits(records), plots.bits_per_weight
-    yield "chunk_sweep", points[points["axis"] == "chunk"], partial(plots.sweep, axis="chunk")
-    yield "ring_sweep", points[points["axis"] == "ring"], partial(plots.sweep, axis="ring")
+    yield "chunk_sweep", points[points["axis"] == "chunk"], partial(sweeps.sweep, axis="chunk")
+    yield "ring_sweep", points[points["axis"] == "ring"], partial(sweeps.sweep, axis="ring")
     yield "budget_sweep", points[points["axis"] == "budget"], experts.by_budget
-    pcie = frames.read_pcie(run.folder)
-    yield "timeline", frames.read_timeline(run.folder), partial(plots.timeline, pcie=pcie)
-    yield "timeline_coded", frames.read_timeline(run.folder, "timeline_coded"), plots.timeline
+    yield "batch_sweep", points[points["axis"] == "batch"], sweeps.by_batch
+    yield "prompt_sweep", points[points["axis"] == "prompt"], sweeps.by_prompt
+    if not run.replayed:  # what is replayed measures nothing, and a prediction takes as long as all else
+        yield "budgets", budgets.measured(run), lambda points: budgets.draw(budgets.predicted(run), points)
+    yield "predictions", across.read_predictions([run.folder]), across.predictions
+    yield "copy_rates", timelines.rates_frame(traced), partial(timelines.copy_rates, ceiling_gbps=ceiling)
+    yield "timeline", traced["djinn"], timelines.timeline
+    yield "timeline_coded", traced["djinn:lossless"], timelines.timeline
+    yield "pcie", frames.read_pcie(run.folder), partial(timelines.counters, ceiling_gbps=ceiling)

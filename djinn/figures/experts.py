@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 
 from djinn.bench.records import hit_rate
 from djinn.errors import ConfigError, DjinnError
-from djinn.figures.plots import MEAN, over_sizes
+from djinn.figures.bars import SPREAD
 from djinn.figures.style import COLUMN_IN, GREY, LOOKS, explain, house_style
+from djinn.figures.sweeps import over_sizes
 
 _LOOKS = {"routed": LOOKS["djinn"], "coded": LOOKS["djinn:lossless"]}
 _LINES = {"whole": (LOOKS["djinn:whole"], "whole layers"), "resident": (LOOKS["resident"], "resident")}
-_PANELS = {"hit_rate": "hit rate", "token_s": "s per token"}
+_PANELS = {"hit_rate": "hit rate", "token_s": "time per token (s)"}
 
 
 @house_style()
@@ -35,7 +36,7 @@ def by_budget(points: pd.DataFrame) -> Figure:
     columns = [column for column in _PANELS if column == "token_s" or points[column].notna().any()]
     figure = Figure(figsize=(COLUMN_IN, 0.7 + 1.3 * len(columns)), layout="constrained")
     panels = figure.subplots(len(columns), 1, squeeze=False)[:, 0]
-    words = f"Mean of the runs (dots). {MEAN}"
+    words = f"Medians of the runs (dots). {SPREAD}"
     for ax, column in zip(panels, columns, strict=True):
         if column == "hit_rate":  # of a model that fits whole there is no pool
             over_sizes(ax, points.assign(words=points["words"].replace("", "no pool")), column)
@@ -107,7 +108,7 @@ def draw(runs: pd.DataFrame) -> Figure:
                     words, (0.01, times.median()), xycoords=("axes fraction", "data"), xytext=(0, 2),
                     textcoords="offset points", color=GREY, fontsize=6,
                 )  # fmt: skip
-        ax.set(xlim=(0, 1), ylim=(0, 1.15 * ax.get_ylim()[1]), xlabel=f"{model}: hit rate", ylabel="s per token")
+        ax.set(xlim=(0, 1), ylim=(0, 1.15 * ax.get_ylim()[1]), xlabel=f"{model}: hit rate", ylabel="time per token (s)")
         ax.legend(loc="center right")
     first = figure.axes[0]
     explain(

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from djinn.errors import UnavailableError
-from djinn.figures.style import GREY, LOOKS, PAGE_IN, explain, house_style, words_at
+from djinn.figures.style import GREY, LIMITS, PAGE_IN, explain, house_style
 from djinn.planning.outlook import Forecast
 from djinn.planning.placement import Plan, Tier
 from djinn.sizes import format_bytes
@@ -45,12 +45,25 @@ def draw(forecast: Forecast, title: str) -> Figure:
     figure = Figure(figsize=(PAGE_IN, 3.1), layout="constrained")
     curve, strip = figure.subplots(2, 1, height_ratios=[5, 1])
     frame = budgets_frame(forecast)
-    curve.plot(frame["budget_bytes"] / 1e9, frame["token_s"], color=LOOKS["djinn"].colour)
+    key = curve.plot(frame["budget_bytes"] / 1e9, frame["token_s"], color="#BBBBBB", label="predicted")
+    for limit, points in frame.groupby("limit", sort=False):
+        look = {"color": LIMITS[str(limit)], "label": f"limited by {limit}", "markersize": 4, "linestyle": ""}
+        key += curve.plot(points["budget_bytes"] / 1e9, points["token_s"], marker="o", **look)
     x, y = forecast.plan.budget / 1e9, forecast.predicted.token_s
-    curve.plot([x], [y], marker="o", color=LOOKS["djinn"].colour)
-    words_at(curve, f"{format_bytes(forecast.plan.budget)}: {y:.3g} s", x, y)
-    curve.set(xlabel="budget (GB)", ylabel="time per token (s)", ylim=(0, None))
-    explain(curve, title, "Predicted from measured rates; below, the units of the chosen plan in execution order.")
+    chosen = f"chosen: {format_bytes(forecast.plan.budget)}, {y:.3g} s"
+    key += curve.plot(
+        [x], [y], marker="o", mfc="white", mec="black", markersize=7, linestyle="", zorder=1.9, label=chosen
+    )
+    curve.set(xlabel="budget (GB)", ylabel="time per token (s)", xlim=(0, None), ylim=(0, None))
+    explain(
+        curve,
+        title,
+        "Time per token as predicted from measured rates, and what limits it: the disk where weights do not fit host "
+        "memory, the link where they stream, compute once all are resident. Budgets may be larger than the GPU. Below: "
+        "the units of the chosen plan in execution order.",
+        key,
+        columns=len(key),
+    )
     _units(strip, forecast.plan)
     return figure
 

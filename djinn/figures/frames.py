@@ -15,15 +15,20 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     link_gbps        bytes that crossed the link / wall_s, 10^9 bytes/s
     effective_gbps   weight bytes the model consumed / wall_s, 10^9 bytes/s
     ceiling_gbps     the link's raw rate beside this run, 10^9 bytes/s
+    bare_gbps        the rate of bare copies of the same weights, the higher of those before and after this run
+    bound_s          the least seconds that a pass over raw weights can take: bytes of the model beyond the budget of
+                     all GPUs / ceiling; NaN where only those experts cross the link that routers pick, and
+                     where the link is the disk, of which host memory may keep a part
     hit_rate         share of the experts that routers picked in the run that were in the pool; NaN where there is none
     pool_share       share of all experts that the pool holds: the hit rate to expect of routers that pick evenly
     link_utilisation, model_bytes, budget_bytes, ring_bytes, chunk_bytes, resident_bytes   as recorded
+    batch, prompt_tokens   as recorded
     peak_device_bytes, peak_host_bytes, peak_anon_bytes   as recorded
     tokens           the generated ids, as a tuple
-``tokens``: one row per token after the first: name, run, token (from 1), token_s, words.
+``tokens``: one row per token after the first: name, run, token (from 1), token_s, bound_s, words.
 ``sweep``: as ``runs``, and
-    axis             what was varied: "chunk", "ring", "budget" or "coding"
-    size_bytes       the point, bytes; NaN for "coding"
+    axis             what was varied: "chunk", "ring", "budget", "batch", "prompt" or "coding"
+    size_bytes       the point: bytes, of "batch" sequences, of "prompt" tokens; NaN for "coding"
 ``bits``: one row per kind of coded tensor and run of djinn: name, run, kind, bits (stored for every 16 of the weights).
 ``timeline``: one row per interval of the copy engine: lane, unit, start_s, end_s, nbytes, cause.
 ``pcie``: the trace of the GPU's link: time_s, rx_gbps, tx_gbps, source.
@@ -41,7 +46,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from djinn.bench.records import Record, system_label
+from djinn.bench.records import Record, swept_label, system_label
 from djinn.bench.run import Run
 from djinn.errors import ConfigError
 from djinn.reading import read_csv, read_json_lines
@@ -52,6 +57,8 @@ NOT_RUN = "not run"
 NOT_MEASURED = "not measured"
 _BITS = "bits "
 """How the settings of a record begin that djinn's adapter writes for each kind of coded tensor."""
+_MOST_DIGITS = 9
+"""Of a batch or a prompt's length."""
 _MOST_BITS = 64
 """Of a coded weight: what says more is no number of bits."""
 _WORDS = {"oom": "OOM", "timeout": "timed out", "unavailable": "unavailable", "error": "failed"}
@@ -62,6 +69,7 @@ _COPIED = [
     "wall_s",
     "effective_gbps",
     "ceiling_gbps",
+    "bare_gbps",
     "link_utilisation",
     "model_bytes",
     "budget_bytes",
@@ -71,8 +79,10 @@ _COPIED = [
     "peak_device_bytes",
     "peak_host_bytes",
     "peak_anon_bytes",
+    "batch",
+    "prompt_tokens",
 ]
-_NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps", "hit_rate", "pool_share"]
+_NUMBERS = [*_COPIED, "token_s", "generate_s", "link_gbps", "bound_s", "hit_rate", "pool_share"]
 RUN_COLUMNS = ["name", "run", "status", "reason", "words", "link", *_NUMBERS, "tokens"]
 _Number = Annotated[float, Field(ge=-(10**12), le=10**12)]
 
@@ -166,24 +176,29 @@ def tokens(records: Sequence[Record], systems: Sequence[str] = ()) -> pd.DataFra
     frame = runs(records, systems)
     samples += [[np.nan]] * (len(frame) - len(records))
     rows = [
-        {"name": run.name, "run": run.run, "token": number, "token_s": seconds, "words": run.words}
+        {"name": run.name, "run": run.run, "token": number, "token_s": seconds}
+        | {"bound_s": run.bound_s, "words": run.words}
         for run, measured in zip(frame.itertuples(), samples, strict=True)
         for number, seconds in enumerate(measured, start=1)
     ]
-    return pd.DataFrame(rows, columns=["name", "run", "token", "token_s", "words"]).astype({"token_s": float})
+    return pd.DataFrame(rows, columns=["name", "run", "token", "token_s", "bound_s", "words"]).astype(
+        {"token_s": float, "bound_s": float}
+    )
 
 
 def sweep(records: Sequence[Record]) -> pd.DataFrame:
-    """Return ``runs`` with the varied axis and its size, read from each record's variant ("chunk=64 MiB").
+    """Return ``runs`` with the varied axis and its size.
+
+    They are read from each record's variant: "chunk=64 MiB", or "cpu-pinned:batch=4" of a system with a target.
 
     Raises:
         ConfigError: a record whose variant names no point.
     """
     frame = runs(records)
-    points = [_point(record.variant) for record in records]
+    points = [_point(record.variant.rpartition(":")[2]) for record in records]
     frame.insert(1, "axis", [axis for axis, _ in points])
     frame.insert(2, "size_bytes", [size for _, size in points])
-    frame["name"] = [record.system for record in records]
+    frame["name"] = [swept_label(record) for record in records]
     return frame
 
 
@@ -246,6 +261,9 @@ def _row(record: Record) -> dict[str, object]:
         row["generate_s"] = record.ttft_s + sum(record.per_token_s)
     if record.link_bytes is not None and record.wall_s is not None:
         row["link_gbps"] = record.link_bytes / record.wall_s / 1e9
+    if record.link == "pcie" and record.model_bytes and record.ceiling_gbps and record.expert_hits is None:
+        beyond = max(0, record.model_bytes - record.gpus * record.budget_bytes)
+        row["bound_s"] = beyond / record.ceiling_gbps / 1e9
     return row
 
 
@@ -268,9 +286,11 @@ def _point(variant: str) -> tuple[str, float]:
     axis, _, value = variant.partition("=")
     if axis == "coding" and value:
         return axis, np.nan
+    if axis in ("batch", "prompt") and value.isdecimal() and len(value) <= _MOST_DIGITS:
+        return axis, float(value)
     if axis not in ("chunk", "ring", "budget") or not value:
         raise ConfigError(
-            f"sweep record with variant {variant!r}: expected chunk=<size>, ring=<size>, budget=<size> or "
-            "coding=lossless"
+            f"sweep record with variant {variant!r}: expected chunk=<size>, ring=<size>, budget=<size>, "
+            "batch=<number>, prompt=<number> or coding=lossless"
         )
     return axis, parse_bytes(value)

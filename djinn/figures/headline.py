@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 
 from djinn.bench.records import Record
 from djinn.bench.statistics import summary_frame
-from djinn.errors import UnavailableError
+from djinn.errors import DjinnError, UnavailableError
+from djinn.figures.bars import break_marks, cut_at
 from djinn.figures.style import LOOKS, PAGE_IN, SMALLEST_PT, beside, canvas, explain, figure_of, house_style
 
+SMALL_BYTES = 10**9
+"""A smaller model's times and rates mean nothing: fixed costs outweigh its copies."""
 OURS = ("djinn", "djinn:lossless")
 _OTHERS = "#B8B8B8"
-_CUT = 1.35
-"""A bar longer than this many times the second slowest system's is cut there, so that the others can be told apart."""
 
 
 def medians(records: Sequence[Record]) -> pd.DataFrame:
@@ -34,13 +35,16 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
         token_s: median of all times from one token to the next, seconds.
         ceiling_gbps: median of the link's ceilings beside the runs of all systems, 10^9 bytes/s.
         model_bytes, budget_bytes: as recorded.
-        bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds.
+        bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds; NaN where the link is the disk, of which
+            host memory may keep a part, and where only those experts cross it that routers pick.
         djinn, djinn:lossless: how many times faster that one's median is than this system's.
 
     Raises:
         UnavailableError: djinn has no finished run among ``records``.
     """
     frame = summary_frame(records)
+    if frame.empty:
+        raise UnavailableError("no records")
     frame = frame[(frame["runs"] > 0) & frame["label"].isin(LOOKS)].sort_values("token_s_median")
     times = frame.set_index("label")["token_s_median"]
     if OURS[0] not in times:
@@ -57,11 +61,39 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
             "budget_bytes": frame["budget_bytes"],
         }
     )
+    bounded = any(record.link == "pcie" for record in records) and not any(record.expert_hits for record in records)
     on_devices = max(record.gpus for record in records) * rows["budget_bytes"]
-    rows["bound_s"] = (rows["model_bytes"] - on_devices).clip(lower=0) / ceiling / 1e9
+    rows["bound_s"] = (rows["model_bytes"] - on_devices).clip(lower=0) / ceiling / 1e9 if bounded else float("nan")
     for ours in OURS:
         rows[ours] = rows["token_s"] / times.get(ours, float("nan"))
     return rows.reset_index(drop=True)
+
+
+def rows_of(records: Sequence[Record]) -> pd.DataFrame:
+    """Return :func:`medians`, or no rows where djinn has no finished run with more than one token."""
+    try:
+        rows = medians(records)
+    except UnavailableError:
+        return pd.DataFrame()
+    return rows.dropna(subset=["token_s"]).reset_index(drop=True)
+
+
+def about(records: Sequence[Record], rows: pd.DataFrame, date: str = "") -> str:
+    """Return the words under the picture: machine, date, runs, weights, and what the bound is."""
+    few, many = rows["runs"].min(), rows["runs"].max()
+    counted = f"{few}" if few == many else f"{few} to {many}"
+    weights = "synthetic weights" if records[0].synthetic else "weights of a checkpoint"
+    when = f", {date}" if date else ""
+    small = " A smoke run: these times mean nothing." if rows["model_bytes"].max() < SMALL_BYTES else ""
+    bound = (
+        f" Bound: the time that the link needs at its ceiling, {rows['ceiling_gbps'].iloc[0]:.3g} GB/s, for the bytes "
+        "beyond the budget."
+        if rows["bound_s"].iloc[0] > 0
+        else ""
+    )
+    return (
+        f"{records[0].device_name}{when}: median of {counted} runs, batch {records[0].batch}, {weights}.{bound}{small}"
+    )
 
 
 def faster(ratio: float) -> str:
@@ -71,26 +103,28 @@ def faster(ratio: float) -> str:
 
 
 @house_style()
-def draw(rows: pd.DataFrame, title: str, about: str, ax: Axes | None = None) -> Figure:
+def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None) -> Figure:
     """Draw ``rows`` (see :func:`medians`): a bar for each system, its time, and how much faster djinn is.
 
     Args:
         rows: systems of one run, fastest first.
         title: what is compared.
-        about: one line about machine, runs and weights.
+        caption: machine, runs and weights (see :func:`about`).
         ax: an axes to draw into instead of a figure of its own.
+
+    Raises:
+        DjinnError: no rows.
     """
-    ax = canvas(ax, 1.2 + 0.25 * len(rows), PAGE_IN)
-    bound, slowest = rows["bound_s"].iloc[0], rows["token_s"].max()
-    others = rows["token_s"].drop(rows["token_s"].idxmax())
-    longest = min(slowest, _CUT * others.max()) if len(others) else slowest
+    if rows.empty:
+        raise DjinnError("no finished run of djinn with more than one token")
+    ax = canvas(ax, 0.9 + 0.25 * len(rows), PAGE_IN)
+    bound, longest = rows["bound_s"].iloc[0], cut_at(rows["token_s"].tolist())
     for row, system in enumerate(rows.to_dict("records")):
         name, seconds = str(system["name"]), float(system["token_s"])
         ours, drawn = name in OURS, min(seconds, longest)
         ax.barh(row, drawn, height=0.7, color=LOOKS[name].colour if ours else _OTHERS, linewidth=0)
-        if seconds > longest:  # two white strokes: the bar goes on
-            for place in (0.93, 0.95):
-                ax.plot([place * longest, (place + 0.012) * longest], [row + 0.42, row - 0.42], color="white", zorder=4)
+        if seconds > longest:
+            break_marks(ax, row, longest)
         ax.annotate(
             f"{seconds:#.3g} s",
             (drawn, row),
@@ -102,17 +136,20 @@ def draw(rows: pd.DataFrame, title: str, about: str, ax: Axes | None = None) -> 
         )
         if not ours:
             beside(ax, "; ".join(f"{LOOKS[each].label} {faster(system[each])}" for each in _measured(system)), row)
-    ax.axvline(bound, color="black", linestyle="--", zorder=5)
-    words = f"the link's bound for raw weights, {bound:#.3g} s"
-    ax.annotate(
-        words, (bound, len(rows) - 0.2), xytext=(4, 0), textcoords="offset points", va="center", fontsize=SMALLEST_PT
-    )
+    if bound > 0:
+        ax.axvline(bound, color="black", linestyle="--", zorder=5)
+        late = bound > 0.6 * rows["token_s"].clip(upper=longest).max()
+        words = f"the link's bound for raw weights, {bound:#.3g} s"
+        ax.annotate(
+            words, (bound, len(rows) - 0.2), xytext=(-4 if late else 4, 0), textcoords="offset points", va="center",
+            ha="right" if late else "left", fontsize=SMALLEST_PT,
+        )  # fmt: skip
     ax.set_yticks(range(len(rows)), list(rows["label"]))
     ax.set_ylim(len(rows) + 0.1, -0.5)
-    ax.set_xlim(0, 1.12 * longest)
+    ax.margins(x=0.12)  # room for the numbers
     ax.grid(False, axis="y")
-    ax.set_xlabel("seconds per token")
-    explain(ax, title, about)
+    ax.set_xlabel("time per token (s)")
+    explain(ax, title, caption)
     return figure_of(ax)
 
 

@@ -67,7 +67,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     if len(ours) > 1:
         first = ours.iloc[0]
         ax.plot(ours["gpus"], first["token_s"] * first["gpus"] / ours["gpus"], "--", color="black", linewidth=0.8)
-    ax.set(xlabel="GPUs", ylabel="s per token", ylim=(0, None), xticks=sorted(set(rows["gpus"])))
+    ax.set(xlabel="GPUs", ylabel="time per token (s)", ylim=(0, None), xticks=sorted(set(rows["gpus"])))
     ax.legend()
     words = "Median of all tokens after the first; bars reach from the shortest to the longest. A budget is each GPU's."
     if len(ours) > 1:

@@ -1,20 +1,24 @@
-"""How every figure looks: USENIX column widths, fonts that survive print, one colour and one mark per system.
+"""How every figure looks: USENIX column widths, one font, one colour and one mark per system.
+
+A figure has a title, a key where it needs one, and no prose: what a caption has to say is kept with the axes
+(:func:`explain`, :func:`caption_of`) and written beside the figure.
 
 Colours are Okabe and Ito's colour-blind safe set ("Color Universal Design", 2008); a variant keeps its system's
-colour and has a hatch and a marker of its own, so that a grey print can be read too.
+colour. Bars stand beside their names and lines have a marker for each variant, so that a grey print can be read too.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import matplotlib as mpl
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -24,6 +28,8 @@ PAGE_IN = 7.0
 """Width of both columns, in inches."""
 
 SMALLEST_PT = 7
+LABEL_PT = 8
+_KEY_LINE_PT = 9.5
 GREY = "#555555"
 
 
@@ -33,46 +39,59 @@ class Look:
 
     label: str
     colour: str
-    hatch: str
     marker: str
 
 
 LOOKS = {
-    "djinn": Look("djinn", "#0072B2", "", "o"),
-    "djinn:lossless": Look("djinn, coded", "#56B4E9", "++", "*"),
-    "djinn:whole": Look("djinn, whole layers", "#999999", "oo", "p"),
-    "djinn:host": Look("djinn, host computes (not exact)", "#D55E00", "xx", "h"),
-    "djinn:lossless+host": Look("djinn, coded, host computes (not exact)", "#F0E442", "..", "H"),
-    "accelerate:disk": Look("Accelerate, disk", "#E69F00", "///", "s"),
-    "accelerate:cpu": Look("Accelerate", "#E69F00", "|||", "D"),
-    "accelerate:cpu-pinned": Look("Accelerate, pinned", "#E69F00", "---", "P"),
-    "deepspeed:cpu": Look("DeepSpeed ZeRO-3", "#009E73", "...", "^"),
-    "deepspeed:nvme": Look("DeepSpeed ZeRO-3, disk", "#009E73", "xxx", "v"),
-    "resident": Look("resident", "#CC79A7", "\\\\\\", "X"),
+    "djinn": Look("djinn", "#0072B2", "o"),
+    "djinn:lossless": Look("djinn, coded", "#56B4E9", "*"),
+    "djinn:whole": Look("djinn, whole layers", "#999999", "p"),
+    "djinn:host": Look("djinn, host computes (not exact)", "#D55E00", "h"),
+    "djinn:lossless+host": Look("djinn, coded, host computes (not exact)", "#F0E442", "H"),
+    "accelerate:disk": Look("Accelerate, disk", "#E69F00", "s"),
+    "accelerate:cpu": Look("Accelerate", "#E69F00", "D"),
+    "accelerate:cpu-pinned": Look("Accelerate, pinned", "#E69F00", "P"),
+    "deepspeed:cpu": Look("DeepSpeed ZeRO-3", "#009E73", "^"),
+    "deepspeed:nvme": Look("DeepSpeed ZeRO-3, disk", "#009E73", "v"),
+    "resident": Look("resident", "#CC79A7", "X"),
 }
 """Every system that a profile may list, as ``system`` or ``system:variant``. Profiles, records and commands keep these
 names; pages, tables and figures show the labels."""
 
 
+def look_of(name: str) -> Look:
+    """Return how a system is drawn; one that is not in :data:`LOOKS` is grey, under its own name."""
+    return LOOKS.get(name) or Look(display_name(name), "#777777", "h")
+
+
 def display_name(name: str) -> str:
     """Return what people read for a name in a record, such as "djinn, coded" for ``djinn:lossless``.
 
-    A benchmark's variant follows its system's label: ``deepspeed:cpu, tuned`` is "DeepSpeed ZeRO-3, tuned".
+    A benchmark's variant follows its system's label: ``deepspeed:cpu, tuned`` is "DeepSpeed ZeRO-3, tuned". A system
+    that is not in :data:`LOOKS` keeps its own name.
     """
-    known = max((each for each in LOOKS if name == each or name.startswith((f"{each}:", f"{each},"))), key=len)
+    matches = [each for each in LOOKS if name == each or name.startswith((f"{each}:", f"{each},"))]
+    if not matches:
+        return name
+    known = max(matches, key=len)
     variant = name.removeprefix(known).lstrip(":, ")
     return f"{LOOKS[known].label}, {variant}" if variant else LOOKS[known].label
 
 
-LANES = {"copy": "#0072B2", "decode": "#CC79A7", "compute": "#009E73", "stall": "#D55E00", "host": "#E69F00"}
-"""The lanes of the timeline, top to bottom."""
+LANES = {"copy": "#332288", "decode": "#AA4499", "compute": "#117733", "stall": "#BBBBBB", "host": "#DDCC77"}
+"""The lanes of the timeline, top to bottom: no system's colours. Paul Tol's colour-blind safe "muted" set (technical
+note SRON/EPS/TN/09-002, 2021); waiting is grey, because where the link limits it is what has to be."""
+
+LIMITS = {"disk": "#EE7733", "link": "#0077BB", "compute": "#009988", "host": "#CC3311"}
+"""What limits a pass, as predictions say it. Paul Tol's "vibrant" set."""
 
 _RC: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
+    # It comes with matplotlib, so that figures are the same on every machine.
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": LABEL_PT,
+    "axes.titlesize": LABEL_PT,
+    "axes.labelsize": LABEL_PT,
     "xtick.labelsize": SMALLEST_PT,
     "ytick.labelsize": SMALLEST_PT,
     "legend.fontsize": SMALLEST_PT,
@@ -80,7 +99,6 @@ _RC: dict[Any, Any] = {
     "legend.frameon": False,
     "axes.linewidth": 0.6,
     "grid.linewidth": 0.4,
-    "hatch.linewidth": 0.5,
     "lines.linewidth": 1.0,
     # TrueType fonts embedded whole: what publishers ask for, and text stays text.
     "pdf.fonttype": 42,
@@ -109,27 +127,59 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
-def explain(ax: Axes, title: str, definition: str) -> None:
-    """Write the title, and under it what is drawn and what the error bars mean, from the figure's left edge."""
-    figure = figure_of(ax)
-    lines = textwrap.wrap(definition, width=int(figure.get_size_inches()[0] * 19))
-    write = partial(ax.annotate, xycoords=("figure fraction", "axes fraction"), textcoords="offset points")
-    write("\n".join(lines), (0.01, 1), xytext=(0, 4), fontsize=SMALLEST_PT, color=GREY)
-    write(title, (0.01, 1), xytext=(0, 6 + 8.5 * len(lines)), fontweight="bold")
+def explain(ax: Axes, title: str, caption: str, key: Sequence[Artist] = (), columns: int = 2) -> None:
+    """Give axes their title, a key above them, and the words that a caption under the figure needs.
+
+    Args:
+        caption: what is drawn and what whiskers mean; kept as the axes' label, which nothing draws.
+        key: what has to be told apart, each with its label.
+        columns: of the key.
+    """
+    # Axes that were made elsewhere have sizes of their own.
+    ax.tick_params(labelsize=SMALLEST_PT)
+    for label in (ax.xaxis.label, ax.yaxis.label):
+        label.set_fontsize(LABEL_PT)
+    lines = math.ceil(len(key) / columns)
+    ax.set_title(title, loc="left", fontsize=LABEL_PT, fontweight="bold", pad=5 + _KEY_LINE_PT * lines)
+    if key:
+        # Its right edge is the axes': to their left is room, above the names of the rows.
+        ax.legend(
+            handles=list(key), loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, borderaxespad=0.1,
+            borderpad=0.1, fontsize=SMALLEST_PT, frameon=False, handlelength=1.6, handletextpad=0.5, columnspacing=1,
+            labelspacing=0.2,
+        )  # fmt: skip
+    ax.set_label(caption)
+
+
+def caption_of(figure: Figure) -> str:
+    """Return what a caption has to say of a figure: the words of all its axes, and its mark's."""
+    words = [str(ax.get_label()) for ax in figure.axes if str(ax.get_label()).strip()]
+    return " ".join([*words, figure.get_supxlabel().replace("\n", " ").strip()]).strip()
+
+
+def strip(figure: Figure) -> None:
+    """Take title and mark off a figure, for a paper whose caption says both."""
+    for ax in figure.axes:
+        ax.set_title("", loc="left")
+    figure.supxlabel("")
 
 
 def mark(figure: Figure, words: str) -> None:
     """Write ``words`` below a figure, so that it cannot be taken for one of this machine."""
     if words:
-        lines = "\n".join(textwrap.wrap(words, width=int(figure.get_size_inches()[0] * 19)))
+        lines = "\n".join(textwrap.wrap(words, width=int(figure.get_size_inches()[0] * 18)))
         figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST_PT, color=GREY, style="italic")
 
 
-def words_at(ax: Axes, words: str, x: float, y: float, *, up: bool = False) -> None:
-    """Write ``words`` where a number is missing, over the grid and lines; ``up`` turns them by a right angle."""
+def words_at(ax: Axes, words: str, place: float, *, up: bool = False) -> None:
+    """Write ``words`` where a number is missing, over the grid and lines: from the axes' left edge at row ``place``.
+
+    ``up`` writes them upwards from its lower edge at column ``place``.
+    """
     ax.annotate(
         words,
-        (x, y),
+        (place, 0) if up else (0, place),
+        xycoords=("data", "axes fraction") if up else ("axes fraction", "data"),
         xytext=(0, 3) if up else (3, 0),
         textcoords="offset points",
         rotation=90 if up else 0,

@@ -44,8 +44,20 @@ class Copier(Protocol):
         """Decode a resident, and put that on the timeline."""
         ...
 
+    def computed(self, unit: Unit) -> None:
+        """Note that all compute which reads what ``unit`` was decoded to has been issued, for the timeline."""
+        ...
+
     def settle(self) -> None:
         """Let copies under way end, well or badly, and no later one begin before compute issued so far has ended."""
+        ...
+
+    def bare_rate(self) -> float | None:
+        """Return the rate of copies of the units' own images while nothing computes, bytes/s; it overwrites the ring.
+
+        So nothing may be prefetched: it is called after :func:`djinn.cool`. None where no unit waits in host memory,
+        and on a CPU, where copies are the work of those cores that compute.
+        """
         ...
 
     def resolve_timeline(self) -> None:

@@ -48,6 +48,7 @@ class CpuCopier(PieceMover):
         self.fills: dict[int, Fill] = {}
         self._feeder = Feeder(reader)
         self._read_from: dict[int, float] = {}
+        self._decoded_at: dict[str, float] = {}
         self._ring = ring
         self.ring = torch.from_numpy(ring)
 
@@ -76,17 +77,28 @@ class CpuCopier(PieceMover):
     def release(self, unit: int) -> None:
         begin = self._read_from.pop(unit, None)
         if begin is not None:
-            source = self._sources[unit]
+            source, now = self._sources[unit], time.perf_counter()
             lane = reading_lane(source.unit)
-            self._stats.add(Interval(lane, source.unit.name, begin, time.perf_counter(), source.unit.weight_bytes))
+            self._stats.add(Interval(lane, source.unit.name, begin, now, source.unit.weight_bytes))
+            if lane == "decode":
+                self._decoded_at[source.unit.name] = now
 
     def decode(self, unit: Unit, decode: Callable[[], None]) -> None:
         begin = time.perf_counter()
         decode()
-        self._stats.add(Interval("decode", unit.name, begin, time.perf_counter(), unit.weight_bytes))
+        now = self._decoded_at[unit.name] = time.perf_counter()
+        self._stats.add(Interval("decode", unit.name, begin, now, unit.weight_bytes))
+
+    def computed(self, unit: Unit) -> None:
+        begin = self._decoded_at.pop(unit.name, None)
+        if begin is not None:
+            self._stats.add(Interval("compute", unit.name, begin, time.perf_counter(), unit.weight_bytes))
 
     def settle(self) -> None:
         self._feeder.settle()
+
+    def bare_rate(self) -> None:
+        """Return None: see :class:`~djinn.transport.copier.Copier`."""
 
     def resolve_timeline(self) -> None:
         """Nothing to do: intervals are added as they end."""

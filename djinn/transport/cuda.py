@@ -20,8 +20,14 @@ from djinn.transport.copier import Source, reading_lane
 from djinn.transport.disk_stream import DiskStream
 from djinn.transport.memcpy import Command, prepare
 from djinn.transport.reader import Buffer, Reader
-from djinn.transport.stats import Interval, Stats
+from djinn.transport.stats import Interval, Lane, Stats
 from djinn.weights.units import Unit
+
+_BARE_BYTES = 8 * 10**9
+"""The least that is copied bare to time it, and as much before it untimed: an idle link runs at half its rate for about
+20 ms, and below its best for some time more. Of a larger arena all is timed, since its rate depends on the place."""
+_MOST_ROUNDS = 100
+"""Of a small arena, whose rate is that of issuing copies."""
 
 
 class CudaCopier:
@@ -109,6 +115,10 @@ class CudaCopier:
         else:
             self._trace.around(unit, decode, compute)
 
+    def computed(self, unit: Unit) -> None:
+        if self._trace is not None:
+            self._trace.computed(unit, self._compute.stream())
+
     def settle(self) -> None:
         if self.disk is not None:
             self.disk.settle()
@@ -117,6 +127,30 @@ class CudaCopier:
             # The two copy streams too: what one still has under way must not land on what the other copies next.
             self.stream.wait_stream(self.disk.stream)
             self.disk.stream.wait_stream(self.stream)
+
+    def bare_rate(self) -> float | None:
+        copies = [
+            (issue, source.image.nbytes)
+            for issue, source in zip(self._issue, self._sources, strict=True)
+            if issue is not None and source.image is not None
+        ]
+        if not copies:
+            return None
+        once = sum(nbytes for _, nbytes in copies)
+        rounds = min(-(-_BARE_BYTES // once), _MOST_ROUNDS)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        warmed = 0
+        for issue, nbytes in copies * rounds:
+            issue(self.stream.cuda_stream)
+            warmed += nbytes
+            if warmed >= _BARE_BYTES:
+                break
+        begin.record(self.stream)
+        for issue, _ in copies * rounds:
+            issue(self.stream.cuda_stream)
+        end.record(self.stream)
+        end.synchronize()
+        return rounds * once / (begin.elapsed_time(end) / 1e3)
 
     def resolve_timeline(self) -> None:
         """Turn the events recorded so far into intervals; waits for the device.
@@ -157,7 +191,9 @@ class _Trace:
         stats.zero_s = time.perf_counter()
         self._open: dict[int, dict[str, torch.cuda.Event]] = {}
         self._closed: list[tuple[Source, dict[str, torch.cuda.Event]]] = []
-        self._decoded: list[tuple[Unit, torch.cuda.Event, torch.cuda.Event]] = []
+        self._done: list[tuple[Lane, Unit, torch.cuda.Event, torch.cuda.Event]] = []
+        """Decodings of residents, and the compute that reads what any unit was decoded to."""
+        self._decoded_at: dict[str, torch.cuda.Event] = {}
 
     def mark(self, unit: int, what: str, stream: torch.cuda.Stream) -> None:
         event = torch.cuda.Event(enable_timing=True)
@@ -167,20 +203,31 @@ class _Trace:
         self._open.setdefault(unit, {})[what] = event
 
     def close_visit(self, unit: int, source: Source) -> None:
-        self._closed.append((source, self._open.pop(unit, {})))
+        events = self._open.pop(unit, {})
+        self._closed.append((source, events))
+        if source.unit.coded and "compute_end" in events:  # its slot has been read once it is decoded
+            self._decoded_at[source.unit.name] = events["compute_end"]
 
     def around(self, unit: Unit, decode: Callable[[], None], stream: torch.cuda.Stream) -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
         decode()
         end.record(stream)
-        self._decoded.append((unit, begin, end))
+        self._done.append(("decode", unit, begin, end))
+        self._decoded_at[unit.name] = end
+
+    def computed(self, unit: Unit, stream: torch.cuda.Stream) -> None:
+        begin = self._decoded_at.pop(unit.name, None)
+        if begin is not None:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record(stream)
+            self._done.append(("compute", unit, begin, end))
 
     def resolve(self) -> None:
-        for unit, begin, end in self._decoded:
+        for lane, unit, begin, end in self._done:
             start_s, end_s = (self.zero.elapsed_time(event) / 1e3 for event in (begin, end))
-            self._stats.add(Interval("decode", unit.name, start_s, end_s, unit.weight_bytes))
-        self._decoded.clear()
+            self._stats.add(Interval(lane, unit.name, start_s, end_s, unit.weight_bytes))
+        self._done.clear()
         for source, events in self._closed:
             at = {what: self.zero.elapsed_time(event) / 1e3 for what, event in events.items()}
             name, nbytes = source.unit.name, source.unit.weight_bytes

@@ -25,7 +25,7 @@ def evidence(
     records: list[Record], profile: Profile = SMOKE, timeline: Sequence[tuple[str, float, float]] = ()
 ) -> Evidence:
     spans = pd.DataFrame(timeline, columns=["lane", "start_s", "end_s"])
-    return Evidence(profile=profile, records=records, proof=None, coded_timeline=spans)
+    return Evidence(profile=profile, records=records, proof=None, timeline=spans, coded_timeline=spans)
 
 
 def smoke(**changes: object) -> list[Record]:
@@ -56,7 +56,7 @@ def test_what_needs_a_gpu_is_not_run_on_a_cpu(claim: Claim):
 
 
 def test_what_is_about_a_large_model_is_not_run_on_a_small_one():
-    outcome = evaluate(CLAIMS["C4"], evidence(smoke(model_bytes=22_000_000, link_utilisation=1.0)))
+    outcome = evaluate(CLAIMS["C4a"], evidence(smoke(model_bytes=22_000_000, link_utilisation=1.0)))
     assert (outcome.verdict, outcome.why) == ("NOT RUN", "needs a model of 20 GB or more; this run's has 22 MB")
 
 
@@ -132,7 +132,7 @@ def test_routed_experts_are_held_to_whole_layers_of_the_same_run(share: float, v
 def test_what_is_about_routed_experts_is_not_run_without_them_and_the_other_way_round() -> None:
     dense = evaluate(CLAIMS["C17"], evidence(mixture(0.3, expert_hits=None), profile=MIXTURE))
     assert (dense.verdict, dense.lacking) == ("NOT RUN", "a mixture of experts")
-    for claim, profile in (("C4", SMOKE), ("C10", MIXTURE)):
+    for claim, profile in (("C4a", SMOKE), ("C10a", MIXTURE), ("C10b", MIXTURE)):
         routed = evaluate(CLAIMS[claim], evidence(mixture(0.3), profile=profile))
         assert (routed.verdict, routed.lacking) == ("NOT RUN", "a model without routed experts")
     alone = evaluate(CLAIMS["C17"], evidence(mixture(0.3)[1:], profile=MIXTURE))
@@ -172,16 +172,26 @@ def test_the_best_peer_is_chosen_run_by_run():
     assert (no_peer.verdict, no_peer.why) == ("NOT RUN", "none of accelerate:disk, deepspeed:nvme finished")
 
 
+def test_a_peer_with_fewer_tokens_is_not_compared_by_its_time():
+    short = fabricated(SMOKE, "accelerate:disk", 0, ttft_s=1.0, per_token_s=[], new_tokens=1, tokens=[7])
+    assert evaluate(CLAIMS["C5"], evidence([fabricated(SMOKE, "djinn", 0), short])).verdict == "NOT RUN"
+    outcome = evaluate(CLAIMS["C5"], evidence([*smoke()[:1], *smoke()[2:3], short]))
+    assert outcome.measured == pytest.approx(1 / 1.8, rel=0.05), "of DeepSpeed's"
+
+
 @pytest.mark.parametrize(
-    ("comparison", "tolerance", "measured", "holds"),
+    ("comparison", "measured", "holds"),
     [
-        (">=", 0.0, 10, True), (">=", 0.0, 9.9, False), (">=", 0.05, 9.5, True), (">=", 0.05, 9.4, False),
-        ("<=", 0.0, 10, True), ("<=", 0.05, 10.5, True), ("<=", 0.05, 10.6, False),
-        ("==", 0.0, 10, True), ("==", 0.0, 10.1, False),
+        (">=", 10, True),
+        (">=", 9.9, False),
+        ("<=", 10, True),
+        ("<=", 10.1, False),
+        ("==", 10, True),
+        ("==", 10.1, False),
     ],
-)  # fmt: skip
-def test_comparisons_and_tolerance(comparison: str, tolerance: float, measured: float, holds: bool):
-    claim = CLAIMS["C2"].model_copy(update={"comparison": comparison, "target": 10.0, "tolerance": tolerance})
+)
+def test_the_target_itself_is_the_limit(comparison: str, measured: float, holds: bool):
+    claim = CLAIMS["C2"].model_copy(update={"comparison": comparison, "target": 10.0})
     assert claim.holds(measured) is holds
 
 
@@ -216,7 +226,7 @@ def test_what_the_paper_says_of_one_gpu_is_not_held_against_several():
     for name in ("C6", "C7", "C8"):
         outcome = evaluate(CLAIMS[name], found)
         assert (outcome.verdict, outcome.why) == ("NOT RUN", "needs a run on one GPU; this one used 2")
-    assert METRICS["oversubscription"](found) == pytest.approx(138 / 48)
+    assert METRICS["model_over_peak"](found) == pytest.approx(138 / 46)
     assert evaluate(CLAIMS["C2"], found).verdict == "PASS"
 
 
@@ -233,3 +243,80 @@ def test_on_several_gpus_tokens_are_those_of_the_model_resident_on_them():
     assert evaluate(CLAIMS["C3"], evidence([*others, ran("resident")], profile=two)).verdict == "PASS"
     wrong = ran("resident", tokens=[1] * 16)
     assert evaluate(CLAIMS["C3"], evidence([*others, wrong], profile=two)).verdict == "FAIL"
+
+
+def streamed(*runs: tuple[float, float, float], **changes: object) -> list[Record]:
+    """Return runs of 138 GB on a GPU, each with its link's rate and those of bare copies before and after it."""
+    size = {"model_bytes": 138 * 10**9, "wall_s": 40.0, "ceiling_gbps": 55.0}
+    return [
+        fabricated(
+            PAPER, "djinn", run, **size, link_bytes=round(40e9 * rate), bare_gbps_before=before, bare_gbps_after=after,
+            link_utilisation=rate / 55, **changes,
+        )
+        for run, (rate, before, after) in enumerate(runs)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("runs", "verdict", "measured"),
+    [
+        # The link is slower in the second run, and so are the copies beside it.
+        ([(50, 50.5, 50), (46, 46.2, 46.4), (54, 54.1, 54.2)], "PASS", 46 / 46.4),
+        ([(50, 52, 50), (46, 46.2, 48)], "FAIL", (50 / 52 + 46 / 48) / 2),
+        # Faster than both, but by less than they differ; then by more.
+        ([(52.5, 52, 51)], "PASS", 52.5 / 52),
+        ([(50, 50.5, 50), (53.5, 52, 51)], "NOT RUN", None),
+    ],
+)
+def test_a_run_is_held_to_bare_copies_beside_it(
+    runs: list[tuple[float, float, float]], verdict: str, measured: float | None
+) -> None:
+    outcome = evaluate(CLAIMS["C10a"], evidence(streamed(*runs), profile=PAPER))
+    assert outcome.verdict == verdict, outcome
+    assert outcome.measured == (None if measured is None else pytest.approx(measured))
+
+
+def test_older_records_are_judged_by_the_small_buffer_alone() -> None:
+    unknown = {"bare_gbps_before": None, "bare_gbps_after": None}
+    older = [each.model_copy(update=unknown) for each in streamed((51, 52, 52))]
+    assert evaluate(CLAIMS["C10a"], evidence(older, profile=PAPER)).verdict == "NOT RUN"
+    assert evaluate(CLAIMS["C19"], evidence(older, profile=PAPER)).verdict == "NOT RUN"
+    outcome = evaluate(CLAIMS["C10b"], evidence(older, profile=PAPER))
+    assert (outcome.verdict, outcome.measured) == ("FAIL", pytest.approx(51 / 55))
+    assert "; known of our runs: on shared hosts the link is slower" in outcome.why
+    faster = [each.model_copy(update={"ceiling_gbps": 50.0}) for each in older]
+    assert "no ceiling" in evaluate(CLAIMS["C10b"], evidence(faster, profile=PAPER)).why
+
+
+def test_of_several_gpus_the_one_that_used_its_link_least_counts() -> None:
+    (run,) = streamed((100, 105, 105))
+    ranks = [
+        {"wall_s": 40.0, "link_bytes": round(40e9 * rate), "bare_gbps_before": 52.0, "bare_gbps_after": 51.0}
+        for rate in (51.5, 48.5)
+    ]
+    split = Record.model_validate(run.model_dump() | {"gpus": 2, "by_rank": ranks})
+    assert METRICS["link_over_bare"](evidence([split], profile=PAPER)) == pytest.approx(48.5 / 52)
+
+
+@pytest.mark.parametrize(("ttft_s", "verdict"), [(2.6, "PASS"), (2.8, "FAIL")])
+def test_the_first_token_is_held_to_the_bytes_of_one_pass(ttft_s: float, verdict: str) -> None:
+    """2 TB in 16 passes are 125 GB each, which copies at 50 GB/s take 2.5 s for."""
+    outcome = evaluate(CLAIMS["C19"], evidence(streamed((50, 50, 49), ttft_s=ttft_s), profile=PAPER))
+    assert (outcome.verdict, outcome.measured) == (verdict, pytest.approx(ttft_s / 2.5))
+
+
+def test_the_half_of_c4_that_limits_is_judged() -> None:
+    disk = evidence(smoke(link_utilisation=0.95, ceiling_gbps=9.0, stall_s=40.0))
+    compute = evidence(smoke(link_utilisation=0.4, ceiling_gbps=9.0, stall_s=1.0))
+    for claim, judged, other, limit in (("C4a", disk, compute, "compute"), ("C4b", compute, disk, "the disk")):
+        assert evaluate(CLAIMS[claim], judged).verdict == "PASS"
+        outcome = evaluate(CLAIMS[claim], other)
+        assert outcome.verdict == "NOT RUN"
+        assert outcome.why.startswith(f"{limit} is the limit here")
+
+
+@pytest.mark.parametrize(("gap_s", "verdict"), [(0.05, "PASS"), (0.3, "FAIL")])
+def test_the_copy_engines_share_is_that_of_the_traced_time(gap_s: float, verdict: str) -> None:
+    spans = [("copy", 0.0, 5.0), ("compute", 1.0, 5.2), ("copy", 5.0 + gap_s, 10.0)]
+    outcome = evaluate(CLAIMS["C18"], evidence(streamed((50, 50, 49)), profile=PAPER, timeline=spans))
+    assert (outcome.verdict, outcome.measured) == (verdict, pytest.approx(1 - gap_s / 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_overrides(tmp_path: Path):
         ({"budget": "24"}, "budget: size '24' is not a positive number with a unit"),
         ({"runs": 0}, "runs: Input should be greater than or equal to 1"),
         ({"systems": "djinn,vllm"}, "no system 'vllm'; the systems are djinn"),
-        ({"profile": "smoke_13B"}, "no profile 'smoke_13B'; the profiles are compare_70b, compare_h100"),
+        ({"profile": "smoke_13B"}, "no profile 'smoke_13B'; the profiles are compare_13b, compare_34b"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str):
@@ -124,7 +125,7 @@ def test_relative_run_directories_mean_the_repositorys(tmp_path: Path, monkeypat
 
 def test_the_sentinel_is_there_only_after_the_end(tmp_path: Path):
     session = notebook.begin("01_certify", given(tmp_path, runs=2))
-    notebook.finish(session)
+    notebook.finish(session, "Two checks pass.")
     sentinel = Run(tmp_path).done("01_certify")
     assert sentinel is not None
     assert sentinel["config_digest"] == session.profile.digest
@@ -134,12 +135,17 @@ def test_the_sentinel_is_there_only_after_the_end(tmp_path: Path):
 
 
 def test_a_notebook_says_how_long_it_will_take_and_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    notebook.finish(notebook.begin("02_baselines", given(tmp_path, profile="smoke_13b")))
-    began, _, finished = capsys.readouterr().out.splitlines()
+    session = notebook.begin("02_baselines", given(tmp_path, profile="smoke_13b"))
+    notebook.finish(session, "djinn takes 2 s per token.")
+    began, _, meaning, finished, found = capsys.readouterr().out.splitlines()
     assert "all four notebooks take about 30 minutes; this one took " in began
     assert finished == "02_baselines: finished in 0 s"
+    assert found == "djinn takes 2 s per token."
+    assert "in this run is the disk" in meaning
     notebook.begin("02_baselines", given(tmp_path / "tiny"))
-    assert capsys.readouterr().out.splitlines()[0].endswith("about 2 minutes")  # no reference run
+    began, _, meaning = capsys.readouterr().out.splitlines()
+    assert began.endswith("about 2 minutes")  # no reference run
+    assert "This is a smoke run" in meaning
 
 
 def test_a_failed_check_stops_with_its_words(tmp_path: Path):
@@ -147,5 +153,6 @@ def test_a_failed_check_stops_with_its_words(tmp_path: Path):
     session.check(True, "fine")
     with pytest.raises(DjinnError, match="no such luck"):
         session.check(False, "no such luck")
-    assert session.configuration().loc["budget", "value"] == "5 MB"
-    assert "ram_bytes" in session.machine().index
+    shown = session.overview().data
+    assert shown.index("5 MB") < shown.index("<details>") < shown.index("chunk") < shown.index("torch")
+    assert not re.search("bytes|not set, not", shown)

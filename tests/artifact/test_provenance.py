@@ -43,3 +43,17 @@ def test_provenance_of_a_measured_run(fabricated_run: Path):
     }  # fmt: skip
     assert peaks["accelerate:disk"]["peak_device_bytes"] is None
     assert "deepspeed:cpu" not in peaks  # it finished no run
+
+
+def test_what_is_drawn_elsewhere_keeps_what_it_was_measured_with(fabricated_run: Path):
+    """A run of an H100, whose figures are drawn here, where there is none."""
+    certified = (REFERENCE_DIR / "h100_2026-11-25" / "results" / "certify.json").read_text()
+    (fabricated_run / "results" / "certify.json").write_text(certified)
+    measured = {"revision": "0123abc", "dirty": False, "lock_sha256": "f" * 64, "packages": {"torch": "2.11.0"}}
+    (fabricated_run / "provenance.json").write_text(json.dumps(measured))
+    document = json.loads(write_provenance(fabricated_run, load_profile("smoke_13b")).read_text())
+    assert {name: document[name] for name in measured} == measured
+    assert document["machine"] == json.loads(certified)["machine"]
+    (fabricated_run / "provenance.json").unlink()
+    unknown = json.loads(write_provenance(fabricated_run, load_profile("smoke_13b")).read_text())
+    assert {name: unknown[name] for name in measured} == dict.fromkeys(measured)

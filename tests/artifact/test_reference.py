@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from djinn.artifact.bundle import kept_files, verify
-from djinn.artifact.pages import DOCS, PICTURE, pages, picture_frame, results_page
+from djinn.artifact.pages import DOCS, pages, results_page
+from djinn.artifact.pictures import PICTURE, figure_frames, picture_frame
 from djinn.artifact.reference import expected, folders, read_manifest
 from djinn.bench.records import read_records
 
@@ -45,12 +46,14 @@ def test_tables_show_display_names_alone() -> None:
     assert not [name for name in shown if ":" in name]
 
 
-def test_readmes_picture_shows_the_records() -> None:
-    """The CSV is what the picture was drawn from; its letters depend on the fonts of a machine."""
-    buffer = StringIO()
-    picture_frame().to_csv(buffer, index=False)
-    assert buffer.getvalue() == PICTURE.with_suffix(".csv").read_text()
-    assert 10_000 < PICTURE.with_suffix(".png").stat().st_size < 100_000
+def test_the_pages_pictures_show_the_records() -> None:
+    """The CSV is what a picture was drawn from."""
+    for name, frame in {PICTURE.name: picture_frame(), **figure_frames()}.items():
+        buffer = StringIO()
+        frame.to_csv(buffer, index=False)
+        picture = PICTURE.with_name(f"{name}.png")
+        assert buffer.getvalue() == picture.with_suffix(".csv").read_text()
+        assert 10_000 < picture.stat().st_size < 130_000
 
 
 def test_expected_values_are_those_of_runs_on_the_same_kind_of_device() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from fabricated import fabricated
 
 from djinn.artifact import replay as replaying
 from djinn.artifact.bundle import verify
-from djinn.artifact.reference import folders
+from djinn.artifact.reference import folders, read_manifest
 from djinn.artifact.replay import replay
 from djinn.bench.ownership import owned
 from djinn.bench.records import append_record
@@ -33,6 +35,12 @@ def test_the_reference_records_are_replayed(tmp_path: Path) -> None:
         assert "Nothing on this page was measured here" in report
         assert Run(run_dir).replayed.removeprefix("replayed: ") in report
         assert (run_dir / "figures" / "bandwidth.pdf").is_file()
+        notebooks = sorted((run_dir / "notebooks").glob("*.ipynb"))
+        pages = [notebook.with_suffix(".html") for notebook in notebooks]
+        assert all(f"notebooks/{page.name}" in report for page in pages)
+        assert not any(re.search(r"<script|(src|href)=.?(https?:)?//", page.read_text()) for page in pages)
+        notes = [source.notes for source in read_manifest(folder).files.values() if source.notes]
+        assert all(note in html.unescape(report) for note in notes)
         assert (run_dir / "provenance.json").read_bytes() == (folder / "provenance.json").read_bytes()
         assert (run_dir / "results" / "baselines.jsonl").read_bytes() == (
             folder / "results" / "baselines.jsonl"

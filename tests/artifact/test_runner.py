@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def test_a_run_ends_with_its_verdict(
     said = capsys.readouterr()
     counts, failed = said.out.splitlines()[-2:]
     assert counts == (
-        "5 of 6 claims that apply here pass; 9 need a GPU; 1 was not measured; 1 needs a mixture of experts; "
+        "5 of 6 claims that apply here pass; 12 need a GPU; 1 was not measured; 1 needs a run the disk limits; "
+        "1 needs a mixture of experts; "
         "djinn 1.8x faster than DeepSpeed ZeRO-3, disk"
     )
     assert failed.startswith("FAIL C2: Peak device memory stays within the budget: 1.163 is not <= 1 of the budget")
@@ -152,3 +154,17 @@ def test_a_log_that_cannot_be_written_ends_the_notebook(run, tmp_path: Path):
     (tmp_path / "run" / "logs" / "probe.log").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*probe\.ipynb'"):
         run("print('x')", SENTINEL)
+
+
+def test_a_page_of_a_notebook_fetches_nothing_and_shows_progress_as_text(tmp_path: Path) -> None:
+    bar = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "Loading: 100%"}
+    output = nbformat.v4.new_output("display_data", data=bar)
+    cell = nbformat.v4.new_code_cell("load()", outputs=[output], execution_count=1)
+    document = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_markdown_cell("a $formula$")])
+    document.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    executed = tmp_path / "01_certify.ipynb"
+    nbformat.write(document, executed)
+    page = runner.write_page(executed).read_text()
+    assert "Loading: 100%" in page
+    assert "<script" not in page
+    assert not re.search(r"(src|href)=.?(https?:)?//|@import|url\(.?https?:", page)

@@ -1,8 +1,10 @@
+import dataclasses
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from djinn.bench.statistics import tokens_agree
 from djinn.bench.systems import resident
 from djinn.bench.worker_client import WorkerError, WorkerProcess
 from djinn.errors import CheckpointError
+from djinn.profiles import load_profile
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 
@@ -28,6 +31,29 @@ def fake(monkeypatch):
 
 def lanes(profile, *variants):
     return [Lane(system="fake", target=variant, variant=variant, profile=profile) for variant in variants]
+
+
+def test_a_lane_may_be_measured_less_often_than_the_others(fake, profile, tmp_path):
+    often, seldom = lanes(profile, "good", "lacks")
+    seldom = dataclasses.replace(seldom, most_runs=1)
+    for order in ("by run", "by lane"):
+        with Bench("baselines", profile, tmp_path / order, keep=True) as bench:
+            missing = bench.missing([often, seldom], runs=3, order=order)
+        counts = Counter(lane.variant for lane, _ in missing)
+        assert (counts["good"], counts["lacks"]) == (3, 1)
+
+
+def test_every_system_gets_what_the_profile_asks_of_it(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(Bench, "measure", lambda _, lanes, **__: seen.extend(lanes))
+    profile = load_profile("compare_70b").override(deepspeed={"stage3_max_live_parameters": 7})
+    run_baselines(profile, tmp_path)
+    by_name = {f"{lane.system}:{lane.target}".removesuffix(":"): lane for lane in seen}
+    assert list(by_name) == list(profile.systems)
+    assert by_name["deepspeed:cpu"].tuning == (("stage3_max_live_parameters", 7),)
+    assert by_name["djinn:lossless"].profile.coding == "lossless"
+    assert (by_name["accelerate:cpu"].most_runs, by_name["accelerate:cpu"].profile.new_tokens) == (2, 3)
+    assert (by_name["djinn"].most_runs, by_name["djinn"].profile.new_tokens) == (5, 16)
 
 
 def children():

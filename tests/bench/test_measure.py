@@ -1,4 +1,5 @@
 import time
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -6,6 +7,8 @@ from transformers import LlamaConfig
 
 from djinn.bench import measure
 from djinn.bench.measure import DiskLink, MemoryPeak, TokenTimes, drop_pages, prompt_ids
+from djinn.bench.systems.base import Job, PassCounter, System
+from djinn.bench.systems.common import skeleton
 
 
 def test_prompts_are_seeded_and_hold_no_special_ids():
@@ -69,3 +72,45 @@ def test_without_the_kernels_count_the_systems_own_is_taken(tmp_path, monkeypatc
     link = DiskLink([path])
     link.ceiling()
     assert link.moved(Streaming()) == 42
+
+
+class Recorded(System):
+    """A system that says in which order it was asked."""
+
+    settings: ClassVar[dict[str, Any]] = {}
+    resident_bytes = 0
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.asked = model, []
+
+    def link_bytes(self) -> int:
+        return 10**9 * self.asked.count("generate")
+
+    def cool(self) -> None:
+        self.asked.append("cool")
+
+    def bare_gbps(self) -> float:
+        self.asked.append("bare")
+        return 50.0 + self.asked.count("bare")
+
+
+def test_bare_copies_are_timed_directly_before_and_after_a_run_on_a_cold_system(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = Recorded(skeleton(job))
+
+    def generate(*arguments: Any) -> list[int]:
+        system.asked.append("generate")
+        arguments[-1].stamps.extend([time.perf_counter()] * job.profile.new_tokens)
+        return [1]
+
+    monkeypatch.setattr(measure, "_generate", generate)
+    monkeypatch.setattr(DiskLink, "ceiling", lambda _: system.asked.append("ceiling") or 1e9)
+    monkeypatch.setattr(DiskLink, "moved", lambda _, each: each.link_bytes())
+    fields = measure.measure(system, job, 10**9, MemoryPeak())
+    assert system.asked == ["cool", "ceiling", "bare", "generate", "cool", "bare", "ceiling"]
+    assert (fields["bare_gbps_before"], fields["bare_gbps_after"]) == (51.0, 52.0)
+
+
+def test_systems_that_cannot_say_it_have_no_bare_rate(job: Job) -> None:
+    assert PassCounter(skeleton(job), resident=0, streamed=1, settings={}).bare_gbps() is None

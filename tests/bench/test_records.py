@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from djinn.bench.records import Record, append_record, latest, read_records
+from djinn.bench.run import Run
 from djinn.errors import ConfigError
 from djinn.places import REFERENCE_DIR
 
@@ -151,3 +153,14 @@ def test_latest_keeps_the_retry():
     failed = Record(**GOOD | {"status": "timeout", "reason": "slow", "tokens": [], "per_token_s": []})
     other, retried = Record(**GOOD | {"run": 1}), Record(**GOOD)
     assert latest([failed, other, retried]) == [retried, other]
+
+
+def test_a_run_shows_the_machine_that_was_certified_wherever_it_was_drawn_again(tmp_path):
+    run = REFERENCE_DIR / "h100_2026-11-25"
+    elsewhere = Run(REFERENCE_DIR / "2-cores_2026-11-25").provenance["machine"]
+    shutil.copytree(run / "results", tmp_path / "results")
+    (tmp_path / "provenance.json").write_text(json.dumps({"machine": elsewhere.model_dump(mode="json")}))
+    assert not elsewhere.gpus
+    assert [gpu.name for gpu in Run(tmp_path).machine.gpus] == ["NVIDIA H100 80GB HBM3"]
+    (tmp_path / "results" / "certify.json").unlink()
+    assert Run(tmp_path).machine == elsewhere

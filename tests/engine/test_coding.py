@@ -125,6 +125,26 @@ def test_the_timeline_shows_decoding_of_streamed_units_and_residents(checkpoint:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_timeline_shows_what_computes_with_decoded_weights_after_each_decoding(
+    checkpoint: Path, device: str
+) -> None:
+    model = coded(checkpoint, device, 0.6, trace=True)
+    logits(model)
+    logits(model)
+    timeline = djinn.stats(model).timeline
+    made = placement(model)
+    for name in (unit.name for unit in made.units if unit.coded):
+        decoded, computed = (
+            sorted((span.start_s, span.end_s) for span in timeline if (span.lane, span.unit) == (lane, name))
+            for lane in ("decode", "compute")
+        )
+        assert len(decoded) == len(computed) == 2
+        # Compute begins where decoding has ended, and ends before the next pass decodes anew.
+        assert all(begin >= end - 1e-6 for (_, end), (begin, _) in zip(decoded, computed, strict=True))
+        assert computed[0][1] <= decoded[1][0] + 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_detaching_brings_the_raw_weights_back(checkpoint: Path, device: str) -> None:
     model, whole = coded(checkpoint, device, 0.3), resident(checkpoint, "cpu")
     logits(model)

@@ -25,8 +25,11 @@ def found() -> Forecast:
 
 def test_the_curve_holds_every_budget_and_marks_the_chosen_one(found: Forecast) -> None:
     frame = budgets_frame(found)
-    curve, mark = draw(found, "llama-tiny").axes[0].get_lines()
+    curve, *limits, mark = draw(found, "llama-tiny").axes[0].get_lines()
     assert list(curve.get_ydata()) == list(frame["token_s"])  # type: ignore[arg-type]
+    said = [line.get_label() for line in limits]
+    assert said == [f"limited by {limit}" for limit in frame["limit"].unique()]
+    assert sum(len(line.get_xdata()) for line in limits) == len(frame)  # type: ignore[arg-type]
     (chosen,) = frame[frame["chosen"]].itertuples()
     assert (*mark.get_xdata(), *mark.get_ydata()) == (chosen.budget_bytes / 1e9, chosen.token_s)  # type: ignore[misc]
     assert chosen.budget_bytes == 5_000_000

@@ -22,7 +22,7 @@ def record(name: str, seconds: float, run: int = 0) -> Record:
     times = [seconds] * (PROFILE.new_tokens - 1)
     return fabricated(
         PROFILE, system, run, variant=variant, per_token_s=times, model_bytes=60 * 10**9, budget_bytes=10 * 10**9,
-        ceiling_gbps=50.0,
+        ceiling_gbps=50.0, link="pcie",
     )  # fmt: skip
 
 
@@ -42,6 +42,13 @@ def test_rows_are_medians_speedups_and_the_bound(rows: pd.DataFrame):
     assert list(rows["djinn"]) == [0.625, 1.0, 1.5, 10.0]
     assert list(rows["djinn:lossless"]) == [1.0, 1.6, 2.4, 16.0]
     assert set(rows["bound_s"]) == {1.0}, "50 GB beyond the budget at 50 GB/s"
+
+
+def test_a_disk_sets_no_bound_since_host_memory_may_keep_a_part():
+    rows = headline.medians([record("djinn", 2.0).model_copy(update={"link": "disk"})])
+    assert rows["bound_s"].isna().all()
+    figure = headline.draw(rows, "", headline.about([record("djinn", 2.0)], rows))
+    assert "bound" not in words_in(figure).lower()
 
 
 def test_systems_that_did_not_finish_are_no_rows():

@@ -160,3 +160,9 @@ def test_the_timeline_ends_at_its_limit() -> None:
     for _ in range(3):
         stats.add(Interval("copy", "u", 0.0, 1.0))
     assert len(stats.timeline) == TIMELINE_LIMIT
+
+
+def test_a_cpu_has_no_link_to_copy_over_bare(units: list[Unit], reader: Reader) -> None:
+    copier = copier_of(units, reader, new_stats(), in_memory=True)
+    assert copier.bare_rate() is None
+    copier.close()

@@ -292,3 +292,19 @@ def test_page_locked_memory_is_given_back(tiny_checkpoint: Tiny) -> None:
     del model
     gc.collect()
     assert not lying_there.is_pinned()
+
+
+@pytest.mark.parametrize("tiers", TIERS)
+def test_bare_copies_are_timed_and_change_nothing(tiny_checkpoint: Tiny, tiers: str) -> None:
+    folder = tiny_checkpoint("llama")
+    model = streaming(folder, tiers)
+    expected = logits(model)
+    djinn.cool(model)
+    crossed = djinn.stats(model).link_bytes
+    rate = copier_of(model).bare_rate()
+    assert (rate is None) is (tiers == "disk")
+    assert rate is None or 10**8 < rate < 10**12
+    assert djinn.stats(model).link_bytes == crossed
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), logits(resident(folder)))
+    djinn.detach(model)

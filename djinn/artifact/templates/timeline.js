@@ -2,7 +2,7 @@
 for (const figure of document.querySelectorAll("figure[data-timeline]")) {
   const { lanes, units, spans } = JSON.parse(figure.querySelector("script").textContent);
   const canvas = figure.querySelector("canvas"), words = figure.querySelector("output"), pen = canvas.getContext("2d");
-  const names = lanes.map(([name]) => name), left = 62, row = 26, end = Math.max(...spans.map(span => span[2] + span[3]));
+  const names = lanes.map(([name]) => name), left = 68, row = 26, end = Math.max(...spans.map(span => span[2] + span[3]));
   let from = 0, to = end;
 
   const at = seconds => left + (seconds - from) / (to - from) * (canvas.clientWidth - left - 8);
@@ -15,13 +15,25 @@ for (const figure of document.querySelectorAll("figure[data-timeline]")) {
     pen.clearRect(0, 0, width, height);
     pen.font = "12px system-ui, sans-serif"; pen.textBaseline = "middle";
     pen.save(); pen.beginPath(); pen.rect(left, 0, width - left - 8, height); pen.clip();
+    // A column of pixels is as high as the share of its time in which the lane is busy.
+    const busy = lanes.map(() => new Float64Array(width + 1)), edges = [];
     let drawn = 0;
     for (const [lane, , start, length] of spans) {
       if (start + length < from || start > to) continue;
-      pen.fillStyle = lanes[lane][1];
-      pen.fillRect(at(start), lane * row + 3, Math.max(at(start + length) - at(start) - .5, .5), row - 6);
+      const begin = Math.max(at(start), left), finish = Math.min(at(start + length), width - 8);
+      for (let x = Math.floor(begin); x < finish; x++) busy[lane][x] += Math.min(finish, x + 1) - Math.max(begin, x);
+      if (finish - begin > 6) edges.push([lane, begin]);
       drawn++;
     }
+    busy.forEach((columns, lane) => {
+      pen.fillStyle = lanes[lane][1];
+      columns.forEach((share, x) => {
+        const high = Math.min(share, 1) * (row - 6);
+        if (high > 0) pen.fillRect(x, lane * row + row - 3 - high, 1, high);
+      });
+    });
+    pen.fillStyle = "#fff";
+    for (const [lane, x] of edges) pen.fillRect(x, lane * row + 3, 1, row - 6); // parts spans that are wide enough
     pen.restore();
     pen.fillStyle = "#333";
     names.forEach((name, lane) => pen.fillText(name, 2, lane * row + row / 2));
@@ -58,5 +70,6 @@ for (const figure of document.querySelectorAll("figure[data-timeline]")) {
   canvas.addEventListener("keydown", event => { if (press(event.key)) event.preventDefault(); });
   for (const button of figure.querySelectorAll("button[data-key]")) button.addEventListener("click", () => press(button.dataset.key));
   window.addEventListener("resize", draw);
+  figure.closest("details").addEventListener("toggle", draw); // folded, it has no width
   draw();
 }

@@ -85,6 +85,15 @@ class Certification(BaseModel):
         rows = [check.model_dump() for check in self.checks]
         return pd.DataFrame(rows).rename(columns={"name": "check"})
 
+    def summary(self) -> str:
+        """Return in sentences what the checks came to, and whether streaming was exact."""
+        verdicts = [check.verdict for check in self.checks]
+        text = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "warn", "fail"))
+        if self.proof is None:
+            return f"Checks: {text}. Whether streamed output equals resident output was not tried."
+        found = "equals" if self.proof.holds else "DIFFERS FROM"
+        return f"Checks: {text}. Streamed output {found} resident output, bit for bit."
+
     def rates_frame(self) -> pd.DataFrame:
         """Return a row per rate: what, chunk_bytes, threads, gbps (10^9 bytes/s), reason. Missing stays missing."""
         import pandas as pd

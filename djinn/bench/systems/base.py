@@ -84,6 +84,13 @@ class System(ABC):
         """Return the seconds since loading in which compute waited for weights; None where nobody knows."""
         return None
 
+    def bare_gbps(self) -> float | None:
+        """Return the rate at which its weights cross the link while nothing computes, 10^9 bytes/s; None if unknown.
+
+        It is called while the system is cold.
+        """
+        return None
+
     def experts(self) -> dict[str, float]:
         """Return what a record says of experts, counted since loading; nothing where none are fetched as picked."""
         return {}

@@ -36,12 +36,14 @@ from djinn.bench.systems.common import (
 )
 from djinn.errors import UnavailableError
 from djinn.places import CONFIG_DIR
+from djinn.planning.workspace import workspace_bytes
 
 TEMPLATE = CONFIG_DIR / "ds_config.json"
 
 _EXTENSIONS = ("async_io", "deepspeed_shm_comm", "pin_memory")
 _LIVE_LAYERS = 3.5
-_CUDA_SCRATCH_BYTES = 2 * 10**9
+_REST_BYTES = 10**9
+"""What a GPU holds besides workspace, persistent and 1.5 times live parameters: 0.8 GB at 70B, 0.7 GB at 34B (H100)."""
 
 
 class DeepSpeed(PassCounter):
@@ -123,23 +125,24 @@ def tuned_settings(parameters: Sequence[int], layer: int, job: Job) -> dict[str,
 
     On a CPU one bucket is the largest parameter and two are live: what is live costs memory, and disk or memory
     copies are already as long as they need be. On a GPU the bucket is one layer and 3.5 layers are live, the fastest
-    of the settings tried on an H100 (buckets from one matrix to two layers); of the distinct parameter sizes the
-    largest becomes the persistence threshold for which persistent and live parameters fit the budget, live ones
-    counted 1.5 times for what the allocator holds between them.
+    of the settings tried on an H100 (buckets from one matrix to two layers). Live ones are counted 1.5 times, for what
+    the allocator holds between them. What then is left of the budget persistent parameters fill: any may be one, and
+    DeepSpeed takes them in the model's order as long as they fit (``mark_persistent_parameters`` in its
+    ``runtime/zero/parameter_offload.py``, 0.19.8), so that the first layers stay on the GPU, and of later ones norms.
     """
     largest = max(parameters)
     if not job.on_gpu:
-        bucket, live, threshold = largest, 2 * largest, 0
+        bucket, live, threshold, persistent = largest, 2 * largest, 0, 0
     else:
-        bucket, live, threshold = max(layer, largest), max(int(_LIVE_LAYERS * layer), 2 * largest), 0
-        room = job.profile.budget - _CUDA_SCRATCH_BYTES - 3 * live * job.dtype.itemsize // 2
-        for size in sorted(set(parameters)):
-            if sum(other for other in parameters if other <= size) * job.dtype.itemsize <= room:
-                threshold = size
+        bucket, live, threshold = max(layer, largest), max(int(_LIVE_LAYERS * layer), 2 * largest), largest
+        workspace = workspace_bytes(config_of(job), job.dtype, torch.device("cuda"), job.profile.work)
+        room = job.profile.budget - workspace - _REST_BYTES - 3 * live * job.dtype.itemsize // 2
+        persistent = max(room, 0) // job.dtype.itemsize
     return {
         "stage3_prefetch_bucket_size": bucket,
         "stage3_max_live_parameters": live,
         "stage3_param_persistence_threshold": threshold,
+        "stage3_model_persistence_threshold": persistent,
     }
 
 

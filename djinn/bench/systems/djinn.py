@@ -87,6 +87,11 @@ class Djinn(System):
         stats = djinn.stats(self.model)
         return None if self._on_gpu and not stats.traced else stats.stall_s
 
+    def bare_gbps(self) -> float | None:
+        """Return the rate of bare copies of what streams; on a CPU there is no such link."""
+        rate = engine_of(self.model).copier.bare_rate()
+        return None if rate is None else rate / 1e9
+
     def experts(self) -> dict[str, float]:
         """Return the counts of experts since loading; nothing where the plan has no pool for them."""
         stats = djinn.stats(self.model)

@@ -1,0 +1,59 @@
+"""The pictures of the generated pages: README's, and those of several runs, from the reference records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from djinn.artifact.reference import folders, read_manifest, run_of, runs
+from djinn.bench.run import Run
+from djinn.figures import across, budgets, headline
+from djinn.figures.draw import save
+from djinn.places import ROOT
+from djinn.sizes import format_bytes
+
+PICTURE = ROOT / "docs" / "images" / "70b"
+"""README's picture, without its suffix."""
+PICTURED = "compare_70b"
+"""The profile whose newest reference run README's picture shows."""
+
+
+def picture_frame() -> pd.DataFrame:
+    """Return the rows of README's picture (see :func:`djinn.figures.headline.medians`)."""
+    return headline.medians(_pictured().baselines)
+
+
+def figure_frames() -> dict[str, pd.DataFrame]:
+    """Return what the figures of several runs show, by their names: systems over models, predictions, budgets."""
+    return {
+        "models": across.by_model([Run(folder).baselines for folder in runs()]),
+        "predictions": across.read_predictions(folders()),
+        "budgets": budgets.measured(_pictured()),
+    }
+
+
+def write_picture(stem: Path = PICTURE) -> list[Path]:
+    """Draw README's picture as PDF and PNG, with the CSV that it shows; return the paths."""
+    run, rows = _pictured(), picture_frame()
+    budget = format_bytes(int(rows["budget_bytes"].iloc[0]))
+    title = f"Time per token: Llama-2-70B (138 GB) in {budget} of an H100"
+    figure = headline.draw(rows, title, headline.about(run.baselines, rows, read_manifest(run.folder).date))
+    return save(figure, rows, stem)
+
+
+def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
+    """Draw the figures of several runs that the pages show, in the form of README's picture; return the paths."""
+    found = figure_frames()
+    figures = {
+        "models": across.models(found["models"]),
+        "predictions": across.predictions(found["predictions"]),
+        "budgets": budgets.draw(budgets.predicted(_pictured()), found["budgets"]),
+    }
+    return [path for name, figure in figures.items() for path in save(figure, found[name], folder / name)]
+
+
+def _pictured() -> Run:
+    folder = run_of(PICTURED)
+    assert folder is not None, f"no reference run of {PICTURED}"
+    return Run(folder)

@@ -1,0 +1,154 @@
+"""Figures of several runs: what was predicted against what was measured, and systems over models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from pydantic import BaseModel, ConfigDict, Field
+
+from djinn.bench.records import Record
+from djinn.errors import DjinnError, UnavailableError
+from djinn.figures import frames, headline
+from djinn.figures.plots import require
+from djinn.figures.style import LIMITS, canvas, explain, figure_of, house_style, look_of
+from djinn.planning.prediction import Limit
+from djinn.reading import read_json
+
+_WITHIN = 0.1
+"""How far from what was measured a prediction may lie to be called right."""
+_FEWEST = 3
+"""Cases that make a figure."""
+_MARKS = {"disk": "s", "link": "o", "compute": "^", "host": "v"}
+"""Of what limits a case, as the prediction says."""
+
+
+class Prediction(BaseModel):
+    """A case of ``predictions.json``, which ``benchmarks/predictions.py`` writes; seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    case: str
+    limit: Limit
+    ttft_s: float = Field(gt=0)
+    predicted_ttft_s: float = Field(gt=0)
+    token_s: float = Field(gt=0)
+    predicted_token_s: float = Field(gt=0)
+
+
+def read_predictions(folders: Iterable[Path]) -> pd.DataFrame:
+    """Return machine (the folder's name), case, limit, what ("first token", "per token"), measured_s and predicted_s.
+
+    Raises:
+        ConfigError: a damaged file.
+    """
+    rows = [
+        {"machine": folder.name, "case": each.case, "limit": each.limit, "what": what}
+        | {"measured_s": getattr(each, field), "predicted_s": getattr(each, f"predicted_{field}")}
+        for folder in folders
+        for path in (folder / "predictions.json", folder / "results" / "predictions.json")
+        if path.is_file()
+        for each in read_json(path, list[Prediction])
+        for what, field in (("first token", "ttft_s"), ("per token", "token_s"))
+    ]
+    return pd.DataFrame(rows, columns=["machine", "case", "limit", "what", "measured_s", "predicted_s"])
+
+
+@house_style()
+def predictions(rows: pd.DataFrame, ax: Axes | None = None) -> Figure:
+    """Draw predicted over measured times (see :func:`read_predictions`), with the lines of equality and of 10% more."""
+    require(rows, "no predictions that were tested")
+    if (cases := len(rows[["machine", "case"]].drop_duplicates())) < _FEWEST:
+        raise DjinnError(f"{cases} tested prediction{'s' * (cases > 1)}: fewer than {_FEWEST} make no figure")
+    ax = canvas(ax, 3.0)
+    both = rows[["measured_s", "predicted_s"]].to_numpy()
+    ends = np.array([both.min() / 1.5, both.max() * 1.5])
+    ax.fill_between(ends, ends * (1 - _WITHIN), ends * (1 + _WITHIN), color="black", alpha=0.12, linewidth=0)
+    ax.plot(ends, ends, color="black", linewidth=0.8)
+    for (limit, what), own in rows.groupby(["limit", "what"], sort=False):
+        colour, marker = LIMITS[str(limit)], _MARKS[str(limit)]
+        face = "white" if what == "first token" else colour
+        ax.plot(own["measured_s"], own["predicted_s"], marker, mfc=face, mec=colour, markersize=4.5, linestyle="")
+    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+    _plain_logs(ax)
+    ax.set(xlabel="measured (s)", ylabel="predicted (s)")
+    key: list[Line2D | Patch] = [
+        Line2D([], [], linestyle="", marker=_MARKS[limit], color=LIMITS[limit], label=limit)
+        for limit in dict.fromkeys(map(str, rows["limit"]))
+    ]
+    key.append(Patch(color="black", alpha=0.12, label="within 10%"))
+    right = ((rows["predicted_s"] / rows["measured_s"] - 1).abs() <= _WITHIN).sum()
+    explain(
+        ax,
+        "Predicted against measured",
+        f"What djinn plan predicted from measured rates, against what then happened: {right} of {len(rows)} times "
+        f"lie within {_WITHIN:.0%} (grey). Marks say what limits a case, as predicted. Filled: time per token; hollow: "
+        "time to the first token.",
+        key,
+        columns=3,
+    )
+    return figure_of(ax)
+
+
+def _plain_logs(ax: Axes) -> None:
+    """Write numbers on a logarithmic axis as people do."""
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def by_model(runs: Sequence[Sequence[Record]]) -> pd.DataFrame:
+    """Return the systems of several runs beside djinn: model, model_bytes, name, token_s and djinn (how many times
+    longer than djinn), smallest model first; runs without djinn and another system are left out."""
+    found = []
+    for records in runs:
+        try:
+            rows = headline.medians(records)
+        except UnavailableError:
+            continue
+        if not rows["name"].isin(headline.OURS).all():
+            found.append(rows.assign(model=records[0].model.removeprefix("synthetic:")))
+    columns = ["model", "model_bytes", "name", "token_s", "djinn"]
+    if not found:
+        return pd.DataFrame([], columns=columns)
+    return pd.concat(found)[columns].sort_values("model_bytes", kind="stable")
+
+
+@house_style()
+def models(rows: pd.DataFrame, ax: Axes | None = None) -> Figure:
+    """Draw how many times longer than djinn each system takes per token, a row for each model (see by_model)."""
+    require(rows, "no runs of djinn beside another system")
+    order = list(dict.fromkeys(rows["model"]))
+    ax = canvas(ax, 1.3 + 0.32 * len(order))
+    key = []
+    for name in frames.names(rows):
+        own, look = rows[rows["name"] == name], look_of(name)
+        key += ax.plot(
+            own["djinn"], [order.index(model) for model in own["model"]], look.marker, color=look.colour,
+            markersize=5.5, markeredgecolor="black", markeredgewidth=0.4, label=look.label,
+        )  # fmt: skip
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_xscale("log")
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if _near(tick, rows["djinn"])]
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    sizes = rows.groupby("model", sort=False)["model_bytes"].first()
+    ax.set_yticks(range(len(order)), [f"{model}\n{sizes[model] / 1e9:.3g} GB" for model in order], linespacing=1)
+    ax.set_ylim(len(order) - 0.5, -0.5)
+    ax.set_xlabel("time per token over djinn's")
+    words = "Median time per token of each system over djinn's in the same run: right of the line, djinn is faster. "
+    words += "Each model has a machine and a budget of its own; docs/results.md has them."
+    explain(ax, "Time per token over djinn's", words, key)
+    return figure_of(ax)
+
+
+def _near(tick: float, values: pd.Series) -> bool:
+    return bool(values.min() / 2 <= tick <= values.max() * 2)
