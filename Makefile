@@ -12,6 +12,7 @@ PYTHON ?= python3
 PROFILE ?= auto
 RUN ?=
 VERBOSE ?=
+WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -26,11 +27,11 @@ reproduce: env ## Run the four notebooks in order and write figures and report (
 replay: env ## Draw the reference records' figures, claims and reports again (no GPU, a minute)
 	@$(BIN)/djinn replay
 
-test: env ## Run the whole test suite
-	@$(BIN)/python -m pytest
+test: env ## Run the whole test suite (WORKERS=, 2 by default: files of tests that run at once)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-fast: env ## Run all tests but the slow ones (a few minutes on two cores)
-	@$(BIN)/python -m pytest -m 'not slow'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m 'not slow'
 
 lint: env ## Check style and types
 	@$(BIN)/ruff check .

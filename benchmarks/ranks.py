@@ -111,6 +111,14 @@ def logits(model: Any, prompt: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def driver_bytes() -> int:
+    """Return the device memory that this rank's driver and libraries hold beside torch's allocator."""
+    if not ON_GPU:
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
+
+
 def host_bytes() -> int:
     """Return the host memory that this rank has to itself, page-locked included."""
     return int(psutil.Process().memory_full_info().uss)
@@ -136,7 +144,7 @@ def measure(coding: str, options: argparse.Namespace) -> list[tuple[torch.Tensor
         "host_bytes": together(host_bytes()), "sums_s": sums_s(device), "bare_gbps_before": bare_gbps(model),
     }  # fmt: skip
     djinn.cool(model)
-    generate(model, prompt, 2)
+    generate(model, prompt, options.new_tokens)  # torch's allocator meets every length of the cache once
     made = []
     for run in range(options.runs):
         djinn.cool(model)
@@ -146,10 +154,11 @@ def measure(coding: str, options: argparse.Namespace) -> list[tuple[torch.Tensor
         times, tokens = generate(model, prompt, options.new_tokens)
         after = vars(djinn.stats(model))
         peak = torch.cuda.max_memory_reserved() if ON_GPU else 0
+        memory = {"peak_reserved": peak, "driver_bytes": driver_bytes()}
         moved = {key: after[key] - before[key] for key in ("link_bytes", "stall_s", "hook_s", "skips", "reloads")}
         record = {
             **shared, "run": run, "times": times, "tokens": tokens, "ttft_s": times[0],
-            "token_s": statistics.median(times[1:]), "by_rank": together({**moved, "peak_reserved": peak}),
+            "token_s": statistics.median(times[1:]), "by_rank": together({**moved, **memory}),
         }  # fmt: skip
         made.append((logits(model, prompt), tokens))
         write(record | ({"bare_gbps_after": bare_gbps(model)} if run == options.runs - 1 else {}), options)

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict
 
 from djinn.sizes import Count
 
+_LANE_GBPS = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
+"""10^9 bytes/s of one PCIe lane by generation, after line coding (PCI-SIG)."""
+
 
 class Gpu(BaseModel):
     """One GPU, in torch's order where torch sees GPUs. The link's generation may read low while it is idle."""
@@ -31,6 +34,11 @@ class Gpu(BaseModel):
     pcie_width: int | None = None
     pcie_width_max: int | None = None
     numa_node: int | None = None
+
+    @property
+    def pcie_gbps(self) -> float | None:
+        """Raw rate of its slot, 10^9 bytes/s; None where that cannot be found out."""
+        return _LANE_GBPS.get(self.pcie_generation_max or 0, 0.0) * (self.pcie_width_max or 0) or None
 
 
 def numa_node_of(gpu_index: int) -> int | None:

@@ -13,7 +13,9 @@ import platform
 import resource
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -92,12 +94,12 @@ def describe(folder: Path = Path()) -> Machine:
     with nvml() as library:
         driver = library and asked(library.nvmlSystemGetDriverVersion)
         cuda = library and asked(library.nvmlSystemGetCudaDriverVersion)
-    model, features = _processor()
+    model, flags = _processor()
     return Machine(
         os=_os_name(),
         kernel=platform.release(),
         cpu=model,
-        cpu_features=features,
+        cpu_features=tuple(feature for feature in _CPU_FEATURES if feature in flags),
         cores=psutil.cpu_count(logical=False),
         threads=psutil.cpu_count(logical=True),
         ram_bytes=memory.total,
@@ -180,23 +182,42 @@ def cgroup_memory(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> tupl
     Page cache counts as used but is given back on demand, so it is part of the headroom.
     """
     limits, headrooms = [], []
+    for folder, version in _cgroups("memory", membership, root):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit = _read(folder / names[0])
+        if limit is not None and limit != "max" and int(limit) < 2**60:
+            used = int(_read(folder / names[1]) or 0) - _page_cache(folder)
+            limits.append(int(limit))
+            headrooms.append(max(0, int(limit) - used))
+    return min(limits, default=None), min(headrooms, default=None)
+
+
+def cgroup_cpus(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
+    """Return how many processors' time this process's cgroup and all above it leave it; None without a quota."""
+    quotas = []
+    for folder, version in _cgroups("cpu", membership, root):
+        words = (_read(folder / "cpu.max") or "").split()
+        if version == 1:
+            words = [_read(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+        if len(words) == 2 and all(word.isdigit() for word in words):  # no limit is "max", and -1 in version 1
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def _cgroups(controller: str, membership: Path, root: Path) -> Iterator[tuple[Path, Literal[1, 2]]]:
+    """Yield the folders of this process's cgroup and of all above it, with the version of their files."""
     for line in (_read(membership) or "").splitlines():
         _, controllers, path = line.split(":", 2)
+        version: Literal[1, 2]
         if controllers == "":  # version 2, alone or beside version 1
-            tops, limit_file, usage_file = [root, root / "unified"], "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            tops, limit_file, usage_file = [root / "memory"], "memory.limit_in_bytes", "memory.usage_in_bytes"
+            tops, version = [root, root / "unified"], 2
+        elif controller in controllers.split(","):
+            tops, version = [root / controller], 1
         else:
             continue
         for top in tops:
             inside = top / path.lstrip("/")
-            for folder in (inside, *inside.parents):
-                limit = _read(folder / limit_file)
-                if folder.is_relative_to(top) and limit is not None and limit != "max" and int(limit) < 2**60:
-                    used = int(_read(folder / usage_file) or 0) - _page_cache(folder)
-                    limits.append(int(limit))
-                    headrooms.append(max(0, int(limit) - used))
-    return min(limits, default=None), min(headrooms, default=None)
+            yield from ((folder, version) for folder in (inside, *inside.parents) if folder.is_relative_to(top))
 
 
 def _page_cache(cgroup: Path) -> int:
@@ -217,9 +238,14 @@ def may_lock_memory(status: Path = Path("/proc/self/status")) -> bool:
     return False
 
 
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets that programs can use on this processor, as the kernel calls them."""
+    return _processor()[1]
+
+
 @functools.cache
-def _processor() -> tuple[str | None, tuple[str, ...]]:
-    """Return (model, features) from /proc/cpuinfo, and from py-cpuinfo, which takes a second, where there is none."""
+def _processor() -> tuple[str | None, frozenset[str]]:
+    """Return (model, flags) from /proc/cpuinfo, and from py-cpuinfo, which takes a second, where there is none."""
     fields = [line.partition(":") for line in (_read(Path("/proc/cpuinfo")) or "").splitlines()]
     facts = {key.strip(): value.strip() for key, _, value in reversed(fields)}
     model, flags = facts.get("model name"), set((facts.get("flags") or facts.get("Features") or "").split())
@@ -231,7 +257,7 @@ def _processor() -> tuple[str | None, tuple[str, ...]]:
         except Exception:  # py-cpuinfo is optional, and raises plain exceptions on processors it does not know
             found = {}
         model, flags = found.get("brand_raw") or platform.processor() or None, flags or set(found.get("flags", ()))
-    return model, tuple(feature for feature in _CPU_FEATURES if feature in flags)
+    return model, frozenset(flags)
 
 
 def _os_name() -> str:

@@ -29,6 +29,9 @@ RUNS_DIR = ROOT / "artifact" / "runs"
 _CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "djinn"
 CHECKPOINT_DIR = (CHECKOUT / "artifact" if CHECKOUT else _CACHE_DIR) / "checkpoints"
 
+KERNEL_DIR = _CACHE_DIR / "kernels"
+"""Where code is that was compiled for this machine's processor."""
+
 CERTIFICATION = Path("results") / "certify.json"
 """Where a run keeps what was found out of its machine."""
 

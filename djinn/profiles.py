@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from djinn.planning.workspace import Workload
 
 SYSTEM_VARIANTS: dict[str, tuple[str, ...]] = {
-    "djinn": ("", "lossless", "whole"),
+    "djinn": ("", "lossless", "whole", "host", "lossless+host"),
     "accelerate": ("disk", "cpu", "cpu-pinned"),
     "deepspeed": ("cpu", "nvme"),
     "resident": (),
 }
 """The systems that can be compared, each with the places it can offload to, and djinn as the profile says, with its
-weights coded, or without routing experts; written ``system:variant``."""
+weights coded, without routing experts, or with the host's cores computing; written ``system:variant``."""
+CODED = ("djinn:lossless", "djinn:lossless+host")
+HOST_COMPUTE = ("djinn:host", "djinn:lossless+host")
+"""Systems of which the host's cores compute a part of the tokens' passes: their outputs are close to the resident
+model's and not equal to them, so no claim of equal tokens is about these."""
 _ONE_PROCESS = ("accelerate",)
 """Systems that hold several GPUs in one process; the others start one for each."""
 
@@ -187,7 +191,7 @@ class Profile(_Frozen):
 
     def of(self, system: str) -> Profile:
         """Return what ``system`` is asked for: this profile, but for coded weights, and for what :attr:`brief` says."""
-        changes: dict[str, Any] = {"coding": "lossless"} if system == "djinn:lossless" else {}
+        changes: dict[str, Any] = {"coding": "lossless"} if system in CODED else {}
         if self.brief is not None and system in self.brief.systems:
             changes |= {"runs": min(self.runs, self.brief.runs), "new_tokens": self.brief.new_tokens}
         return self.override(**changes) if changes else self

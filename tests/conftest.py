@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,6 +24,15 @@ from djinn.profiles import load_profile
 # How long an example takes says how busy the machine is.
 settings.register_profile("djinn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("djinn")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of several workers temporary files of its own: tests count what djinn leaves there."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        own = tempfile.TemporaryDirectory(prefix=f"{worker}-")
+        config.add_cleanup(own.cleanup)
+        os.environ["TMPDIR"] = tempfile.tempdir = own.name
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -58,6 +58,8 @@ def streamed(folder: Path | str, case: str = "", **options: Any) -> PreTrainedMo
         whole = djinn.load(folder, budget=ROOM, **asked)
         plan = placement(whole)
         asked["budget"] = plan.workspace_bytes + plan.model_bytes // 2
+        if DEVICE == "cuda":
+            asked.setdefault("ring", plan.model_bytes // 4)  # its default is for budgets of gigabytes
     model = djinn.load(folder, **asked)
     assert placement(model).away, "nothing streams"
     return model
@@ -140,7 +142,7 @@ def each_way(folder: Path) -> None:
     held = 2 * sum(layer.keys.nbytes for layer in cache.layers)
     work = Workload(prompt_tokens=7, new_tokens=0, batch=1)
     say(WORDS, "cache", held == kv_cache_bytes(model.config, torch.bfloat16, work, ranks))
-    uneven = streamed(folder, budget=plan.budget + rank * plan.model_bytes // 4)
+    uneven = streamed(folder, budget=plan.budget + rank * plan.model_bytes // 4, ring=plan.ring_bytes)
     say(WORDS, "streams", len(placement(uneven).away))
     compare("a plan of its own on each rank", uneven, whole)
     big = resident(CHECKPOINTS / "wide")

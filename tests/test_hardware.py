@@ -109,3 +109,22 @@ def test_whether_memory_may_be_locked_past_the_limit(tmp_path: Path, capabilitie
 
 def test_an_unknown_package_has_no_version() -> None:
     assert hardware.installed("no-such-package-anywhere") is None
+
+
+def test_a_quota_of_processors_is_the_tightest_above_the_process(tmp_path: Path) -> None:
+    _write(tmp_path / "membership", "0::/pod/container\n")
+    _write(tmp_path / "cgroup/pod/container/cpu.max", "max 100000\n")
+    _write(tmp_path / "cgroup/pod/cpu.max", "650000 100000\n")
+    assert hardware.cgroup_cpus(tmp_path / "membership", tmp_path / "cgroup") == 6.5
+
+
+def test_a_quota_of_cgroup_v1(tmp_path: Path) -> None:
+    _write(tmp_path / "membership", "5:cpu,cpuacct:/a\n")
+    for path, quota in (("cpu", "-1"), ("cpu/a", "150000")):
+        _write(tmp_path / f"cgroup/{path}/cpu.cfs_quota_us", quota)
+        _write(tmp_path / f"cgroup/{path}/cpu.cfs_period_us", "100000")
+    assert hardware.cgroup_cpus(tmp_path / "membership", tmp_path / "cgroup") == 1.5
+
+
+def test_no_quota_of_processors(tmp_path: Path) -> None:
+    assert hardware.cgroup_cpus(tmp_path / "membership", tmp_path) is None

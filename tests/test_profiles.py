@@ -101,7 +101,7 @@ def test_only_profiles_that_sweep_budgets_say_so_in_what_is_digested():
 
 def test_one_gpu_says_nothing_in_what_is_digested():
     several = {name for name in profile_names() if "gpus" in load_profile(name).model_dump_json()}
-    assert several == {"smoke_ranks", "ranks_2x24", "virt_mem_4x24"}
+    assert several == {"smoke_ranks", "ranks_2x24", "virt_mem_4x24", "huge_4x80"}
     profile = load_profile("smoke_tiny")
     assert profile.override(gpus=1).digest == profile.digest
     assert profile.override(gpus=2).digest != profile.digest

@@ -17,6 +17,7 @@ ORDER = (
     "weights",
     "planning",
     "transport",
+    "host",
     "engine",
     "profiles",
     "bench",

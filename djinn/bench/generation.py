@@ -13,6 +13,7 @@ from transformers.distributed import DistributedConfig
 
 import djinn
 from djinn.bench.limits import cpu_shares, gpu_shares, limit_of
+from djinn.bench.machines import host_rates_here
 from djinn.bench.measure import MemoryPeak, peak_device
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.devices import require_here
@@ -115,6 +116,8 @@ def generate(
     _require_tokens(inputs["input_ids"], folder, prompt)
     prompt_tokens = inputs["input_ids"].shape[1]
     request = request.asking(work=replace(work, prompt_tokens=prompt_tokens))
+    if request.host is not None:
+        request = request.knowing(host_rates_here())
     say("loading the weights")
     # Events around every unit would slow a GPU; on a CPU they are two clock readings.
     streaming = load_requested(folder, request, distributed_config=distributed_config, trace=not on_gpu)

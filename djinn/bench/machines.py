@@ -15,6 +15,7 @@ from djinn.places import CERTIFICATION, REFERENCE_DIR, RUNS_DIR, certification_p
 if TYPE_CHECKING:
     from djinn.bench.certify.certification import Certification
     from djinn.hardware import Machine
+    from djinn.planning.host import HostRates
 
 
 def machine_names(root: Path = REFERENCE_DIR) -> list[str]:
@@ -63,6 +64,12 @@ def certified_here(device: str, runs: Path | None = None) -> tuple[Path, Certifi
         if certification and certification.rates.device == device and kind_of(certification.machine) == here:
             return run.folder, certification
     return None
+
+
+def host_rates_here() -> HostRates | None:
+    """Return how fast this machine's link and cores are while both are busy; None where nobody has measured that."""
+    here = certified_here("cuda")
+    return None if here is None else here[1].rates.host
 
 
 def kind_of(machine: Machine) -> tuple[object, ...]:

@@ -25,6 +25,7 @@ from djinn import gpus
 from djinn.bench.rates.disk import read_rate
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
+from djinn.engine.ranks import control_group
 from djinn.transport.reader import THREADS
 
 # At these sizes neither link is slowed by its commands. The sample is small, because a full arena is pinned beside it.
@@ -165,7 +166,7 @@ def meet() -> None:
     So the ceilings of all ranks add up to what the links carry together.
     """
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(control_group())
 
 
 def warm(system: System, job: Job) -> None:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from djinn.bench.records import Record, latest, system_label
 from djinn.errors import ConfigError
+from djinn.profiles import HOST_COMPUTE
 
 MEASURES = (
     "load_s",
@@ -137,9 +138,9 @@ def reference_label(records: Iterable[Record]) -> str | None:
 def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
     """Return, for each ``system:variant``, whether every ok run generated the tokens of :func:`reference_label`.
 
-    None means that there is nothing to compare: no reference, no ok run, or on several GPUs a system that is not of
-    :data:`ALIKE`. The reference itself is True if its runs agree with each other. Of a system that was asked for fewer
-    tokens these are compared.
+    None means that there is nothing to compare: no reference, no ok run, on several GPUs a system that is not of
+    :data:`ALIKE`, or one of :data:`djinn.profiles.HOST_COMPUTE`. The reference itself is True if its runs agree with
+    each other. Of a system that was asked for fewer tokens these are compared.
     """
     records = latest(records)
     reference = reference_label(records)
@@ -157,7 +158,8 @@ def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def _is_compared(record: Record) -> bool:
-    return record.status == "ok" and (record.gpus == 1 or record.system in ALIKE)
+    is_exact = system_label(record) not in HOST_COMPUTE
+    return record.status == "ok" and is_exact and (record.gpus == 1 or record.system in ALIKE)
 
 
 def _row(group: list[Record]) -> dict[str, object]:

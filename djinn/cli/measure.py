@@ -111,10 +111,10 @@ def _run_dir(given: Path | None, profile: Profile, system: str = "all") -> Path:
 
 
 def _variants(system: str, profile: Profile) -> list[str]:
-    """The profile's own variants of a system; every variant where it lists none; the name itself where unknown."""
-    from djinn.profiles import system_names
+    """The profile's own variants of a system; every exact one where it lists none; the name itself where unknown."""
+    from djinn.profiles import HOST_COMPUTE, system_names
 
-    for names in (profile.systems, system_names()):
+    for names in (profile.systems, [name for name in system_names() if name not in HOST_COMPUTE]):
         if found := [name for name in names if system in (name, name.split(":")[0])]:
             return found
     return [system]

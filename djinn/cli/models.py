@@ -17,7 +17,9 @@ from djinn.cli.options import (
     Device,
     Gpus,
     HitRate,
+    HostCompute,
     HostMemory,
+    HostThreads,
     Json,
     Model,
     NewTokens,
@@ -50,6 +52,8 @@ def plan(
     new_tokens: NewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     coding: CodingOption = None,
+    host_compute: HostCompute = False,
+    host_threads: HostThreads = None,
     hit_rate: HitRate = None,
     gpus: Gpus = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
@@ -81,6 +85,9 @@ def plan(
                 new_tokens=new_tokens,
                 batch=batch,
                 coding=coding,  # type: ignore[arg-type]
+                host_compute=host_compute,
+                host_threads=host_threads,
+                cores=there.cores,
                 hit_rate=hit_rate,
                 gpus=gpus,
             )
@@ -112,6 +119,8 @@ def generate(
     host_memory: HostMemory = None,
     chunk: Chunk = "64 MiB",
     coding: CodingOption = None,
+    host_compute: HostCompute = False,
+    host_threads: HostThreads = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: a GPU where there is one]")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
@@ -143,6 +152,8 @@ def generate(
             host_memory=host_memory,
             chunk=chunk,
             coding=coding,  # type: ignore[arg-type]
+            host_compute=host_compute,
+            host_threads=host_threads,
         )
         require_here(request.device)
     folder = resolve(model)  # one that is fetched or written shows its own progress

@@ -63,6 +63,11 @@ HitRate = Annotated[
     float | None,
     typer.Option("--hit-rate", min=0, max=1, help="Of picked experts found in the pool.  [default: picked evenly]"),
 ]
+HostCompute = Annotated[
+    bool,
+    typer.Option("--host-compute", help="The host's cores compute beside the link: faster, not equal bits."),
+]
+HostThreads = Annotated[int | None, typer.Option(min=1, help="Cores that do so.  [default: all that can be spared]")]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs that hold the model together, each over its own link.")]
 OtherGpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Another number of GPUs than the profile's.")]
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]

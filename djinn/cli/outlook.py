@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from djinn.errors import ConfigError
 from djinn.sizes import parse_bytes, parse_rate
 
 if TYPE_CHECKING:
+    from djinn.planning.host import HostRates
     from djinn.planning.outlook import Choice, Forecast
     from djinn.planning.prediction import Prediction, Rates
 
@@ -32,6 +33,8 @@ class Machine:
     rates: Rates | None
     free: int | None
     """Host memory that is free there, bytes; None for what is free here."""
+    cores: int | None = None
+    """Cores there that can be spared; None for those here."""
     note: str = ""
     """What a reader of the plan has to know."""
     elsewhere: Machine | None = None
@@ -61,17 +64,21 @@ def _found(name: str | None, device: str | None, *, asked: bool) -> Machine:
     from djinn.bench.data_sheets import sheet_of
     from djinn.bench.machines import certified_here, machine_of
     from djinn.devices import device_of
+    from djinn.host.cores import KEPT
 
     if name is not None:
+        cores: int | None = None
         if (sheet := sheet_of(name)) is not None:
             rates, free, note = sheet.rates(), _ENOUGH_BYTES, _TAKEN
             name = f"{name} (data sheet, not measured)"
         else:
             measured = machine_of(name)
             rates, free, note = measured.rates, measured.machine.available_bytes, ""
+            cores = measured.machine.cores or measured.machine.threads
+            cores = None if cores is None else max(cores - KEPT, 1)
         if device is not None and device_of(device).type != rates.device:
             raise ConfigError(f"device {device!r}: the rates of {name} are those of device {rates.device}")
-        return Machine(name=name, device=rates.device, rates=rates, free=free, note=note)
+        return Machine(name=name, device=rates.device, rates=rates, free=free, note=note, cores=cores)
     import torch
 
     where = device_of(device)
@@ -124,6 +131,8 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
     if forecast.plan.pool.slots:
         share = f"{predicted.hit_rate:.2f} of the experts that routers pick"
         say(f"{share} are taken to be in the pool{_assumed(forecast)}")
+    if forecast.plan.host is not None:
+        say(_host(forecast.plan.host.rates))
     if predicted.blind:
         say(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
     _say_note(there)
@@ -132,6 +141,14 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
 def _say_note(there: Machine) -> None:
     if there.note:
         say(there.note)
+
+
+def _host(rates: HostRates) -> str:
+    """Return what a plan with host units is made from."""
+    speeds = f"{_three_digits(rates.cores / 1e9)} GB/s beside a link of {_three_digits(rates.link / 1e9)} GB/s"
+    if rates.assumed:
+        speeds += ", which is assumed: `djinn certify` measures it"
+    return f"the host's cores compute at {speeds}; tokens are then close to the resident model's, not equal to them"
 
 
 def _assumed(forecast: Forecast) -> str:
@@ -198,6 +215,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
             for choice in forecast.budgets
         ],
         "pool": {"slots": plan.pool.slots, "experts": plan.pool.experts, "bytes": plan.pool.nbytes},
+        "host": None if plan.host is None else {"units": sorted(plan.host.units), **asdict(plan.host.rates)},
         "one_more_gb_saves_s": forecast.gain_s,
         "largest_batch": forecast.largest_batch,
         "longest_prompt": forecast.longest_prompt,
@@ -208,5 +226,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
 def _times(predicted: Prediction | None) -> dict[str, Any] | None:
     if predicted is None:
         return None
-    names = ("hit_rate", "ttft_s", "token_s", "tokens_per_s", "link_s", "disk_s", "compute_s", "host_s", "limit")
+    names = (
+        "hit_rate", "ttft_s", "token_s", "tokens_per_s", "link_s", "disk_s", "compute_s", "host_s", "cores_s", "limit",
+    )  # fmt: skip
     return {name: getattr(predicted, name) for name in names} | {"not_measured": list(predicted.blind)}

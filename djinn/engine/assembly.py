@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,10 +18,14 @@ from djinn.engine.expert_layers import Layer
 from djinn.engine.experts import Experts
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
+from djinn.engine.host_units import HostUnits
 from djinn.engine.presence import presences
 from djinn.engine.ranks import Alone
 from djinn.engine.saving import save_from_store
+from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
+from djinn.hardware import local_cpus
+from djinn.host.products import HostProducts
 from djinn.planning.placement import Plan, Tier
 from djinn.transport.arena import Arena
 from djinn.transport.copier import Copier, Source
@@ -53,6 +57,8 @@ class Engine:
     streamer: Streamer
     experts: Experts | None
     """What fetches routed experts, where there are any."""
+    host: HostUnits | None
+    """What has the host's cores compute, where they do."""
     stats: Stats
     before: Before
     ranks: Alone
@@ -71,11 +77,12 @@ def start(
     progress: bool,
     undo: ExitStack,
     ranks: Alone,
+    host_threads: int | None = None,
 ) -> Engine:
     """Allocate, fill, bind and hook; ``undo`` learns how to take each step back, but for what :func:`restore` does.
 
     The device is the one that the weights' coder works on. ``explain`` is a forward hook, called always: see
-    :func:`djinn.engine.device_memory.shortage_hook`.
+    :func:`djinn.engine.device_memory.shortage_hook`. ``host_threads`` compute with the plan's host units.
     """
     device, reader = weights.coder.device, weights.coder.reader
     stats = Stats(
@@ -101,7 +108,7 @@ def start(
     if device.type == "cuda" and device in weights.devices:
         torch.cuda.empty_cache()  # what a module's own weights took
     stats.page_locked = arena.pinned
-    sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.streamed]
+    sources = [Source(unit, arena.images.get(unit.name)) for unit in planned.visits]
     copier: Copier
     if device.type == "cuda":
         ring = torch.empty(planned.ring_bytes, dtype=torch.uint8, device=device)
@@ -109,10 +116,8 @@ def start(
     else:
         copier = CpuCopier(sources, planned.slots, allocate(planned.ring_bytes), reader, stats)
     undo.callback(copier.close)
-    slots = {
-        unit.name: copier.ring[slot.offset : slot.offset + slot.nbytes]
-        for unit, slot in zip(planned.streamed, planned.slots, strict=True)
-    }
+    in_ring = [copier.ring[slot.offset : slot.offset + slot.nbytes] for slot in planned.slots]
+    slots = {unit.name: room for unit, room in zip(planned.streamed, in_ring, strict=False)}
     if planned.routed:
         fetcher = _fetcher(planned, copier, reader, stats, device)
         undo.callback(fetcher.close)
@@ -141,10 +146,23 @@ def start(
     present = presences(model, planned, weights)
     for presence in present.values():
         undo.callback(presence.begin)
-    streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch, present)
+    second = _second_order(planned, in_ring, weights, scratch)
+    streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch, present, second)
     undo.callback(streamer.detach)
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
+    host = None
+    if planned.host is not None:
+        computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
+        near = local_cpus(device.index or 0) if device.type == "cuda" else None
+        products = HostProducts(host_threads, near)
+        undo.callback(products.close)
+        host = HostUnits(
+            computed, weights.images, products, device, planned.host.rates.tokens, stats, lambda: streamer.orders.few
+        )
+        undo.callback(host.detach)
+        host.attach(model)
+        streamer.turns.endings.append(host.forget)
     experts = None
     if planned.routed:
         layers = [Layer.of(unit, arena.images.get(unit.name), fetcher.pool) for unit in planned.routed]
@@ -154,7 +172,24 @@ def start(
     undo.callback(model.register_forward_hook(explain, always_call=True).remove)
     for handle in itertools.chain(guard(model), save_from_store(model, planned, weights)):
         undo.callback(handle.remove)
-    return Engine(planned, weights, copier, streamer, experts, stats, before, ranks, undo.pop_all())
+    return Engine(planned, weights, copier, streamer, experts, host, stats, before, ranks, undo.pop_all())
+
+
+def _second_order(
+    planned: Plan, slots: Sequence[torch.Tensor], weights: Weights, scratch: Scratch
+) -> SecondOrder | None:
+    """Return the order of passes of few tokens, where the host computes with units; ``slots`` are the visits'."""
+    if planned.host is None:
+        return None
+    visits = planned.visits
+    behind = zip(planned.second, slots[len(planned.streamed) :], strict=True)
+    decodings = {unit.name: decoding(unit, slot, scratch) for unit, slot in behind if unit.coded}
+
+    def bind(visit: int) -> None:
+        with torch.inference_mode(False):
+            weights.bind(visits[visit].tensors, slots[visit])
+
+    return SecondOrder(planned.second, planned.host.rates.tokens, decodings, bind)
 
 
 def _fetcher(planned: Plan, copier: Copier, reader: Reader, stats: Stats, device: torch.device) -> Fetcher:

@@ -23,7 +23,7 @@ from djinn.codec.layout import Layout
 from djinn.errors import PlanError
 from djinn.hardware import local_cpus
 from djinn.transport.arena import PinnedMemory
-from djinn.transport.reader import Buffer, Piece, Reader, allocate, settle
+from djinn.transport.reader import THREADS, Buffer, Piece, Reader, allocate, settle
 from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, Sliced, Stacked, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit
 
@@ -35,13 +35,15 @@ class Coder:
     """Makes images of units: of raw and packed tensors as :class:`Reader` does, of others by coding or decoding.
 
     Holds two page-locked buffers of the largest tensor that it codes or decodes: one on the way to the device, and one
-    on the way back, from which threads copy on while the next tensor is made. What is packed is verified.
+    on the way back, from which threads copy on while the next tensor is made. A third one is for what is cut out of a
+    tensor. What is packed is verified.
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         self.reader = reader
         self.device = device
         self._staging = PinnedMemory(0)
+        self._cut = PinnedMemory(0)
         self._made = PinnedMemory(0)
         self._landing: list[Future[int]] = []
 
@@ -120,8 +122,8 @@ class Coder:
         wait(self._landing)
         if self.device.type == "cuda" and self._staging.buffer.nbytes:
             torch.cuda.empty_cache()
-        self._staging.close()
-        self._made.close()
+        for memory in (self._staging, self._cut, self._made):
+            memory.close()
 
     def _make(self, tensor: PlacedTensor, target: Buffer) -> None:
         """Code, decode or convert a tensor on the device, and start copying the bytes that it becomes to ``target``."""
@@ -150,10 +152,9 @@ class Coder:
             source, whole = entry.source, entry.source.whole.raw
             if isinstance(whole.source, Decoded | Converted | Stacked):
                 held = self._weights(whole, name)
-            else:  # cut on the host: a whole matrix need not go to a device that has a part of it
-                held = self._read(whole, name).view(whole.dtype).view(whole.shape)
-            parts = [held.narrow(source.dim, begin, end - begin) for begin, end in source.kept]
-            return torch.cat(parts, source.dim).to(self.device)
+                return torch.cat([held.narrow(source.dim, a, b - a) for a, b in source.kept], source.dim)
+            # Cut on the host: a whole matrix need not go to a device that has a part of it.
+            return self._part(entry, self._read(whole, name).view(whole.dtype).view(whole.shape)).to(self.device)
         if isinstance(entry.source, Stacked):
             made = torch.empty(entry.raw_bytes, dtype=torch.uint8, device=self.device)
             for part, room in zip(entry.parts, made.split([part.raw_bytes for part in entry.parts]), strict=True):
@@ -166,6 +167,22 @@ class Coder:
         weights = torch.empty(packed.layout.decoded_bytes, dtype=torch.uint8, device=self.device)
         decode(self._stored(packed, name), packed.layout, weights)
         return weights[: entry.raw_bytes].view(entry.dtype).view(entry.shape)
+
+    def _part(self, entry: TensorEntry, whole: torch.Tensor) -> torch.Tensor:
+        """Return what ``entry`` keeps of a tensor on the host; threads copy it, which are more than torch's own."""
+        source = entry.source
+        assert isinstance(source, Sliced)
+        self._cut = self._at_least(entry.raw_bytes, self._cut)
+        part = torch.from_numpy(self._cut.buffer[: entry.raw_bytes]).view(entry.dtype).view(entry.shape)
+        sizes = [end - begin for begin, end in source.kept]
+        copies: list[Future[torch.Tensor]] = []
+        for (begin, _), size, target in zip(source.kept, sizes, part.split(sizes, source.dim), strict=True):
+            kept = whole.narrow(source.dim, begin, size)
+            rows = max(1, -(-len(kept) // THREADS))
+            copies += map(self.reader.pool.submit, (each.copy_ for each in target.split(rows)), kept.split(rows))
+        for copy in copies:
+            copy.result()
+        return part
 
     def _stored(self, entry: TensorEntry, name: str) -> torch.Tensor:
         """Return the bytes (uint8, on the device) of a tensor as it is stored; valid until the next call."""

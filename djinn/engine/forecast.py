@@ -12,6 +12,8 @@ import torch
 from djinn.engine.opened import outlined
 from djinn.errors import ConfigError, UnavailableError
 from djinn.hardware import usable_ram
+from djinn.host.cores import choose_cpus
+from djinn.planning.host import assumed_rates
 from djinn.planning.outlook import MOST_TOKENS, Forecast, outlook
 from djinn.planning.placement import Plan
 from djinn.planning.prediction import Prediction, Rates, predict
@@ -34,6 +36,9 @@ def forecast(
     batch: int = 1,
     dtype: torch.dtype | None = None,
     coding: Coding | None = None,
+    host_compute: bool = False,
+    host_threads: int | None = None,
+    cores: int | None = None,
     hit_rate: float | None = None,
     gpus: int = 1,
 ) -> Forecast:
@@ -43,6 +48,8 @@ def forecast(
 
     Args:
         rates: of the machine to plan for; None where they are not known.
+        cores: threads that multiply there where ``host_compute`` is asked for and nobody has measured what they do; by
+            default as many as can be spared here.
         hit_rate: share of the experts that routers pick which decode finds in the pool; by default that of routers that
             pick evenly, with no locality.
         free: host memory that is free there, bytes; by default what is free here.
@@ -55,8 +62,13 @@ def forecast(
         raise ConfigError(f"hit_rate {hit_rate}: it is a share, from 0 to 1")
     work = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch)
     request = Request.of(
-        budget=budget, keep=work, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding
-    )
+        budget=budget, keep=work, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding,
+        host_compute=host_compute, host_threads=host_threads,
+    )  # fmt: skip
+    if rates is not None and request.host is not None:
+        threads = host_threads or cores or len(choose_cpus())
+        multiplies = rates.compute[0].rate if rates.compute else None
+        request = request.knowing(rates.host or assumed_rates(threads, rates.link, multiplies))
     found = outlined(model, request, gpus).on_disk()
     room = (usable_ram() if free is None else free) // gpus
 

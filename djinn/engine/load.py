@@ -52,6 +52,8 @@ def load(
     coding: Coding | None = None,
     experts: Experts = "routed",
     distributed_config: DistributedConfig | None = None,
+    host_compute: bool = False,
+    host_threads: int | None = None,
     trace: bool = False,
     progress: bool = False,
 ) -> PreTrainedModel:
@@ -85,6 +87,11 @@ def load(
         distributed_config: as for ``from_pretrained``, in a process that ``torchrun`` has started for each GPU:
             ``DistributedConfig(tp_plan="auto")`` splits every weight over all of them. Each streams its own shards
             over its own link. ``budget`` and ``ring`` are then each GPU's, ``host_memory`` is the host's.
+        host_compute: in passes of few tokens (16 at the most), a part of the weights is not copied to the GPU: the
+            host's cores compute with it where it waits, beside the link. Outputs are then **not equal** to the
+            resident model's, only close to them: sums are made in another order. For bfloat16 models, in passes under
+            ``torch.no_grad()``; passes of more tokens are exact.
+        host_threads: the most cores that compute so; by default all that can be spared.
         trace: keep a timeline of copies, compute and stalls in :func:`stats`.
         progress: show a bar while host memory is filled.
 
@@ -97,6 +104,7 @@ def load(
     request = Request.of(
         budget=budget, device=device, ring=ring, host_memory=host_memory, chunk=chunk, dtype=dtype, coding=coding,
         experts=experts, keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
+        host_compute=host_compute, host_threads=host_threads,
     )  # fmt: skip
     return load_requested(
         model, request, distributed_config=distributed_config, seed=seed, trace=trace, progress=progress
@@ -118,6 +126,8 @@ def load_requested(
         ConfigError, CheckpointError, PlanError, UnavailableError: as for :func:`load`.
     """
     require_here(request.device)
+    if request.host is not None and distributed_config is not None:
+        raise ConfigError("host_compute: it is for one GPU; several would share the cores of their host")
     ranks = ranks_of(distributed_config, request.device)
     request = ranks.share(request)
     remove_leftovers()
@@ -138,8 +148,9 @@ def load_requested(
             weights = Weights(ranks.parameters_of(index), coder)
             explain = shortage_hook(str(request.keep))
             engine = start(
-                index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo, ranks=ranks
-            )
+                index.model, planned, weights, explain, trace=trace, progress=progress, undo=undo, ranks=ranks,
+                host_threads=request.host.threads if request.host is not None else None,
+            )  # fmt: skip
             undo.push(engine.resources)  # until no other rank can fail any more
         undo.pop_all()
     for handle in ranks.hold_together(index.model):

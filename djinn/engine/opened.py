@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,12 @@ import torch
 from djinn.engine.coding import Coder
 from djinn.engine.sharding import pretended, sharded
 from djinn.errors import ConfigError, PlanError
+from djinn.gpus import gpus as gpus_here
 from djinn.hardware import usable_ram
+from djinn.host.cores import choose_cpus
+from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units
 from djinn.planning.memory import require_host_memory
-from djinn.planning.placement import Plan, place_on
+from djinn.planning.placement import Plan, Tier, place_on
 from djinn.planning.request import Coding, Experts, Request
 from djinn.planning.workspace import (
     COLLECTIVES_BYTES,
@@ -32,9 +36,13 @@ from djinn.transport.reader import Reader
 from djinn.weights.coding import LayoutOf, coded
 from djinn.weights.experts import by_expert, picked_experts, widest_experts
 from djinn.weights.index import WeightIndex
+from djinn.weights.linear import linear_units
 from djinn.weights.opening import outline_of
 from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
 from djinn.weights.units import Unit, find_units
+
+SLOT_SHARE = 0.8
+"""Of a PCIe slot's raw rate that copies are taken to reach: 87% on an H100, 73% on an L4."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +102,26 @@ class Opened:
         return replace(self, units=tuple(unit.with_entries(written) for unit in self.units))
 
     def _place(self, request: Request, arena_bytes: int) -> Plan:
-        return place_on(
+        place = partial(
+            place_on,
             request.device,
-            self.units,
             budget=request.budget,
             workspace_bytes=workspace_of(self.index, request),
             host_bytes=arena_bytes,
             ring_bytes=request.ring,
             picked=picked_experts(getattr(self.index.model, "config", None)),
         )
+        planned = place(self.units)
+        if request.host is None:
+            return planned
+        rates = _host_rates(request.host, request.device)
+        able = linear_units(self.index.model, planned.at(Tier.PINNED))
+        # Raw units make the ring larger, at the most by as much as it has: that may push residents into the arena.
+        room = arena_bytes - planned.pinned_bytes - planned.ring_bytes
+        streamed = {unit.name for unit in planned.streamed}
+        chosen = host_units(planned.units, streamed, able, rates, room)
+        units = [unit.raw() if unit.name in chosen else unit for unit in self.units]
+        return place(units, host=HostShare(units=chosen, rates=rates))
 
     def _arena_bytes(self, request: Request, free: int) -> int:
         streams = 1 + any(unit.experts for unit in self.units) if request.device.type == "cuda" else 0
@@ -126,6 +145,8 @@ def plan(
     dtype: torch.dtype | None = None,
     coding: Coding | None = None,
     experts: Experts = "routed",
+    host_compute: bool = False,
+    host_threads: int | None = None,
     gpus: int = 1,
 ) -> Plan:
     """Return the plan that :func:`djinn.load` would follow with the same arguments; loads no weights.
@@ -139,6 +160,7 @@ def plan(
     request = Request.of(
         budget=budget, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding,
         experts=experts, keep=Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch),
+        host_compute=host_compute, host_threads=host_threads,
     )  # fmt: skip
     return outlined(model, request, gpus).plan(usable_ram() // gpus)
 
@@ -168,6 +190,10 @@ def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_al
 
     ``layout`` and ``experts_alike`` are as for :func:`djinn.weights.coding.coded`.
     """
+    if request.host is not None and index.model.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"host_compute: the cores multiply weights in torch.bfloat16, and this model's are {index.model.dtype}"
+        )
     units = find_units(index)
     if request.experts == "routed":
         units = by_expert(units, index.model)
@@ -178,6 +204,15 @@ def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_al
     elif request.coding == "lossless" or is_packed:
         units = coded(units, layout, experts_alike=experts_alike)
     return Opened(index, request, tuple(units))
+
+
+def _host_rates(host: HostCompute, device: torch.device) -> HostRates:
+    """Return the rates of link and cores that are known, or what is taken for them."""
+    if host.rates is not None:
+        return host.rates if host.threads is None else host.rates.with_threads(host.threads)
+    here = gpus_here() if device.type == "cuda" else ()
+    slot = here[device.index or 0].pcie_gbps if here else None
+    return assumed_rates(len(choose_cpus(host.threads)), None if slot is None else 1e9 * SLOT_SHARE * slot)
 
 
 def workspace_of(index: WeightIndex, request: Request) -> int:

@@ -80,13 +80,13 @@ class Ranks(Alone):
     def __init__(self, config: DistributedConfig | None, device: torch.device) -> None:
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            bound = device if device.type == "cuda" else None
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
+            # Without ``device_id``: with it NCCL makes a communicator for each group, used or not, in device memory.
+            dist.init_process_group(backend, timeout=TIMEOUT)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._here = int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self._config = config
         self._device = device
-        self._group = _control_group()
+        self._group = control_group()
         self._handled: BaseException | None = None
         """What the caller of a pass was handling when it began: no error of the pass."""
 
@@ -174,8 +174,11 @@ class Ranks(Alone):
 _control: tuple[Any, Any] | None = None
 
 
-def _control_group() -> Any:
-    """Return the group in which ranks agree, one for each default group: groups are never given back."""
+def control_group() -> Any:
+    """Return the group in which ranks agree, one for each default group: groups are never given back.
+
+    It is gloo's, and takes no device memory.
+    """
     global _control
     default = dist.group.WORLD
     if _control is None or _control[0] is not default:

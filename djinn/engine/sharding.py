@@ -113,8 +113,7 @@ def _distribute(model: PreTrainedModel, config: DistributedConfig) -> None:
     tied = dict(model.all_tied_weights_keys)
     untie(model)
     try:
-        settled, _, mesh = type(model).prepare_distribute_model(config)
-        type(model).maybe_distribute_model(model, settled, mesh)
+        type(model).maybe_distribute_model(model, config, _mesh(type(model), config))
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(f"distributed_config: {error}") from error
     held = {name: (module, local) for name, module, local, _ in owners(model)}
@@ -122,6 +121,31 @@ def _distribute(model: PreTrainedModel, config: DistributedConfig) -> None:
         module, local = held[target]
         source_module, source_local = held[source]
         module._parameters[local] = source_module._parameters[source_local]
+
+
+_meshes: tuple[Any, dict[tuple[int, ...], Any]] | None = None
+
+
+def _mesh(kind: type[PreTrainedModel], config: DistributedConfig) -> Any:
+    """Return transformers' mesh for a configuration, one for each default group.
+
+    Its groups are never given back, and on a GPU each of them that is used holds device memory. Those that split
+    weights are used at once: the first sum of a group takes far longer than a token.
+    """
+    global _meshes
+    world = dist.group.WORLD
+    if _meshes is None or _meshes[0] is not world:
+        _meshes = world, {}
+    sizes = tuple(value for name, value in sorted(vars(config).items()) if name.endswith("_size"))
+    if sizes not in _meshes[1]:
+        _, _, mesh = kind.prepare_distribute_model(config)
+        assert mesh is not None, "a configuration of one process is refused before"
+        _meshes[1][sizes] = mesh
+        for axis in ("tp", "ep"):
+            split = mesh.get_mesh(axis)
+            if split.size() > 1:
+                dist.all_reduce(torch.zeros(1, device=split.device_type), group=split.get_group())
+    return _meshes[1][sizes]
 
 
 @contextmanager

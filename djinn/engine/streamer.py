@@ -16,7 +16,9 @@ from torch import nn
 from torch.compiler import disable as opaque  # called where it stands, in compiled code too
 
 from djinn.engine.coding import Scratch
+from djinn.engine.decoded import DecodedResidents
 from djinn.engine.presence import Presence
+from djinn.engine.second_order import Orders, SecondOrder
 from djinn.engine.turns import Turns
 from djinn.errors import PlanError
 from djinn.planning.order import Order
@@ -34,6 +36,11 @@ class Streamer:
 
     They are one thread's at a time (see ``turns``), and ``torn`` while one is changing them: an interrupt may come
     between any two lines, and the next turn then begins with an empty ring.
+
+    Args:
+        units: the units that stream, in order.
+        slots: theirs, and behind them those of the ``second`` order.
+        second: the order of passes of few tokens, where the host computes with units.
     """
 
     def __init__(
@@ -45,12 +52,13 @@ class Streamer:
         decodings: Mapping[str, Callable[[], None]],
         scratch: Scratch,
         presences: Mapping[str, Presence],
+        second: SecondOrder | None = None,
     ) -> None:
-        self._units = units
-        self._decodings = decodings
-        self._decodes = [decodings.get(unit.name) for unit in units]
-        self._presences = presences
-        self._in_slots = [presences[unit.name] for unit in units]
+        self.orders = orders = Orders(units, decodings, second)
+        self._units = orders.units
+        self._decodes = orders.decodes
+        self._residents = DecodedResidents(copier, decodings, scratch, presences)
+        self._in_slots = [presences[unit.name] for unit in self._units]
         self._scratch = scratch
         self._slots = slots
         self._copier = copier
@@ -58,28 +66,27 @@ class Streamer:
         self._released = 0
         self._cursor = 0
         self._submitted = 0
-        self._order = Order(len(units))
+        self._order = Order(len(self._units), orders.again)
         self._next = self._order.after
         self._last_released: int | None = None
         self._occupied = 0
         """The units that are in the ring or on their way and have not been released: a set, as in ``Slot.clashes``."""
         self._reading: dict[int, _Reading] = {}
-        self._decoded: set[Presence] = set()
-        """Of the residents that were decoded in this turn."""
         self._torn = False
         self._handles: list[Any] = []
         self.turns = Turns(self._recover)
 
     def attach(self, model: nn.Module) -> None:
         """Hook every reader of every streamed unit."""
-        self._handles.append(model.register_forward_pre_hook(opaque(self.count_pass), prepend=True))
-        for index, unit in enumerate(self._units):
+        begin = opaque(self.count_pass)
+        self._handles.append(model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
+        for index, unit in enumerate(self.orders.first):
             self._hook(model, unit, self._acquire_hook(index), self._release_hook(index))
 
     def attach_residents(self, model: nn.Module, units: Sequence[Unit]) -> None:
         """Hook the readers of coded units that stay on the device: they have only to be decoded."""
         for unit in units:
-            self._hook(model, unit, self._decode_hook(unit), self._leave_hook(unit.name))
+            self._hook(model, unit, *self._residents.hooks(unit))
 
     def _hook(self, model: nn.Module, unit: Unit, before: Callable[..., None], after: Callable[..., None]) -> None:
         """Hook the unit's readers; they and the modules around them take turns from now on."""
@@ -111,54 +118,41 @@ class Streamer:
         """Mend what an interrupt (not an Exception) has left: it ran no release hook, and nothing is read any more."""
         if self._torn:
             self.cool()
+        self.orders.few = False  # until the whole model is called, which says of how many tokens
         self._torn = True
         self._forget_readers()
         self._release_unread()
         self._torn = False
 
-    def count_pass(self, *_: object) -> None:
-        """Note that a pass begins."""
+    def count_pass(self, _: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note that a pass begins, and which order it takes."""
         self._stats.passes += 1
+        self.orders.begin(args, kwargs)
 
     def _forget_readers(self) -> None:
         for unit in self._reading:
             self._in_slots[unit].end()
         self._reading.clear()
         self._scratch.clear()
-        for presence in self._decoded:
-            presence.end()
-        self._decoded.clear()
-
-    def _decode_hook(self, unit: Unit) -> Callable[..., None]:
-        def enter(*_: object) -> None:
-            self._scratch.enter(unit.name)
-            self._decoded.add(self._presences[unit.name])
-            self._copier.decode(unit, self._decodings[unit.name])
-            self._presences[unit.name].begin()
-
-        return enter
-
-    def _leave_hook(self, unit: str) -> Callable[..., None]:
-        def leave(*_: object) -> None:
-            self._scratch.leave(unit)
-            if not self._scratch.is_used_by(unit):
-                self._presences[unit].end()
-
-        return leave
+        self._residents.forget()
 
     def _acquire_hook(self, unit: int) -> Callable[..., None]:
         def acquire(*_: object) -> None:
-            self._torn = True
-            self.acquire(unit)
-            self._torn = False
+            number = self.orders.number(unit)
+            if number is not None:
+                self._torn = True
+                self.acquire(number)
+                self._torn = False
 
         return acquire
 
     def _release_hook(self, unit: int) -> Callable[..., None]:
         def release(*_: object) -> None:
-            self._torn = True
-            self.release(unit)
-            self._torn = False
+            number = self.orders.number(unit)
+            if number is not None:
+                self._torn = True
+                self.release(number)
+                self._torn = False
 
         return release
 
@@ -190,6 +184,7 @@ class Streamer:
         self._stats.visits += 1
         if decode is None:
             self._reading[unit] = _Reading(visit)
+            self.orders.bind(unit)
         else:
             # Once it is decoded nothing reads the slot any more: it is free long before the unit has been used.
             decode()

@@ -46,6 +46,8 @@ LOOKS = {
     "djinn": Look("djinn", "#0072B2", "o"),
     "djinn:lossless": Look("djinn, coded", "#56B4E9", "*"),
     "djinn:whole": Look("djinn, whole layers", "#999999", "p"),
+    "djinn:host": Look("djinn, host computes (not exact)", "#D55E00", "h"),
+    "djinn:lossless+host": Look("djinn, coded, host computes (not exact)", "#F0E442", "H"),
     "accelerate:disk": Look("Accelerate, disk", "#E69F00", "s"),
     "accelerate:cpu": Look("Accelerate", "#E69F00", "D"),
     "accelerate:cpu-pinned": Look("Accelerate, pinned", "#E69F00", "P"),
@@ -76,7 +78,7 @@ def display_name(name: str) -> str:
     return f"{LOOKS[known].label}, {variant}" if variant else LOOKS[known].label
 
 
-LANES = {"copy": "#332288", "decode": "#AA4499", "compute": "#117733", "stall": "#BBBBBB"}
+LANES = {"copy": "#332288", "decode": "#AA4499", "compute": "#117733", "stall": "#BBBBBB", "host": "#DDCC77"}
 """The lanes of the timeline, top to bottom: no system's colours. Paul Tol's colour-blind safe "muted" set (technical
 note SRON/EPS/TN/09-002, 2021); waiting is grey, because where the link limits it is what has to be."""
 

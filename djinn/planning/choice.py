@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from djinn.weights.units import Unit
 
@@ -33,21 +33,24 @@ def singular(units: Sequence[Unit]) -> list[Unit]:
     return sorted(odd, key=lambda unit: (len(unit.readers) > 1, unit.image_bytes), reverse=True)
 
 
-def spread(units: Sequence[Unit], capacity: int) -> set[str]:
-    """Choose units of at most ``capacity`` bytes, spaced evenly, so that the link is never idle for long."""
+def spread(units: Sequence[Unit], capacity: int, without: Collection[str] = ()) -> set[str]:
+    """Choose units of at most ``capacity`` bytes, spaced evenly, so that the link is never idle for long.
+
+    Those named in ``without`` are not chosen, but are there when the others are spaced.
+    """
     total = total_bytes(units)
-    if total <= capacity:
+    if total <= capacity and not without:
         return names_of(units)
     chosen: set[str] = set()
     used = 0
     due = 0.0
     for unit in units:
         due += unit.image_bytes * max(capacity, 0) / total
-        if used + unit.image_bytes <= min(due + unit.image_bytes / 2, capacity):
+        if unit.name not in without and used + unit.image_bytes <= min(due + unit.image_bytes / 2, capacity):
             chosen.add(unit.name)
             used += unit.image_bytes
     for unit in units:
-        if unit.name not in chosen and used + unit.image_bytes <= capacity:
+        if unit.name not in chosen and unit.name not in without and used + unit.image_bytes <= capacity:
             chosen.add(unit.name)
             used += unit.image_bytes
     return chosen

@@ -3,18 +3,28 @@
 Visits are numbered through all passes: visit ``v`` is of unit ``v % count``. A way that passes take twice running
 instead of the expected one is expected from then on: an encoder that runs for the first token alone is not prefetched
 for the others, nor is what follows an early exit. Visits that are then left out keep their numbers.
+
+Units of a second order (see :mod:`djinn.planning.ring`) have the numbers behind those of the first. After a pass of
+either order one of the second is expected: of a generation all passes but the first are.
 """
 
 from __future__ import annotations
 
 
 class Order:
-    """Follows the recorded order until passes show another."""
+    """Follows the recorded order until passes show another.
 
-    def __init__(self, count: int) -> None:
+    Args:
+        count: units of all orders.
+        again: the first unit of the pass that is expected after the last unit.
+    """
+
+    def __init__(self, count: int, again: int = 0) -> None:
         self._count = count
         self._steps = [1] * count
         """How many visits on from each unit the pass is expected to go."""
+        if count:
+            self._steps[-1] += again
         self._strayed: dict[int, int] = {}
         """After which unit the last pass went to which other than the expected one."""
         self._previous: int | None = None

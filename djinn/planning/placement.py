@@ -8,7 +8,7 @@ of ring above that buys nothing while a resident byte never crosses the link aga
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 
@@ -17,7 +17,9 @@ import torch
 from djinn.errors import PlanError
 from djinn.planning.choice import names_of, singular, spread, total_bytes, with_companions
 from djinn.planning.experts import NO_POOL, Pool, pool_for
+from djinn.planning.host import HostShare
 from djinn.planning.ring import Slot, default_ring_bytes, ring_floor, schedule
+from djinn.planning.room import require_room
 from djinn.sizes import format_bytes
 from djinn.weights.tensors import PAGE
 from djinn.weights.units import Unit
@@ -41,7 +43,7 @@ class Plan:
     units: tuple[Unit, ...]
     tiers: tuple[Tier, ...]
     slots: tuple[Slot, ...]
-    """Ring slots of the streamed units, in their order."""
+    """Ring slots of the visits."""
     budget: int
     ring_bytes: int
     workspace_bytes: int
@@ -50,6 +52,8 @@ class Plan:
     """Device memory that coded units are decoded into, one at a time."""
     pool: Pool = NO_POOL
     """Where the experts are that routers have picked."""
+    host: HostShare | None = None
+    """Which of the units in host memory its cores compute with, in passes of few tokens."""
     model_bytes: int
 
     @property
@@ -61,6 +65,18 @@ class Plan:
     def streamed(self) -> tuple[Unit, ...]:
         """The units that cross the link in every pass, in order."""
         return tuple(unit for unit in self.away if not unit.experts)
+
+    @property
+    def second(self) -> tuple[Unit, ...]:
+        """The units that cross the link in a pass of few tokens, in order, where the host computes with others."""
+        if self.host is None:
+            return ()
+        return tuple(unit for unit in self.streamed if unit.name not in self.host.units)
+
+    @property
+    def visits(self) -> tuple[Unit, ...]:
+        """The units of both orders, the first before the second."""
+        return self.streamed + self.second
 
     @property
     def routed(self) -> tuple[Unit, ...]:
@@ -126,9 +142,18 @@ class Plan:
             *([("  pool", self.pool.nbytes, pool_words)] * bool(self.pool.slots)),
             ("  workspace", self.workspace_bytes, "KV cache, activations, libraries"),
             ("pinned", self.pinned_bytes, f"{len(self.at(Tier.PINNED))} units in host memory, streamed {when}"),
+            *self._host_rows(),
             ("disk", self.disk_bytes, f"{len(self.at(Tier.DISK))} units read {when}"),
         ]
         return "\n".join(f"{name:<12}{format_bytes(size):>9}  {what}" for name, size, what in rows)
+
+    def _host_rows(self) -> list[tuple[str, int, str]]:
+        if self.host is None:
+            return []
+        computed = [unit for unit in self.streamed if unit.name in self.host.units]
+        tokens = self.host.rates.tokens
+        words = f"{len(computed)} of them: the host's cores compute with these in passes of up to {tokens} tokens"
+        return [("  computed", total_bytes(computed), words)]
 
     def _bytes(self, tier: Tier) -> int:
         return sum(unit.image_bytes for unit in self.at(tier))
@@ -143,11 +168,12 @@ def place_on(
     host_bytes: int,
     ring_bytes: int | None,
     picked: int = 1,
+    host: HostShare | None = None,
 ) -> Plan:
     """Place ``units`` with the default ring that suits a kind of device; otherwise as :func:`make_plan`."""
     make = partial(
         make_plan, units, budget=budget, workspace_bytes=workspace_bytes, host_bytes=host_bytes, ring_bytes=ring_bytes,
-        picked=picked,
+        picked=picked, host=host,
     )  # fmt: skip
     if device.type == "cpu":
         made = make()
@@ -165,6 +191,7 @@ def make_plan(
     ring_bytes: int | None = None,
     ring_floor: int = 0,
     picked: int = 1,
+    host: HostShare | None = None,
 ) -> Plan:
     """Place ``units``; see the module's text.
 
@@ -176,6 +203,7 @@ def make_plan(
         ring_bytes: ring size; by default three of the largest streamed unit.
         ring_floor: what the default ring is made at least, if the streamed units are more than that.
         picked: experts that a router picks for a token, where units have experts.
+        host: names units that wait in host memory in any case, for its cores to compute with.
 
     Raises:
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
@@ -200,7 +228,8 @@ def make_plan(
         others = (other for other in streamable if other.name not in chosen and other is not unit)
         return ring_bytes or _default_ring(others, ring_floor)
 
-    waiting = singular(streamable)
+    computed = host.units if host is not None else frozenset()
+    waiting = [unit for unit in singular(streamable) if unit.name not in computed]
     while waiting:
         fits = [unit for unit in waiting if fixed + unit.image_bytes + ring_without(unit) <= budget]
         if not fits:
@@ -210,14 +239,14 @@ def make_plan(
         waiting.remove(fits[0])
     rest = [unit for unit in dense if unit.name not in chosen]
     ring = ring_bytes or min(_default_ring(rest, ring_floor), max(budget - fixed, 0))
-    _check(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch, floor)
-    chosen |= spread(rest, budget - fixed - ring)
+    require_room(rest, ring, ring_bytes, fixed, budget, workspace_bytes + scratch, floor)
+    chosen |= spread(rest, budget - fixed - ring, computed)
     streamed = [unit for unit in dense if unit.name not in chosen]
     ring = ring // PAGE * PAGE if streamed else 0
     used = total_bytes(unit for unit in dense if unit.name in chosen) + workspace_bytes + scratch + ring
     pool = pool_for(routed, picked, budget - used)
     away = [unit for unit in units if unit.name not in chosen]
-    made = [unit for unit in away if not unit.on_disk]
+    made = [unit for unit in away if not unit.on_disk or unit.name in computed]
     if total_bytes(made) > host_bytes:
         raise PlanError(
             "host memory: streamed weights that are made, converted or coded in memory have no disk tier and need "
@@ -225,7 +254,7 @@ def make_plan(
             "budget"
         )
     # What is read in every pass waits in host memory before what a router may pick.
-    filed = [unit for unit in streamed if unit.on_disk]
+    filed = [unit for unit in streamed if unit.on_disk and unit.name not in computed]
     pinned = names_of(made) | spread(filed, host_bytes - total_bytes(made))
     room = host_bytes - total_bytes(unit for unit in away if unit.name in pinned)
     pinned |= spread([unit for unit in routed if unit.on_disk], room)
@@ -235,45 +264,27 @@ def make_plan(
             return Tier.RESIDENT
         return Tier.PINNED if unit.name in pinned else Tier.DISK
 
+    second = [unit for unit in streamed if unit.name not in computed] if host is not None else []
     return Plan(
         units=tuple(units),
         tiers=tuple(map(tier, units)),
-        slots=tuple(schedule([unit.image_bytes for unit in streamed], ring)),
+        slots=tuple(schedule(_sizes(streamed), ring, _sizes(second))),
         budget=budget,
         ring_bytes=ring,
         workspace_bytes=workspace_bytes,
         scratch_bytes=scratch,
         pool=pool,
+        host=None if host is None else replace(host, units=computed & names_of(streamed)),
         model_bytes=sum(unit.raw_bytes for unit in units),
     )
 
 
-def _check(
-    streamed: Sequence[Unit], ring: int, asked_ring: int | None, fixed: int, budget: int, workspace: int, pool: Pool
-) -> None:
-    """Refuse a ring that its largest unit does not fit, and a budget that ring and fixed needs do not fit."""
-    largest = max(streamed, key=lambda unit: unit.image_bytes, default=None)
-    needed = largest.image_bytes if largest is not None else 0
-    if asked_ring is not None and largest is not None and needed > asked_ring // PAGE * PAGE:
-        raise PlanError(
-            f"ring: unit {largest.name} has {format_bytes(needed)}, more than the ring's {format_bytes(asked_ring)}; "
-            f"a ring of {needed} bytes would do"
-        )
-    needed = asked_ring or needed if streamed else 0
-    if fixed + needed > budget:
-        ring_text = format_bytes(needed)
-        if largest is not None and asked_ring is None:
-            ring_text += f" (unit {largest.name})"
-        pool_text = f", {pool.slots} experts of {format_bytes(pool.slot_bytes)}" if pool.slots else ""
-        raise PlanError(
-            f"budget: {format_bytes(budget)} is too small: workspace {format_bytes(workspace)}, weights that cannot be "
-            f"streamed {format_bytes(fixed - workspace - pool.nbytes)}{pool_text} and a ring of {ring_text} need "
-            f"{fixed + needed} bytes"
-        )
-
-
 def _default_ring(units: Iterable[Unit], floor: int) -> int:
-    return default_ring_bytes([unit.image_bytes for unit in units], floor)
+    return default_ring_bytes(_sizes(units), floor)
+
+
+def _sizes(units: Iterable[Unit]) -> list[int]:
+    return [unit.image_bytes for unit in units]
 
 
 def _scratch(units: Iterable[Unit]) -> int:

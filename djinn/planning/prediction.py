@@ -7,6 +7,9 @@ a processor cannot; a pass begins with some more of it, and a call of ``generate
 the visit that its slot waits for has been computed, as in the ring; compute begins once the copy has ended. On a CPU a
 copy out of host memory is work for the cores that compute, so it adds.
 
+A unit that the host's cores compute with (:mod:`djinn.planning.host`) is not copied in a decode step: everything else
+that computes waits for its product, while copies go on.
+
 What is not counted: decoding of coded weights, and the time between two passes, which prefetching hides. A rate that
 was not measured makes its part free; :attr:`Prediction.blind` says which.
 """
@@ -21,10 +24,11 @@ import numpy as np
 
 from djinn.errors import UnavailableError
 from djinn.planning.experts import LAYER_IDLE_S, mean_rate
+from djinn.planning.host import HostRates
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.work import Work
 
-Limit = Literal["link", "disk", "compute", "host"]
+Limit = Literal["link", "disk", "compute", "host", "cores"]
 
 DECODE_PASSES = 8
 """Passes over which the time per token is averaged: the first one starts with an empty ring."""
@@ -67,11 +71,29 @@ class Rates:
     """Seconds in which several GPUs add up what they have computed of a few numbers."""
     sum_rate: float | None = None
     """Bytes/s at which they add up many."""
+    cores_beside_link: float | None = None
+    """Bytes/s of weights in host memory that its cores multiply by one token while the link is busy."""
+    link_beside_cores: float | None = None
+    """Bytes/s that the link carries meanwhile."""
+    cores_tokens: int = 0
+    """The most tokens by which the cores multiply about as fast as by one; 0 where that was not measured."""
+    cores_round_trip_s: float = 0.0
+    """Seconds in which a token's inputs come from a GPU to the host, and outputs go back, while the link is busy."""
+
+    @property
+    def host(self) -> HostRates | None:
+        """What is known of link and cores while both are busy."""
+        if not self.cores_beside_link or not self.link_beside_cores:
+            return None
+        return HostRates(
+            link=self.link_beside_cores, cores=self.cores_beside_link, wait_s=self.cores_round_trip_s,
+            device=self.compute[0].rate if self.compute else None, tokens=self.cores_tokens,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Predicted seconds. The four times are of one decode step, each as if it were alone."""
+    """Predicted seconds. The five times are of one decode step, each as if it were alone."""
 
     ttft_s: float
     """From the call of ``generate`` with a cold ring to the first token."""
@@ -80,6 +102,8 @@ class Prediction:
     disk_s: float
     compute_s: float
     host_s: float
+    cores_s: float = 0.0
+    """Of products that the host's cores compute."""
     batch: int
     hit_rate: float = 1.0
     """Of picked experts that decode finds in the pool, as it was taken to be; 1 where all are resident."""
@@ -99,6 +123,7 @@ class Prediction:
             "disk": self.disk_s,
             "compute": self.compute_s,
             "host": self.host_s,
+            "cores": self.cores_s,
         }
         return max(times, key=lambda name: times[name])
 
@@ -134,6 +159,7 @@ def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None)
         disk_s=sum(visit.disk_s for visit in decode),
         compute_s=sum(visit.compute_s for visit in decode),
         host_s=sum(visit.host_s for visit in decode),
+        cores_s=sum(visit.cores_s for visit in decode),
         batch=load.batch,
         hit_rate=plan.pool.share if hit_rate is None else hit_rate,
         blind=tuple(name for name, rate in known.items() if not rate),
@@ -148,6 +174,10 @@ class _Visit:
     link_s: float
     compute_s: float
     host_s: float
+    cores_s: float = 0.0
+    """Of a product that the host's cores compute in the place of a copy and the device's compute."""
+    slot: int | None
+    """Which slot of the ring the unit comes to; None where it comes to none."""
     asked: bool = False
     """Whether its copy begins only when compute has come to it: experts that a router has just picked."""
     in_order: bool
@@ -157,8 +187,8 @@ class _Visit:
     def busy_s(self) -> float:
         """How long what computes is busy."""
         if self.in_order:
-            return self.link_s + self.compute_s + self.host_s
-        return max(self.compute_s, self.host_s)
+            return self.cores_s + self.link_s + self.compute_s + self.host_s
+        return self.cores_s + max(self.compute_s, self.host_s)
 
 
 def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, hit_rate: float | None) -> list[_Visit]:
@@ -169,6 +199,9 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
     hits = pool.share if hit_rate is None else hit_rate
     visits: list[_Visit] = []
     on_cpu = rates.device == "cpu"
+    host = plan.host if plan.host is not None and tokens <= plan.host.rates.tokens else None
+    link = rates.link if host is None else host.rates.link
+    slots = iter(range(len(plan.slots)) if host is None else range(len(plan.streamed), len(plan.slots)))
     for unit, tier in zip(plan.units, plan.tiers, strict=True):
         rows = work.workload.batch if unit.name in work.head else tokens
         on_disk = tier is Tier.DISK
@@ -179,13 +212,16 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
         if unit.experts and tier is not Tier.RESIDENT:
             needed = 1.0 if is_whole else pool.distinct(tokens) / pool.widest
             nbytes = round(nbytes * needed * (1 - hits))
-        over_link = tier is Tier.PINNED or (on_disk and not on_cpu)
+        product_s = host.rates.product_s(unit.raw_bytes) if host is not None and unit.name in host.units else 0.0
+        over_link = not product_s and (tier is Tier.PINNED or (on_disk and not on_cpu))
         visits.append(
             _Visit(
                 disk_s=nbytes / _known("disk", rates.disk) if on_disk else 0.0,
-                link_s=nbytes / _known("link", rates.link) if over_link else 0.0,
-                compute_s=compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
+                link_s=nbytes / _known("link", link) if over_link else 0.0,
+                compute_s=0.0 if product_s else compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
                 host_s=rates.module_s + (0.0 if visits else rates.pass_s),
+                cores_s=product_s,
+                slot=None if tier is Tier.RESIDENT or unit.experts or product_s else next(slots),
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
             )
@@ -220,7 +256,6 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
     ended = [0.0] * len(plan.slots)  # when each streamed unit was last read
     before = [tuple(slot.sharing) for slot in plan.slots]
     for visits in passes:
-        streamed = iter(range(len(plan.slots)))
         for visit, tier, unit_of in zip(visits, plan.tiers, plan.units, strict=True):
             if tier is not Tier.RESIDENT and unit_of.experts:
                 # What a router picks is fetched when it is known; whole layers come while the one before is computed.
@@ -231,9 +266,8 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                     begin = link_s = max(link_s, begin) + visit.link_s
                 now_s = max(now_s, begin) + visit.busy_s + (LAYER_IDLE_S if visit.asked and not visit.in_order else 0.0)
                 continue
-            if tier is not Tier.RESIDENT:
-                unit = next(streamed)
-                free_s = max(ended[other] for other in before[unit])
+            if visit.slot is not None:
+                free_s = max(ended[other] for other in before[visit.slot])
                 if visit.disk_s:
                     # For a GPU the host asks ahead of time, into buffers of its own: a read waits for no slot.
                     disk_s = (max(disk_s, free_s) if visit.in_order else disk_s) + visit.disk_s
@@ -242,8 +276,8 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                     free_s = link_s = max(link_s, free_s) + visit.link_s
                 now_s = max(now_s, free_s)
             now_s += visit.busy_s
-            if tier is not Tier.RESIDENT:
-                ended[unit] = now_s
+            if visit.slot is not None:
+                ended[visit.slot] = now_s
     return now_s
 
 

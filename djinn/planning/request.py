@@ -9,6 +9,7 @@ import torch
 
 from djinn.devices import device_of
 from djinn.errors import ConfigError
+from djinn.planning.host import HostCompute, HostRates
 from djinn.planning.workspace import Workload
 from djinn.sizes import parse_bytes
 
@@ -33,6 +34,7 @@ class Request:
     dtype: torch.dtype | None
     coding: Coding | None
     experts: Experts = "routed"
+    host: HostCompute | None = None
 
     @classmethod
     def of(
@@ -47,6 +49,8 @@ class Request:
         dtype: torch.dtype | None = None,
         coding: Coding | None = None,
         experts: Experts = "routed",
+        host_compute: bool = False,
+        host_threads: int | None = None,
     ) -> Self:
         """Return the request that a user's words make. The device need not be here.
 
@@ -61,8 +65,9 @@ class Request:
             raise ConfigError(f"experts {experts!r}: it is {' or '.join(get_args(Experts))}")
         if isinstance(keep, Workload):
             _check(keep)
+        where = device_of(device)
         return cls(
-            device=device_of(device),
+            device=where,
             budget=parse_bytes(budget),
             keep=keep if isinstance(keep, Workload) else parse_bytes(keep),
             ring=None if ring is None else parse_bytes(ring),
@@ -71,11 +76,16 @@ class Request:
             dtype=dtype,
             coding=coding,
             experts=experts,
+            host=_host(host_compute, host_threads, where, dtype),
         )
 
     def asking(self, *, budget: int | None = None, work: Workload | None = None) -> Self:
         """Return the same request with another budget, or for another generation."""
         return replace(self, budget=budget or self.budget, keep=work or self.keep)
+
+    def knowing(self, rates: HostRates | None) -> Self:
+        """Return the same request with what is known of the machine's link and cores, if they are to compute."""
+        return self if self.host is None else replace(self, host=replace(self.host, rates=rates))
 
     def shared_by(self, processes: int) -> Self:
         """Return what each of several processes on one host may ask for: all of them share its memory."""
@@ -92,6 +102,22 @@ class Request:
             return self.host_memory
         on_device = self.budget if self.device.type == "cpu" else 0
         return given_back + max(min(round(HOST_SHARE * free), free - staging) - on_device, 0)
+
+
+def _host(asked: bool, threads: int | None, device: torch.device, dtype: torch.dtype | None) -> HostCompute | None:
+    if not asked:
+        if threads is not None:
+            raise ConfigError(f"host_threads {threads!r}: it is for host_compute, which was not asked for")
+        return None
+    if device.type == "cpu":
+        raise ConfigError(
+            "host_compute: the device is the CPU, whose cores compute already; it is for weights that stream to a GPU"
+        )
+    if dtype not in (torch.bfloat16, None):
+        raise ConfigError(f"host_compute: the cores multiply weights in torch.bfloat16, and dtype is {dtype}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ConfigError(f"host_threads {threads!r}: it is a whole number of at least 1")
+    return HostCompute(threads=threads)
 
 
 def _check(work: Workload) -> None:

@@ -3,6 +3,9 @@
 A pass visits the streamed units in a fixed order, over and over. Units are placed one behind the other; one that does
 not fit before the end starts again at 0. Every pass starts at 0, so a unit has one slot for good, its parameters are
 bound to it once, and the copy of the next pass's first units needs nothing but the release of what lay there.
+
+Where the host's cores compute with some units, passes of few tokens visit only the others, in a **second order** over
+the same ring. It has slots of its own, and a copy of either order waits for the releases of both.
 """
 
 from __future__ import annotations
@@ -50,25 +53,31 @@ class Slot:
             rest ^= lowest
 
 
-def schedule(sizes: Sequence[int], ring_bytes: int) -> list[Slot]:
+def schedule(sizes: Sequence[int], ring_bytes: int, second: Sequence[int] = ()) -> list[Slot]:
     """Place units of ``sizes`` bytes, in order of visit, in a ring of ``ring_bytes``.
+
+    Slots of the units of a ``second`` order, given by their sizes too, stand behind those of the first.
 
     Raises:
         ValueError: a unit larger than the ring (the plan refuses that earlier, by name).
     """
-    offsets: list[int] = []
+    offsets = [*_offsets(sizes, ring_bytes), *_offsets(second, ring_bytes)]
+    all_sizes = [*sizes, *second]
+    begins, ends = np.array(offsets), np.array(offsets) + np.array(all_sizes)
+    return [
+        Slot(begin, size, _set((begins < begin + size) & (ends > begin)))
+        for begin, size in zip(offsets, all_sizes, strict=True)
+    ]
+
+
+def _offsets(sizes: Sequence[int], ring_bytes: int) -> Iterator[int]:
     cursor = 0
     for size in sizes:
         if not 0 < size <= ring_bytes:
             raise ValueError(f"a unit of {size} bytes does not fit a ring of {ring_bytes}")
         offset = cursor if cursor + size <= ring_bytes else 0
-        offsets.append(offset)
+        yield offset
         cursor = offset + size
-    begins, ends = np.array(offsets), np.array(offsets) + np.array(sizes)
-    return [
-        Slot(begin, size, _set((begins < begin + size) & (ends > begin)))
-        for begin, size in zip(offsets, sizes, strict=True)
-    ]
 
 
 def _set(members: np.ndarray) -> int:

@@ -9,6 +9,7 @@ Shared with ROCm builds of torch, whose streams and events have the same names.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -182,6 +183,8 @@ class _Trace:
         self._stats = stats
         self.zero = torch.cuda.Event(enable_timing=True)
         self.zero.record()
+        self.zero.synchronize()
+        stats.zero_s = time.perf_counter()
         self._open: dict[int, dict[str, torch.cuda.Event]] = {}
         self._closed: list[tuple[Source, dict[str, torch.cuda.Event]]] = []
         self._decoded: list[tuple[Unit, torch.cuda.Event, torch.cuda.Event]] = []

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Lane = Literal["copy", "decode", "compute", "stall"]
+Lane = Literal["copy", "decode", "compute", "stall", "host"]
 TIMELINE_LIMIT = 100_000
 """Intervals kept; about 15 MB. What comes after is counted in the totals alone."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Something that took time: a unit's copy, the decoding or compute that read its slot, or the wait in between.
+    """Something that took time: a unit's copy, the decoding or compute that read its slot, the wait in between, or what
+    the host's cores computed with units.
 
     Times are seconds of one clock whose zero is arbitrary; ``cause`` says what a stall waited for.
     """
@@ -65,6 +66,14 @@ class Stats:
     """Time that compute waited for a unit (on CUDA: known for traced passes only)."""
     hook_s: float = 0.0
     """Host time spent in hooks, stalls excluded."""
+    host_computed_bytes: int = 0
+    """Weight bytes that the host's cores have computed with."""
+    host_s: float = 0.0
+    """Time in which they did."""
+    host_wait_s: float = 0.0
+    """Time that they waited for inputs: for all compute before them, and for the copy to the host."""
+    zero_s: float = 0.0
+    """What the host's clock (``time.perf_counter``) showed at the zero of the timeline."""
     timeline: list[Interval] = field(default_factory=list)
 
     def count_copy(self, nbytes: int, *, from_disk: bool) -> None:

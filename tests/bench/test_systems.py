@@ -42,6 +42,19 @@ def test_every_system_has_a_loader(name):
     assert callable(module.load)
 
 
+@pytest.mark.parametrize("variant", ["host", "lossless+host"])
+def test_host_compute_is_for_one_gpu_alone(variant: str, tmp_path: Path) -> None:
+    module = loader("djinn")
+    job = dataclasses.replace(gpu_job(tmp_path), variant=variant)
+    module.check(job)
+    for name, value in (("gpus", 2), ("dtype", "float16")):
+        with pytest.raises(UnavailableError, match=f"{name} {value}"):
+            module.check(dataclasses.replace(gpu_job(tmp_path, **{name: value}), variant=variant))
+    smoke = load_profile("smoke_tiny")
+    with pytest.raises(UnavailableError, match="device cpu"):
+        module.check(Job(profile=smoke, variant=variant, model=smoke.model, scratch=tmp_path))
+
+
 def test_an_unknown_system_lists_those_there_are():
     with pytest.raises(ConfigError, match="accelerate"):
         loader("acelerate")

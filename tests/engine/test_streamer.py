@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from types import FrameType
 
 import pytest
@@ -22,6 +23,7 @@ from torch import nn
 from djinn.engine import streamer as streamer_module
 from djinn.engine.coding import Scratch
 from djinn.engine.presence import Presence
+from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
 from djinn.errors import CheckpointError, PlanError
 from djinn.planning.ring import Slot, schedule
@@ -152,13 +154,17 @@ def named_unit(number: int, nbytes: int) -> Unit:
     return Unit(name=f"u{number}", readers=(f"u{number}",), tensors=(PlacedTensor(f"w{number}", entry, 0),))
 
 
-def streaming(sizes: list[int], ring_bytes: int, seed: int = 0) -> tuple[Streamer, SimulatedDevice, Stats]:
-    slots = tuple(schedule(sizes, ring_bytes))
+def streaming(
+    sizes: list[int], ring_bytes: int, seed: int = 0, second: SecondOrder | None = None
+) -> tuple[Streamer, SimulatedDevice, Stats]:
+    fewer = [unit.raw_bytes for unit in second.units] if second is not None else []
+    slots = tuple(schedule(sizes, ring_bytes, fewer))
     device = SimulatedDevice(slots, ring_bytes, seed)
     stats = Stats(model_bytes=sum(sizes), resident_bytes=0, ring_bytes=ring_bytes, host_bytes=sum(sizes), disk_bytes=0)
     units = tuple(named_unit(number, size) for number, size in enumerate(sizes))
     nothing = {unit.name: Presence((), ()) for unit in units}
-    return Streamer(units, slots, device, stats, {}, Scratch(0, torch.device("cpu")), nothing), device, stats
+    streamer = Streamer(units, slots, device, stats, {}, Scratch(0, torch.device("cpu")), nothing, second)
+    return streamer, device, stats
 
 
 def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:
@@ -167,10 +173,11 @@ def visit(streamer: Streamer, device: SimulatedDevice, unit: int) -> None:
     streamer.release(unit)
 
 
-def begin_turn(streamer: Streamer) -> None:
-    """What calling the model does before it visits anything."""
+def begin_turn(streamer: Streamer, tokens: int = 100) -> None:
+    """What calling the model with so many tokens does before it visits anything."""
     streamer.turns.begin()
-    streamer.count_pass()
+    with torch.no_grad():
+        streamer.count_pass(None, (), {"input_ids": torch.zeros(1, tokens, dtype=torch.int64)})
 
 
 @st.composite
@@ -260,6 +267,115 @@ def test_reads_within_reads_are_right_or_refused(ring: tuple[list[int], int], se
             visit(streamer, device, inner)
         device.read(outer)
         streamer.release(outer)
+    device.finish()
+
+
+def two_orders(
+    sizes: list[int], left: list[int], ring_bytes: int, seed: int = 0
+) -> tuple[Streamer, SimulatedDevice, Stats, dict[str, int]]:
+    """A streamer whose passes of few tokens visit only the units ``left``; which visit each is bound to, by name."""
+    units = tuple(named_unit(number, sizes[number]) for number in left)
+    names = [f"u{number}" for number in [*range(len(sizes)), *left]]
+    bound = {f"u{number}": number for number in range(len(sizes))}
+
+    def bind(visit: int) -> None:
+        bound[names[visit]] = visit
+
+    streamer, device, stats = streaming(sizes, ring_bytes, seed, SecondOrder(units, 4, {}, bind))
+    return streamer, device, stats, bound
+
+
+def pass_of(
+    streamer: Streamer, device: SimulatedDevice, bound: dict[str, int], tokens: int, units: list[int]
+) -> list[int]:
+    """Make a pass of so many tokens over ``units``, given as in the first order; return its visits."""
+    begin_turn(streamer, tokens)
+    visits = [number for unit in units if (number := streamer.orders.number(unit)) is not None]
+    for unit, number in zip([u for u in units if streamer.orders.number(u) is not None], visits, strict=True):
+        streamer.acquire(number)
+        assert bound[f"u{unit}"] == number, "its parameters are bound to the slot of the other order"
+        device.read(number)
+        streamer.release(number)
+    return visits
+
+
+@given(rings(), st.integers(0, 2**32), st.data())
+def test_passes_of_both_orders_read_right_bytes(ring: tuple[list[int], int], seed: int, data: st.DataObject) -> None:
+    """Invariants 1, 2 and 8 over two orders: whichever follow each other, whole or in part, interrupted or not."""
+    sizes, ring_bytes = ring
+    left = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
+    streamer, device, stats, bound = two_orders(sizes, left, ring_bytes, seed)
+    made = 0
+    for _ in range(data.draw(st.integers(1, 6))):
+        units = data.draw(
+            st.just(list(range(len(sizes)))) | st.lists(st.integers(0, len(sizes) - 1), max_size=len(sizes))
+        )
+        made += len(pass_of(streamer, device, bound, data.draw(st.sampled_from([1, 4, 5, 100])), units))
+        if left and data.draw(st.booleans()):
+            begin_turn(streamer, 1)
+            streamer.acquire(len(sizes))  # and then Ctrl-C: no hook runs any more
+            made += 1
+        if data.draw(st.booleans()):
+            streamer.cool()
+    device.finish()
+    assert stats.visits == made
+
+
+@given(rings(), st.integers(0, 2**32), st.data())
+def test_a_generation_is_prefetched_in_the_second_order(
+    ring: tuple[list[int], int], seed: int, data: st.DataObject
+) -> None:
+    """Invariant 4: after the prompt, and after each token, the units that the next token reads are on their way."""
+    sizes, ring_bytes = ring
+    left = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
+    streamer, device, stats, bound = two_orders(sizes, left, ring_bytes, seed)
+    every = list(range(len(sizes)))
+    visits = pass_of(streamer, device, bound, 100, every)
+    for _ in range(4):
+        visits += pass_of(streamer, device, bound, 1, every)
+    device.finish()
+    decode = [len(sizes) + number for number in range(len(left))]
+    assert visits == every + decode * 4
+    assert device.submitted[: len(visits)] == visits
+    assert stats.reloads == stats.skips == 0
+
+
+def test_the_first_order_comes_back_for_one_reload() -> None:
+    streamer, device, stats, bound = two_orders([4, 4, 4, 4], [0, 2], 12)
+    every = [0, 1, 2, 3]
+    for tokens in (100, 1, 1, 100, 1, 1):
+        pass_of(streamer, device, bound, tokens, every)
+    device.finish()
+    assert stats.reloads == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_passes_of_one_kind_alone_are_prefetched_from_the_third_on(tokens: int) -> None:
+    streamer, device, stats, bound = two_orders([4, 4, 4, 4], [0, 2], 12)
+    for _ in range(3):
+        pass_of(streamer, device, bound, tokens, [0, 1, 2, 3])
+    reloads = stats.reloads
+    for _ in range(3):
+        pass_of(streamer, device, bound, tokens, [0, 1, 2, 3])
+    device.finish()
+    assert stats.reloads == reloads
+
+
+def test_an_interrupt_while_parameters_are_bound_leaves_none_in_the_other_slot() -> None:
+    streamer, device, _, bound = two_orders([4, 4], [0], 12)
+    second = streamer.orders._second
+    assert second is not None
+
+    def interrupted(visit: int) -> None:
+        second.bind(visit)
+        raise KeyboardInterrupt
+
+    begin_turn(streamer, 1)
+    streamer.orders._second = replace(second, bind=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        streamer._acquire_hook(0)()
+    streamer.orders._second = second
+    pass_of(streamer, device, bound, 100, [0, 1])
     device.finish()
 
 

@@ -50,3 +50,11 @@ def test_the_recorded_order_is_learned_back(path: list[int], times: int) -> None
     passes_of(order, 8, path, times)
     assert passes_of(order, 8, list(range(8)), 4)[-1] == 0
     assert [order.after(visit) for visit in range(8)] == list(range(1, 9))
+
+
+def test_after_a_pass_of_either_order_one_of_the_second_is_expected() -> None:
+    order = Order(7, again=4)  # four units, three of them again
+    visits = [0]
+    for _ in range(12):
+        visits.append(order.after(visits[-1]))
+    assert [visit % 7 for visit in visits] == [0, 1, 2, 3, *[4, 5, 6] * 3]

@@ -96,3 +96,17 @@ def test_the_next_pass_may_move_while_this_one_is_read(count: int, size: int) ->
 def test_a_unit_that_does_not_fit_is_refused(sizes: list[int]) -> None:
     with pytest.raises(ValueError, match="does not fit a ring of 10"):
         schedule(sizes, 10)
+
+
+@given(rings(), st.data())
+def test_a_second_order_has_slots_of_its_own_that_clash_with_those_of_the_first(
+    ring: tuple[list[int], int], data: st.DataObject
+) -> None:
+    sizes, ring_bytes = ring
+    fewer = [size for size in sizes if data.draw(st.booleans())]
+    slots = schedule(sizes, ring_bytes, fewer)
+    places = [(slot.offset, slot.nbytes) for slot in slots]
+    alone = [*schedule(sizes, ring_bytes), *schedule(fewer, ring_bytes)]
+    assert places == [(slot.offset, slot.nbytes) for slot in alone]
+    for slot in slots:
+        assert list(slot.sharing) == [unit for unit, other in enumerate(slots) if overlap(slot, other)]

@@ -15,6 +15,7 @@ PUBLISHED = {
     "llama-2-70b-16-layers": 14.22e9,  # the same cut to 16 of its 80 layers: streamed a pass, it takes half a second
     "llama-3.1-8b": 8.03e9,
     "llama-3.1-70b": 70.55e9,
+    "llama-3.1-405b": 405.9e9,
     "codellama-34b": 33.74e9,
     "mixtral-8x7b": 46.70e9,
     "qwen3-30b-a3b": 30.53e9,

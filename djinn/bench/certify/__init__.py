@@ -25,7 +25,7 @@ from djinn.bench.certify.checks import check_all
 from djinn.bench.certify.findings import Findings, Package
 from djinn.bench.certify.proof import prove
 from djinn.bench.ownership import owned
-from djinn.bench.rates import compute, disk, link, several
+from djinn.bench.rates import compute, disk, host, link, several
 from djinn.engine.opened import outlined
 from djinn.errors import ConfigError
 from djinn.files import write_text
@@ -59,7 +59,7 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
     folder = CHECKPOINT_DIR if checkpoint else run_dir
     folder.mkdir(parents=True, exist_ok=True)
     chunks = sorted({profile.chunk, *profile.sweep.chunks})
-    with tqdm(total=5, desc="certify: link", disable=not progress) as bar:
+    with tqdm(total=6, desc="certify: link", disable=not progress) as bar:
 
         def step(then: str) -> None:
             bar.update()
@@ -76,6 +76,8 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         disk_rates, disk_reason = _tried(lambda: disk.rates(folder, min(2**30, profile.min_disk // 4)))
         step("compute")
         computed, _ = _tried(lambda: compute.measure(torch.device("cuda" if on_gpu else "cpu")))
+        step("host")
+        cores, _ = _tried(lambda: host.measure(0 if on_gpu else None))
         step("plan")
         plan, plan_reason = _tried(lambda: plan_of(profile))
         step("streamed = resident")
@@ -111,6 +113,7 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         links=tuple(findings.links),
         sums=tuple(sums or ()),
         compute=computed,
+        host=cores,
         proof=proof,
         checks=tuple(check_all(findings)),
     )

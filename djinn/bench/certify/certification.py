@@ -12,6 +12,7 @@ from djinn.bench.certify.findings import Check
 from djinn.bench.certify.proof import Proof
 from djinn.bench.rates.compute import Compute
 from djinn.bench.rates.disk import BLOCK, DiskRate
+from djinn.bench.rates.host import HostCores
 from djinn.bench.rates.link import LinkRate
 from djinn.bench.rates.several import SUM_BYTES, LinksTogether, SumRate
 from djinn.errors import ConfigError
@@ -40,6 +41,8 @@ class Certification(BaseModel):
     """What several GPUs take to add up what each has."""
     compute: Compute | None = None
     """None in records from before it was measured, and where measuring it failed."""
+    host: HostCores | None = None
+    """What the host's cores multiply; None as ``compute``."""
     proof: Proof | None
     checks: tuple[Check, ...]
 
@@ -63,11 +66,16 @@ class Certification(BaseModel):
         at_once = max(self.links, key=lambda rate: len(rate.gpus), default=None)
         idle = {rate.nbytes: rate.seconds for rate in self.sums if not rate.beside_copies}
         few, many = SUM_BYTES
+        beside = self.host.beside_link[0] if self.host and self.host.beside_link else None
         return replace(
             found,
             link_at_once=1e9 * min(at_once.gbps) if at_once else None,
             sum_s=idle.get(few, 0.0),
             sum_rate=many / idle[many] if many in idle else None,
+            cores_beside_link=1e9 * beside.gbps if beside else None,
+            link_beside_cores=1e9 * beside.link_gbps if beside and beside.link_gbps else None,
+            cores_tokens=self.host.most_tokens if self.host else 0,
+            cores_round_trip_s=(self.host.round_trip_s if self.host else None) or 0.0,
         )
 
     def frame(self) -> pd.DataFrame:
@@ -116,6 +124,13 @@ class Certification(BaseModel):
             }
             for rate in self.sums
         ]
+        if self.host is not None:
+            for product in (*self.host.alone, *self.host.beside_link):
+                cores = f"the host's cores, {product.tokens} token{'s' if product.tokens > 1 else ''}"
+                beside = "alone" if product.link_gbps is None else "beside copies"
+                rows.append({"what": f"{cores}, {beside}", "threads": self.host.threads, "gbps": product.gbps})
+                if product.link_gbps is not None:
+                    rows.append({"what": f"pinned to device, beside {cores}", "gbps": product.link_gbps})
         return pd.DataFrame(rows, columns=["what", "chunk_bytes", "threads", "gbps", "reason"])
 
 

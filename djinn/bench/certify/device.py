@@ -11,8 +11,6 @@ _LINK_SHARE = 0.7
 and 73% on an L4 (23 GB/s of its slot's 31.5) were measured."""
 _AT_ONCE_SHARE = 0.95
 """Of each link's own rate, while others carry too, below which they share something."""
-_LANE_GBPS = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
-"""10^9 bytes/s of one PCIe lane by generation, after line coding (PCI-SIG)."""
 
 
 def device_checks(findings: Findings) -> list[Check]:
@@ -106,7 +104,7 @@ def _numa(findings: Findings, gpu: Gpu) -> Check:
 
 def _link_rate(findings: Findings, gpu: Gpu) -> Check:
     best = max((rate.gbps for rate in findings.link if rate.kind == "pinned to device"), default=None)
-    needed = _LINK_SHARE * _LANE_GBPS.get(gpu.pcie_generation_max or 0, 0) * (gpu.pcie_width_max or 0)
+    needed = _LINK_SHARE * (gpu.pcie_gbps or 0)
     return verdict_of(
         "link rate",
         f"{best:.1f} GB/s" if best is not None else "not measured",

@@ -60,7 +60,7 @@ def links(count: int) -> list[LinksTogether]:
     together = [range(count)] if count > 1 else []
     pairs = itertools.combinations(range(count), 2) if count > 2 else []
     with ExitStack() as undo:
-        lanes = [undo.enter_context(_lane(index)) for index in range(count)]
+        lanes = [undo.enter_context(lane(index)) for index in range(count)]
         return [
             LinksTogether(gpus=tuple(chosen), gbps=tuple(_rates([lanes[index] for index in chosen])))
             for chosen in [*((index,) for index in range(count)), *together, *pairs]
@@ -75,14 +75,14 @@ def sums(count: int) -> list[SumRate]:
     """
     found = []
     with ExitStack() as undo:
-        lanes = [undo.enter_context(_lane(index)) for index in range(count)]
+        lanes = [undo.enter_context(lane(index)) for index in range(count)]
         for nbytes, beside in itertools.product(SUM_BYTES, (False, True)):
             seconds = _sum_s(count, nbytes, lanes if beside else [])
             found.append(SumRate(nbytes=nbytes, seconds=seconds, beside_copies=beside))
     return found
 
 
-class _Lane:
+class Lane:
     """One GPU's copies: a stream, a target and page-locked chunks."""
 
     def __init__(self, index: int, host: torch.Tensor) -> None:
@@ -98,9 +98,24 @@ class _Lane:
             for chunk in self._chunks:
                 self._target.copy_(chunk, non_blocking=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether what was started has not ended."""
+        return not self.marks[1].query()
+
+    def gbps(self) -> float:
+        """Wait for what was started; return its rate, 10^9 bytes/s."""
+        self.stream.synchronize()
+        return _ROUNDS * _CHUNKS * _CHUNK / (self.marks[0].elapsed_time(self.marks[1]) / 1e3) / 1e9
+
 
 @contextmanager
-def _lane(index: int) -> Iterator[_Lane]:
+def lane(index: int) -> Iterator[Lane]:
+    """Yield the copies of GPU ``index``.
+
+    Raises:
+        PlanError: the driver refuses to page-lock host memory.
+    """
     memory = PinnedMemory(_CHUNK * _CHUNKS)
     cpus = local_cpus(index)
     with ThreadPoolExecutor(1, initializer=partial(run_on, cpus) if cpus else None) as local:
@@ -108,28 +123,30 @@ def _lane(index: int) -> Iterator[_Lane]:
     try:
         if not memory.pin():
             raise PlanError("host memory: the links' rates cannot be measured without page-locked memory")
-        yield _Lane(index, torch.from_numpy(memory.buffer))
+        yield Lane(index, torch.from_numpy(memory.buffer))
     finally:
         torch.cuda.synchronize(index)
         memory.close()
 
 
-def _rates(lanes: Sequence[_Lane]) -> list[float]:
-    """Return what each lane carries while all of these do."""
+def start(lanes: Sequence[Lane]) -> None:
+    """Queue on all lanes what is timed, so much that it takes a fifth of a second on a Gen5 link."""
     for number in range(_WARM_ROUNDS + _ROUNDS):
-        for lane in lanes:
+        for each in lanes:
             if number == _WARM_ROUNDS:
-                lane.marks[0].record(lane.stream)
-            lane.copy_all()
-    for lane in lanes:
-        lane.marks[1].record(lane.stream)
-    for lane in lanes:
-        lane.stream.synchronize()
-    moved = _ROUNDS * _CHUNKS * _CHUNK
-    return [moved / (lane.marks[0].elapsed_time(lane.marks[1]) / 1e3) / 1e9 for lane in lanes]
+                each.marks[0].record(each.stream)
+            each.copy_all()
+    for each in lanes:
+        each.marks[1].record(each.stream)
 
 
-def _sum_s(count: int, nbytes: int, lanes: Sequence[_Lane]) -> float:
+def _rates(lanes: Sequence[Lane]) -> list[float]:
+    """Return what each lane carries while all of these do."""
+    start(lanes)
+    return [each.gbps() for each in lanes]
+
+
+def _sum_s(count: int, nbytes: int, lanes: Sequence[Lane]) -> float:
     """Return the seconds of one sum of many, while these lanes copy."""
     parts = [torch.ones(nbytes // 2, dtype=torch.bfloat16, device=f"cuda:{index}") for index in range(count)]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -137,14 +154,14 @@ def _sum_s(count: int, nbytes: int, lanes: Sequence[_Lane]) -> float:
     for index in range(count):
         torch.cuda.synchronize(index)
     for _ in range(_ROUNDS if lanes else 0):
-        for lane in lanes:
-            lane.copy_all()
+        for each in lanes:
+            each.copy_all()
     with torch.cuda.device(0):
         begin.record()
         for _ in range(_SUMS):
             torch.cuda.nccl.all_reduce(parts)
         end.record()
     end.synchronize()
-    for lane in lanes:
-        lane.stream.synchronize()
+    for each in lanes:
+        each.stream.synchronize()
     return begin.elapsed_time(end) / 1e3 / _SUMS

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
+
 import djinn
+from djinn.bench.machines import host_rates_here
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.systems.base import Job, System
 from djinn.engine.load import engine_of, load_requested, placement
+from djinn.errors import UnavailableError
+from djinn.planning.host import HostCompute
 from djinn.planning.placement import Plan
+from djinn.profiles import HOST_COMPUTE
 from djinn.transport.stats import Interval
 from djinn.weights.tensors import kind_of
 
@@ -36,6 +42,8 @@ class Djinn(System):
         request = profile.request()
         if job.variant == "whole":
             request = replace(request, experts="whole")
+        if _host_computes(job):
+            request = replace(request, host=HostCompute(rates=host_rates_here()))
         self.model = load_requested(
             job.model, request, distributed_config=job.distributed_config, seed=profile.seed, trace=job.trace
         )
@@ -53,6 +61,7 @@ class Djinn(System):
         self.settings |= {f"bits {kind}": bits for kind, bits in bits_by_kind(placement(self.model)).items()}
         if job.on_gpu:
             self.settings["planned_pass_s"] = (stats.host_bytes + stats.disk_bytes) / link
+        self.settings |= _host_settings(self.model)
         self._pool = pool = placement(self.model).pool
         if pool.slots:
             self.settings |= {"pool_slots": pool.slots, "pool_experts": pool.experts, "slot_bytes": pool.slot_bytes}
@@ -93,8 +102,37 @@ class Djinn(System):
         return djinn.stats(self.model).timeline[self._began_at :]
 
 
+def _host_computes(job: Job) -> bool:
+    return f"djinn:{job.variant}" in HOST_COMPUTE
+
+
+def _host_settings(model: nn.Module) -> dict[str, int | float | str | bool]:
+    """Return what a record says of the host's cores; nothing where they do not compute."""
+    host, share = engine_of(model).host, placement(model).host
+    if host is None or share is None:
+        return {}
+    return {
+        "host_kernel": host.products.name,
+        "host_threads": host.products.threads,
+        "host_units": len(share.units),
+        "host_link_gbps": share.rates.link / 1e9,
+        "host_cores_gbps": share.rates.cores / 1e9,
+        "host_rates_assumed": share.rates.assumed,
+    }
+
+
 def check(job: Job) -> None:
-    """Nothing to build; the plan itself refuses what cannot work."""
+    """Nothing to build; the plan itself refuses what cannot work.
+
+    Raises:
+        UnavailableError: the host's cores are to compute for a device that they are, or for several.
+    """
+    profile = job.profile
+    if _host_computes(job) and (not job.on_gpu or profile.gpus > 1 or profile.dtype != "bfloat16"):
+        raise UnavailableError(
+            f"the host's cores compute beside one GPU, with weights in bfloat16; the profile has device "
+            f"{profile.device}, gpus {profile.gpus} and dtype {profile.dtype}"
+        )
 
 
 def load(job: Job) -> Djinn:

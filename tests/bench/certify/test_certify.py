@@ -10,6 +10,7 @@ from djinn.bench import certify as module
 from djinn.bench.certify import certify
 from djinn.bench.certify.certification import Certification, read_certification
 from djinn.bench.certify.proof import prove
+from djinn.bench.rates.host import ProductRate
 from djinn.bench.rates.several import SUM_BYTES, LinksTogether, SumRate
 from djinn.errors import ConfigError, PlanError
 from djinn.gpus import Gpu
@@ -46,7 +47,10 @@ def test_the_result_is_written_whole_and_read_back(certification: Certification,
 def test_the_tables_have_a_row_per_check_and_per_rate(certification: Certification) -> None:
     assert list(certification.frame().columns) == ["check", "measured", "needed", "verdict", "remedy"]
     assert len(certification.frame()) == len(certification.checks)
-    assert len(certification.rates_frame()) == len(certification.link) + len(certification.disk) > 0
+    host = certification.host
+    assert host is not None
+    products = len(host.alone) + 2 * len(host.beside_link)
+    assert len(certification.rates_frame()) == len(certification.link) + len(certification.disk) + products > 5
 
 
 def test_plans_are_predicted_from_what_was_measured(certification: Certification) -> None:
@@ -75,6 +79,26 @@ def test_plans_are_predicted_from_what_was_measured(certification: Certification
     assert rates.module_s == certification.compute.module_s >= 0
 
 
+def test_plans_get_what_link_and_cores_do_at_once(certification: Certification) -> None:
+    assert certification.host is not None
+    cores = certification.host.model_copy(
+        update={
+            "beside_link": tuple(
+                ProductRate(tokens=tokens, gbps=gbps, link_gbps=49.0)
+                for tokens, gbps in ((1, 55.0), (2, 43.0), (4, 42.0))
+            ),
+            "round_trip_s": 5e-5,
+        }
+    )
+    rates = certification.model_copy(update={"host": cores}).rates
+    assert (rates.cores_beside_link, rates.link_beside_cores) == (55e9, 49e9)
+    assert (rates.cores_tokens, rates.cores_round_trip_s) == (2, 5e-5)
+    unknown = certification.model_copy(update={"host": None}).rates
+    assert (unknown.cores_beside_link, unknown.link_beside_cores, unknown.cores_tokens) == (None, None, 0)
+    if not torch.cuda.is_available():
+        assert (certification.rates.cores_beside_link, certification.rates.link_beside_cores) == (None, None)
+
+
 def test_no_certification_yet_and_a_damaged_one(tmp_path: Path) -> None:
     assert read_certification(tmp_path) is None
     (tmp_path / CERTIFICATION).parent.mkdir()
@@ -92,6 +116,7 @@ def test_a_measurement_that_breaks_is_a_failed_check(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module.link, "rates", broken)
     monkeypatch.setattr(module.disk, "rates", broken)
     monkeypatch.setattr(module.compute, "measure", broken)
+    monkeypatch.setattr(module.host, "measure", broken)
     found = certify(load_profile("virt_mem_h100"), tmp_path, progress=False)
     assert not found.ok
     checks = {check.name: check for check in found.checks}

@@ -1,0 +1,196 @@
+"""How fast the host's cores multiply weights where they lie, alone and while the link is busy, and what either loses.
+
+Link and cores read the same memory, so a plan that uses both needs what they do at once. Weights are taken in turn from
+more memory than a processor's caches hold.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from djinn.bench.rates import several
+from djinn.bench.rates.several import Lane
+from djinn.errors import PlanError
+from djinn.hardware import local_cpus
+from djinn.host.products import HostProducts
+from djinn.sizes import Count
+from djinn.transport.arena import PinnedMemory
+from djinn.transport.reader import run_on
+
+TOKENS = (1, 2, 4, 8, 16)
+SHAPE = (28672, 8192)
+"""Of Llama-2-70B's gate and up projections, which are one product."""
+_WINDOW_S = 0.1
+"""How long products are repeated without a link; beside one, as long as it is busy."""
+_WINDOWS = 3
+_KNEE = 1.3
+Calls = Sequence[Sequence[Tensor]]
+"""Matrices that one call multiplies, for several calls in turn."""
+Multiply = Callable[[Sequence[Tensor], Tensor], object]
+
+
+class ProductRate(BaseModel):
+    """10^9 bytes of weights that are multiplied by ``tokens`` vectors in a second, and what the link carried then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: Count = Field(ge=1)
+    gbps: float = Field(gt=0, le=10**9)
+    link_gbps: float | None = Field(default=None, gt=0, le=10**9)
+    """None where the cores were alone."""
+
+
+class HostCores(BaseModel):
+    """What the host's cores multiply. Rates are in 10^9 bytes/s of bfloat16 weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kernel: str
+    """What multiplied: djinn's kernel and its instructions, or ``torch``."""
+    threads: Count
+    alone: tuple[ProductRate, ...]
+    """In order of tokens, the first one of one token."""
+    beside_link: tuple[ProductRate, ...] = ()
+    """The same while the link is busy; empty where there is none."""
+    round_trip_s: float | None = Field(default=None, gt=0, le=10**9)
+    """In which a token's inputs come from the device and its outputs go back, while the link is busy; the median."""
+
+    @property
+    def host_gbps(self) -> float:
+        """Of the cores alone, by one token."""
+        return self.alone[0].gbps
+
+    @property
+    def host_gbps_beside_link(self) -> float | None:
+        """Of the cores while the link is busy, by one token."""
+        return self.beside_link[0].gbps if self.beside_link else None
+
+    @property
+    def link_gbps_beside_host(self) -> float | None:
+        """Of the link while the cores multiply by one token."""
+        return self.beside_link[0].link_gbps if self.beside_link else None
+
+    @property
+    def most_tokens(self) -> int:
+        """Up to how many tokens a product takes at most 1.3x as long as with one, beside the link if there is one."""
+        return knee(self.beside_link or self.alone)
+
+
+def knee(rates: Sequence[ProductRate]) -> int:
+    """Return up to how many tokens no product takes more than 1.3x as long as the first one. Pure."""
+    cheap = itertools.takewhile(lambda rate: rates[0].gbps <= _KNEE * rate.gbps, rates)
+    return max(rate.tokens for rate in cheap)
+
+
+def measure(gpu: int | None, shape: tuple[int, int] = SHAPE) -> HostCores:
+    """Measure this host's cores, beside the link of a GPU where there is one; takes seconds and a GB of memory.
+
+    Args:
+        gpu: its index, as torch counts; None to measure the cores alone.
+        shape: rows and columns of the two matrices that one product reads.
+
+    Raises:
+        PlanError: the driver refuses to page-lock host memory.
+        UnavailableError: the system starts no more threads.
+    """
+    with ExitStack() as undo:
+        products = HostProducts(near=near_to(gpu))
+        undo.callback(products.close)
+        calls = undo.enter_context(calls_in_memory([shape, shape], gpu))
+        lane = None if gpu is None else undo.enter_context(several.lane(gpu))
+        return HostCores(
+            kernel=products.name,
+            threads=products.threads,
+            alone=tuple(rate(products.multiply, calls, tokens) for tokens in TOKENS),
+            beside_link=tuple(rate(products.multiply, calls, tokens, lane) for tokens in TOKENS) if lane else (),
+            round_trip_s=_round_trip_s(lane, *shape) if lane else None,
+        )
+
+
+def near_to(gpu: int | None) -> set[int] | None:
+    """Return the processors beside a GPU, where memory for it is; None where it does not matter."""
+    return None if gpu is None else local_cpus(gpu)
+
+
+@contextmanager
+def calls_in_memory(shapes: Sequence[tuple[int, int]], gpu: int | None, nbytes: int = 0) -> Iterator[Calls]:
+    """Yield matrices of ``shapes`` (rows, columns), one call's, as often as they fit ``nbytes``, and once at least.
+
+    They lie one behind the other in memory that a GPU's copies could come from; without one it is not page-locked.
+
+    Raises:
+        PlanError: the driver refuses to page-lock host memory.
+    """
+    one = sum(2 * math.prod(shape) for shape in shapes)
+    memory = PinnedMemory(max(1, nbytes // one) * one)
+    cpus = near_to(gpu)
+    with ThreadPoolExecutor(1, initializer=partial(run_on, cpus) if cpus else None) as local:
+        local.submit(memory.buffer.fill, 0x3C).result()  # 0.0115 in bfloat16
+    try:
+        if gpu is not None and not memory.pin():
+            raise PlanError("host memory: the cores cannot be measured beside the link without page-locked memory")
+        calls = torch.from_numpy(memory.buffer).view(torch.bfloat16).split(one // 2)
+        sizes = [math.prod(shape) for shape in shapes]
+        yield [[part.view(shape) for part, shape in zip(call.split(sizes), shapes, strict=True)] for call in calls]
+    finally:
+        memory.close()
+
+
+def rate(multiply: Multiply, calls: Calls, tokens: int, lane: Lane | None = None) -> ProductRate:
+    """Return how fast ``tokens`` are multiplied, one call after the other, and what ``lane`` carries meanwhile.
+
+    The median of a few windows. Products count that ended while the link was busy.
+    """
+    vectors = torch.ones(tokens, calls[0][0].shape[1], dtype=torch.bfloat16)
+    multiply(calls[-1], vectors)
+    found = [_window(multiply, calls, vectors, lane) for _ in range(_WINDOWS)]
+    host = statistics.median(host for host, _ in found)
+    links = [link for _, link in found if link is not None]
+    return ProductRate(tokens=tokens, gbps=host, link_gbps=statistics.median(links) if links else None)
+
+
+def _window(multiply: Multiply, calls: Calls, vectors: Tensor, lane: Lane | None) -> tuple[float, float | None]:
+    if lane is not None:
+        several.start([lane])
+    begun = now = time.perf_counter()
+    moved = read = 0
+    for call in itertools.cycle(calls):
+        multiply(call, vectors)
+        read += sum(matrix.nbytes for matrix in call)
+        ended = time.perf_counter()
+        over = ended - begun > _WINDOW_S if lane is None else not lane.busy
+        if not over or not moved:
+            moved, now = read, ended
+        if over:
+            break
+    return moved / (now - begun) / 1e9, lane.gbps() if lane is not None else None
+
+
+def _round_trip_s(lane: Lane, rows: int, columns: int) -> float:
+    """Return the median seconds in which one product's inputs come to the host and two matrices' outputs go back."""
+    inputs = torch.ones(columns, dtype=torch.bfloat16, device=lane.device)
+    there = torch.empty(columns, dtype=torch.bfloat16, pin_memory=True)
+    back = torch.ones(2 * rows, dtype=torch.bfloat16, pin_memory=True)
+    outputs = torch.empty(2 * rows, dtype=torch.bfloat16, device=lane.device)
+    several.start([lane])
+    seconds: list[float] = []
+    with torch.cuda.device(lane.device):
+        while lane.busy or not seconds:
+            begun = time.perf_counter()
+            there.copy_(inputs, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+            outputs.copy_(back, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+            seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)

@@ -1,0 +1,115 @@
+"""Which units the host's cores compute with where they lie, so that link and cores are done at once. Pure.
+
+At few tokens a pass reads every weight once and computes little. The link is one way to read what is not on the device;
+the host's cores, which sit beside the weights, are another. A **host unit** is not copied in such a pass: its module's
+inputs go to the host, and what the cores have computed comes back. Sums are then made in another order than on the
+device, so outputs are close to the resident model's and not equal to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from djinn.weights.units import Unit
+
+ASSUMED_LINK = 48e9
+"""Bytes/s that are taken for those of a link of which nothing is known: of a PCIe Gen5 x16 slot beside busy cores."""
+BUSY_SHARE = 0.94
+"""What is left of a link's own rate beside busy cores: 49 of 52 GB/s, on hosts of 16 cores with an H100."""
+ASSUMED_CORE = 3.5e9
+CORE_MOST = 4.8e9
+ASSUMED_CORES = 50e9
+"""Bytes/s of weights that one core multiplies while all do, the most that one does alone, and of all together. On those
+hosts one core had 4.8, and 16 had 48 to 66 beside a busy link."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRates:
+    """How fast weights are read while link and cores are both busy, each of which slows the other."""
+
+    link: float
+    """Bytes/s over the link."""
+    cores: float
+    """Bytes/s of weights that the cores multiply."""
+    wait_s: float = 60e-6
+    """Seconds that a product takes beside the multiplication: its inputs go to the host, and its outputs come back."""
+    device: float | None = None
+    """Bytes/s of weights that the device multiplies by one token; None where nobody knows: then it takes no time."""
+    tokens: int = 16
+    """The most tokens of a pass in which the cores compute: with more, a product takes much longer than with one."""
+    assumed: bool = False
+    """Whether nobody has measured them on this machine."""
+
+    def product_s(self, nbytes: int) -> float:
+        """Return the seconds that a product with ``nbytes`` of weights takes."""
+        return self.wait_s + nbytes / self.cores
+
+    def with_threads(self, threads: int) -> HostRates:
+        """Return the rates where only so many threads multiply."""
+        return replace(self, cores=min(self.cores, threads * CORE_MOST))
+
+
+def assumed_rates(threads: int, link: float | None = None, device: float | None = None) -> HostRates:
+    """Return what is taken for the rates of a machine on which they have not been measured.
+
+    ``link`` is what its link carries while the cores are idle, bytes/s, and ``device`` as in :class:`HostRates`, where
+    these are known.
+    """
+    return HostRates(
+        link=ASSUMED_LINK if link is None else BUSY_SHARE * link,
+        cores=min(threads * ASSUMED_CORE, ASSUMED_CORES),
+        device=device,
+        assumed=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCompute:
+    """What a user asks of the host's cores."""
+
+    threads: int | None = None
+    """How many compute; None for as many as can be spared."""
+    rates: HostRates | None = None
+    """What is known of the machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostShare:
+    """The host units of a plan, by name, and the rates that they were chosen for."""
+
+    units: frozenset[str]
+    rates: HostRates
+
+
+def host_units(
+    units: Sequence[Unit], streamed: Collection[str], able: Collection[str], rates: HostRates, room_bytes: int
+) -> frozenset[str]:
+    """Return the names of the units that become host units, of those that the host is ``able`` to compute with.
+
+    Each unit that streams goes, in order, to whichever of link and cores will be done with it first, after all that it
+    has been given before. So both are done at about the same time, at the end as at any point before it. While the
+    device computes, the cores wait for it and the link does not.
+
+    Args:
+        units: all of them, in order.
+        streamed: names of those that cross the link.
+        room_bytes: how much the arena may grow by: the cores need weights raw, and the link may carry them coded.
+    """
+    chosen = set()
+    link_s = cores_s = 0.0
+    for unit in units:
+        computed_s = cores_s + (unit.raw_bytes / rates.device if rates.device else 0.0)
+        if unit.name not in streamed:
+            cores_s = computed_s
+            continue
+        copied_s = link_s + unit.weight_bytes / rates.link
+        multiplied_s = cores_s + rates.product_s(unit.raw_bytes)
+        growth = unit.raw().image_bytes - unit.image_bytes if unit.coded else 0
+        if unit.name in able and multiplied_s < copied_s and growth <= max(room_bytes, 0):
+            chosen.add(unit.name)
+            cores_s = multiplied_s
+            room_bytes -= growth
+        else:
+            link_s, cores_s = copied_s, computed_s
+    return frozenset(chosen)

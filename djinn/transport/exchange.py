@@ -1,0 +1,76 @@
+"""Inputs of a product that the host computes go from the device to the host, and its outputs back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class Exchange(Protocol):
+    """What brings them there. All tensors are bfloat16."""
+
+    def to_host(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return ``inputs`` ([tokens, columns]) once they are in host memory, contiguous there; until the next call."""
+        ...
+
+    def room(self, tokens: int, rows: Sequence[int]) -> list[torch.Tensor]:
+        """Return host memory for outputs, [tokens, each of ``rows``]; until the next call."""
+        ...
+
+    def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return ``outputs``, which fill the latest room, on the device, for compute that follows."""
+        ...
+
+
+class CpuExchange:
+    """The device is the host: nothing has to go anywhere."""
+
+    def to_host(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.contiguous()
+
+    def room(self, tokens: int, rows: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.empty(tokens, each, dtype=torch.bfloat16) for each in rows]
+
+    def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return list(outputs)
+
+
+class CudaExchange:
+    """Small copies on the stream that the caller computes on, through page-locked memory that is used again each time.
+
+    Only for inputs the host waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._inputs = self._outputs = torch.empty(0, dtype=torch.bfloat16)
+        self._arrived = torch.cuda.Event()
+        self._left = torch.cuda.Event()
+
+    def to_host(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.numel() > self._inputs.numel():
+            self._inputs = _page_locked(inputs.numel())
+        host = self._inputs[: inputs.numel()].view(inputs.shape)
+        host.copy_(inputs, non_blocking=True)
+        self._arrived.record(torch.cuda.current_stream(self._device))
+        self._arrived.synchronize()
+        return host
+
+    def room(self, tokens: int, rows: Sequence[int]) -> list[torch.Tensor]:
+        self._left.synchronize()  # the last outputs may still be on their way
+        sizes = [tokens * each for each in rows]
+        if sum(sizes) > self._outputs.numel():
+            self._outputs = _page_locked(sum(sizes))
+        return [part.view(tokens, -1) for part in self._outputs[: sum(sizes)].split(sizes)]
+
+    def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        sizes = [output.numel() for output in outputs]
+        there = self._outputs[: sum(sizes)].to(self._device, non_blocking=True)
+        self._left.record(torch.cuda.current_stream(self._device))
+        return [part.view(output.shape) for part, output in zip(there.split(sizes), outputs, strict=True)]
+
+
+def _page_locked(elements: int) -> torch.Tensor:
+    return torch.empty(elements, dtype=torch.bfloat16, pin_memory=True)

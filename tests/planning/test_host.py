@@ -1,0 +1,156 @@
+"""Host units: link and cores end together, at any point of a pass, and what is left alone stays so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from djinn.errors import ConfigError
+from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units
+from djinn.planning.placement import Tier, make_plan
+from djinn.planning.prediction import Rates, predict
+from djinn.planning.request import Request
+from djinn.planning.work import Work
+from djinn.planning.workspace import Workload
+from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry
+from djinn.weights.units import PlacedTensor, Unit
+
+WORK = Workload(prompt_tokens=64, new_tokens=8, batch=1)
+PLAIN = Work(shares={}, head=frozenset(), attention_flops=0.0, cache_bytes=0, workload=WORK)
+rate = st.floats(1e9, 1e11)
+
+
+def unit(number: int, nbytes: int, *, made: bool = True) -> Unit:
+    source = Seeded(f"w{number}", 0) if made else FileSpan(Path(), 0)
+    entry = TensorEntry(torch.bfloat16, (nbytes // 2,), source)
+    return Unit(name=f"u{number}", readers=(f"u{number}",), tensors=(PlacedTensor(f"u{number}.weight", entry, 0),))
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[Unit]:
+    sizes = draw(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+    return [unit(number, size * PAGE) for number, size in enumerate(sizes)]
+
+
+@st.composite
+def host_rates(draw: st.DrawFn) -> HostRates:
+    return HostRates(link=draw(rate), cores=draw(rate), wait_s=draw(st.sampled_from([0.0, 1e-6])))
+
+
+def names(units: Iterable[Unit]) -> set[str]:
+    return {each.name for each in units}
+
+
+def seconds(units: list[Unit], chosen: frozenset[str], rates: HostRates) -> tuple[float, float]:
+    link_s = sum(each.weight_bytes / rates.link for each in units if each.name not in chosen)
+    return link_s, sum(rates.product_s(each.raw_bytes) for each in units if each.name in chosen)
+
+
+@given(models(), host_rates())
+def test_link_and_cores_end_together_at_every_point_of_a_pass(units: list[Unit], rates: HostRates) -> None:
+    chosen = host_units(units, names(units), names(units), rates, 0)
+    for end in range(1, len(units) + 1):
+        link_s, cores_s = seconds(units[:end], chosen, rates)
+        longest = max(max(each.weight_bytes / rates.link, rates.product_s(each.raw_bytes)) for each in units[:end])
+        assert abs(link_s - cores_s) <= longest * 1.000001
+
+
+@given(models(), host_rates(), st.data())
+def test_the_slower_of_both_is_never_slower_than_the_link_alone(
+    units: list[Unit], rates: HostRates, data: st.DataObject
+) -> None:
+    able = data.draw(st.sets(st.sampled_from([each.name for each in units])))
+    chosen = host_units(units, names(units), able, rates, 0)
+    assert chosen <= able
+    assert max(seconds(units, chosen, rates)) <= seconds(units, frozenset(), rates)[0] * 1.000001
+
+
+def test_a_product_that_waits_longer_than_it_saves_is_left_to_the_link() -> None:
+    units = [unit(number, 10 * PAGE) for number in range(10)]
+    assert not host_units(units, names(units), names(units), HostRates(link=50e9, cores=50e9, wait_s=1e-3), 0)
+
+
+@given(models(), host_rates(), st.integers(0, 40), st.integers(0, 100))
+def test_a_plan_keeps_its_host_units_in_host_memory(
+    units: list[Unit], rates: HostRates, more: int, percent: int
+) -> None:
+    """Whatever the budget: they are pinned, both orders fit the ring, and the second has all others that stream."""
+    least = 3 * max(each.image_bytes for each in units)
+    budget = least + sum(each.image_bytes for each in units) * percent // 100
+    host_bytes = sum(each.image_bytes for each in units)
+    before = make_plan(units, budget=budget, workspace_bytes=0, host_bytes=host_bytes)
+    chosen = host_units(units, names(before.streamed), {each.name for each in units[: len(units) - more % 3]}, rates, 0)
+    made = make_plan(
+        units, budget=budget, workspace_bytes=0, host_bytes=host_bytes, host=HostShare(units=chosen, rates=rates)
+    )
+    assert made.host is not None
+    tiers = {each.name: tier for each, tier in zip(made.units, made.tiers, strict=True)}
+    assert all(tiers[name] is Tier.PINNED for name in made.host.units)
+    assert made.host.units == chosen
+    assert {each.name for each in made.second} == {each.name for each in made.streamed} - chosen
+    assert [slot.nbytes for slot in made.slots] == [each.image_bytes for each in made.visits]
+    assert all(slot.offset + slot.nbytes <= made.ring_bytes for slot in made.slots)
+    assert made.device_bytes <= budget
+
+
+def test_host_units_are_in_host_memory_where_others_are_on_disk() -> None:
+    units = [unit(number, 10 * PAGE, made=False) for number in range(10)]
+    share = HostShare(units=frozenset({"u3", "u7"}), rates=assumed_rates(4))
+    made = make_plan(units, budget=30 * PAGE, workspace_bytes=0, host_bytes=40 * PAGE, host=share)
+    assert {"u3", "u7"} <= {each.name for each in made.at(Tier.PINNED)}
+    assert len(made.at(Tier.PINNED)) == 4
+
+
+def test_a_plan_without_host_units_has_one_order() -> None:
+    units = [unit(number, 10 * PAGE) for number in range(10)]
+    made = make_plan(units, budget=30 * PAGE, workspace_bytes=0, host_bytes=10**9)
+    assert made.host is None
+    assert made.visits == made.streamed
+    assert "computed" not in made.table()
+
+
+def planned(rates: HostRates | None) -> tuple[float, float]:
+    """Predicted seconds of the first token and of each other one, of 40 equal units, a quarter of them resident."""
+    units = [unit(number, 100 * PAGE) for number in range(40)]
+    before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9)
+    if rates is not None:
+        chosen = host_units(units, names(before.streamed), names(units), rates, 0)
+        share = HostShare(units=chosen, rates=rates)
+        before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9, host=share)
+    times = predict(before, Rates(device="cuda", link=1e9), PLAIN)
+    return times.ttft_s, times.token_s
+
+
+def test_with_cores_as_fast_as_the_link_a_token_takes_half_and_a_prompt_as_long() -> None:
+    ttft_s, token_s = planned(HostRates(link=1e9, cores=1e9, wait_s=0.0))
+    alone_ttft_s, alone_token_s = planned(None)
+    assert ttft_s == pytest.approx(alone_ttft_s, rel=0.02)
+    assert token_s == pytest.approx(alone_token_s / 2, rel=0.05)
+
+
+def test_waits_are_part_of_a_prediction() -> None:
+    without, waiting = (planned(HostRates(link=1e9, cores=1e9, wait_s=wait_s))[1] for wait_s in (0.0, 4e-5))
+    assert waiting > without
+
+
+def test_what_cannot_be_asked_of_the_cores_is_refused() -> None:
+    shared = {"budget": "1 GB", "keep": WORK}
+    for device, dtype, threads, words in (
+        ("cpu", None, None, "whose cores compute already"),
+        ("cuda", torch.float16, None, "dtype is torch.float16"),
+        ("cuda", None, 0, "at least 1"),
+        ("cuda", None, True, "at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Request.of(**shared, device=device, dtype=dtype, host_compute=True, host_threads=threads)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="not asked for"):
+        Request.of(**shared, device="cuda", host_threads=4)  # type: ignore[arg-type]
+    asked = Request.of(**shared, device="cuda", host_compute=True, host_threads=4)  # type: ignore[arg-type]
+    assert asked.host == HostCompute(threads=4)
+    assert Request.of(**shared, device="cuda") == replace(asked, host=None)  # type: ignore[arg-type]
