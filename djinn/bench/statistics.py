@@ -138,9 +138,9 @@ def reference_label(records: Iterable[Record]) -> str | None:
 def tokens_agree(records: Iterable[Record]) -> dict[str, bool | None]:
     """Return, for each ``system:variant``, whether every ok run generated the tokens of :func:`reference_label`.
 
-    None means that there is nothing to compare: no reference, no ok run, a system of ``HOST_COMPUTE``, or on several
-    GPUs one that is not of :data:`ALIKE`. The reference itself is True if its runs agree with each other. Of a system
-    that was asked for fewer tokens these are compared.
+    None means that there is nothing to compare: no reference, no ok run, on several GPUs a system that is not of
+    :data:`ALIKE`, or one of :data:`djinn.profiles.HOST_COMPUTE`. The reference itself is True if its runs agree with
+    each other. Of a system that was asked for fewer tokens these are compared.
     """
     records = latest(records)
     reference = reference_label(records)

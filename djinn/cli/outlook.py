@@ -67,18 +67,18 @@ def _found(name: str | None, device: str | None, *, asked: bool) -> Machine:
     from djinn.host.cores import KEPT
 
     if name is not None:
-        cores = None
+        cores: int | None = None
         if (sheet := sheet_of(name)) is not None:
             rates, free, note = sheet.rates(), _ENOUGH_BYTES, _TAKEN
             name = f"{name} (data sheet, not measured)"
         else:
             measured = machine_of(name)
             rates, free, note = measured.rates, measured.machine.available_bytes, ""
-            there = measured.machine.cores or measured.machine.threads
-            cores = None if there is None else max(there - KEPT, 1)
+            cores = measured.machine.cores or measured.machine.threads
+            cores = None if cores is None else max(cores - KEPT, 1)
         if device is not None and device_of(device).type != rates.device:
             raise ConfigError(f"device {device!r}: the rates of {name} are those of device {rates.device}")
-        return Machine(name=name, device=rates.device, rates=rates, free=free, cores=cores, note=note)
+        return Machine(name=name, device=rates.device, rates=rates, free=free, note=note, cores=cores)
     import torch
 
     where = device_of(device)

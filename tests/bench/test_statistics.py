@@ -172,4 +172,6 @@ def test_on_several_gpus_only_systems_that_add_up_alike_are_compared():
 def test_tokens_that_the_hosts_cores_compute_are_neither_compared_nor_a_reference(variant):
     computed, ours = record("djinn", variant, tokens=[1, 2, 3]), record(tokens=[1, 2, 4])
     assert reference_label([computed]) is None
-    assert tokens_agree([computed, ours]) == {f"djinn:{variant}": None, "djinn": True}
+    assert tokens_agree([computed, ours]) == {f"djinn:{variant}": None, "djinn": None}
+    held = tokens_agree([computed, ours, record("resident", tokens=[1, 2, 4])])
+    assert held == {f"djinn:{variant}": None, "djinn": True, "resident": True}
