@@ -31,7 +31,7 @@ import djinn
 from djinn.bench.measure import TokenTimes, prompt_ids
 from djinn.bench.rates import host
 from djinn.bench.rates.link import pinned_h2d_rate
-from djinn.engine.load import load_requested, placement
+from djinn.engine.load import engine_of, load_requested, placement
 from djinn.errors import UnavailableError
 from djinn.host.cores import choose_cpus
 from djinn.planning.host import HostCompute, HostRates, assumed_rates
@@ -156,10 +156,11 @@ def measure(options: argparse.Namespace, coding: str, computing: HostCompute | N
         **predicted(model, link),
     }  # fmt: skip
     if planned.host is not None:
-        rates = planned.host.rates
+        rates, host_units = planned.host.rates, engine_of(model).host
         shared |= {
             "host_units": len(planned.host.units), "planned_link_gbps": rates.link / 1e9,
             "planned_cores_gbps": rates.cores / 1e9, "rates_assumed": rates.assumed,
+            "kernel": host_units.products.name, "threads": host_units.products.threads,
         }  # fmt: skip
     prompt = prompt_ids(model.config, batch=1, tokens=options.prompt, seed=0).to(model.device)
     generate(model, prompt, 3)  # what only a first pass compiles and allocates

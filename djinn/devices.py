@@ -7,6 +7,7 @@ import re
 import torch
 
 from djinn.errors import ConfigError, UnavailableError
+from djinn.hardware import local_cpus
 
 _NAME = re.compile(r"cpu|cuda(:[0-9]{1,2})?")
 
@@ -52,3 +53,8 @@ def free_device_memory(device: torch.device) -> tuple[int, int]:
     """Return the bytes of a GPU that this process can still allocate, and those that it has in all."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+def cpus_near(device: torch.device) -> set[int] | None:
+    """Return the processors of the NUMA node that a GPU hangs on; None for a CPU, and where it is not known."""
+    return local_cpus(device.index or 0) if device.type == "cuda" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from djinn.devices import cpus_near
 from djinn.engine.binding import Weights, buffer_homes, move_buffers
 from djinn.engine.coding import Scratch, decoding
 from djinn.engine.device_memory import hold_workspace
@@ -24,7 +26,6 @@ from djinn.engine.ranks import Alone
 from djinn.engine.saving import save_from_store
 from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
-from djinn.hardware import local_cpus
 from djinn.host.products import HostProducts
 from djinn.planning.placement import Plan, Tier
 from djinn.transport.arena import Arena
@@ -85,6 +86,10 @@ def start(
     :func:`djinn.engine.device_memory.shortage_hook`. ``host_threads`` compute with the plan's host units.
     """
     device, reader = weights.coder.device, weights.coder.reader
+    products = None
+    if planned.host is not None:  # before anything is filled: it may be refused
+        products = _products(device, host_threads)
+        undo.callback(products.close)
     stats = Stats(
         model_bytes=planned.model_bytes,
         resident_bytes=planned.resident_bytes,
@@ -152,11 +157,8 @@ def start(
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
     host = None
-    if planned.host is not None:
+    if planned.host is not None and products is not None:
         computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
-        near = local_cpus(device.index or 0) if device.type == "cuda" else None
-        products = HostProducts(host_threads, near)
-        undo.callback(products.close)
         host = HostUnits(
             computed, weights.images, products, device, planned.host.rates.tokens, stats, lambda: streamer.orders.few
         )
@@ -173,6 +175,19 @@ def start(
     for handle in itertools.chain(guard(model), save_from_store(model, planned, weights)):
         undo.callback(handle.remove)
     return Engine(planned, weights, copier, streamer, experts, host, stats, before, ranks, undo.pop_all())
+
+
+def _products(device: torch.device, threads: int | None) -> HostProducts:
+    """Return the cores that compute with host units, beside the device."""
+    products = HostProducts(threads, cpus_near(device))
+    if products.reason:
+        warnings.warn(
+            f"host_compute: PyTorch multiplies with {products.threads} threads, more slowly than the plan expects: "
+            f"{products.reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return products
 
 
 def _second_order(

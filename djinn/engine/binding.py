@@ -106,6 +106,7 @@ class Weights:
     def _bind(self, tensor: PlacedTensor, weights: torch.Tensor) -> None:
         for parameter in self.of(tensor):
             with torch._C.DisableTorchFunctionSubclass():  # it may be away: see djinn.engine.presence
+                self._bound.pop(id(parameter), None)  # an interrupt in between makes it no changed one
                 parameter.data = weights
                 self._bound[id(parameter)] = parameter.data_ptr()
 

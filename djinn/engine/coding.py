@@ -20,8 +20,8 @@ from djinn.codec.checksums import verify
 from djinn.codec.decode import Decoder, decode
 from djinn.codec.encode import encode, layout_of
 from djinn.codec.layout import Layout
+from djinn.devices import cpus_near
 from djinn.errors import PlanError
-from djinn.hardware import local_cpus
 from djinn.transport.arena import PinnedMemory
 from djinn.transport.reader import THREADS, Buffer, Piece, Reader, allocate, settle
 from djinn.weights.tensors import PAGE, Converted, Decoded, Encoded, FileSpan, Sliced, Stacked, TensorEntry
@@ -50,7 +50,7 @@ class Coder:
     @classmethod
     def on(cls, device: torch.device, chunk_bytes: int, undo: ExitStack) -> Coder:
         """Return a coder with a reader of its own, on the processors next to a GPU; ``undo`` closes both."""
-        reader = Reader(chunk_bytes, cpus=local_cpus(device.index or 0) if device.type == "cuda" else None)
+        reader = Reader(chunk_bytes, cpus=cpus_near(device))
         undo.callback(reader.close)
         coder = cls(reader, device)
         undo.callback(coder.close)

@@ -90,7 +90,10 @@ class HostUnits:
             return type(module).forward(module, *args, **kwargs)
         inputs = _Inputs.of(x)
         found, outputs = self._ready.pop(number, (None, None))
-        if outputs is None or not inputs.are(found):
+        if outputs is not None and not inputs.are(found):
+            self._unlearn(number)
+            outputs = None
+        if outputs is None:
             outputs = self._compute(number, inputs)
         return outputs.view(*x.shape[:-1], -1)
 
@@ -102,12 +105,14 @@ class HostUnits:
             and x.dim() > 0
             and x.shape[-1] == columns
             and 0 < x.numel() <= self._tokens * columns
+            and _stays_bfloat16(x.device.type)
         )
 
     def _compute(self, number: int, inputs: _Inputs) -> torch.Tensor:
         """Return a layer's outputs; those of the layers that will read the same inputs are computed with it."""
         self._learn(number, inputs)
-        together = [number, *self._followers.get(number, [])]
+        # Nobody will know inputs again of which no version is kept: those of inference mode.
+        together = [number, *(self._followers.get(number, []) if inputs.version is not None else [])]
         layers = [self._layers[each] for each in together]
         weights = [layer.weight for layer in layers]
         begin = time.perf_counter()
@@ -133,15 +138,19 @@ class HostUnits:
     def _learn(self, number: int, inputs: _Inputs) -> None:
         """Note which layers read the same inputs, from one that has to be computed now."""
         for unread in self._ready:
-            for followers in self._followers.values():
-                if unread in followers:
-                    followers.remove(unread)
+            self._unlearn(unread)
         if self._last is not None and inputs.are(self._last[1]):
             followers = self._followers.setdefault(self._last[0], [])
             if number not in followers:
                 followers.append(number)
         else:
             self._last = number, inputs
+
+    def _unlearn(self, number: int) -> None:
+        """Forget that a layer reads what another one has read."""
+        for followers in self._followers.values():
+            if number in followers:
+                followers.remove(number)
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,11 @@ class _Layer:
     def of(cls, unit: Unit, image: torch.Tensor) -> _Layer:
         found = {tensor.name.rpartition(".")[2]: tensor.entry.view(image[tensor.offset :]) for tensor in unit.tensors}
         return cls(unit, found["weight"], found.get("bias"))
+
+
+def _stays_bfloat16(device: str) -> bool:
+    """Return whether a layer's outputs are of its inputs' dtype: autocast may have another one in mind."""
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == torch.bfloat16
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from djinn.devices import cpus_near
 from djinn.engine.coding import Coder
 from djinn.engine.sharding import pretended, sharded
 from djinn.errors import ConfigError, PlanError
@@ -212,7 +213,8 @@ def _host_rates(host: HostCompute, device: torch.device) -> HostRates:
         return host.rates if host.threads is None else host.rates.with_threads(host.threads)
     here = gpus_here() if device.type == "cuda" else ()
     slot = here[device.index or 0].pcie_gbps if here else None
-    return assumed_rates(len(choose_cpus(host.threads)), None if slot is None else 1e9 * SLOT_SHARE * slot)
+    threads = len(choose_cpus(host.threads, cpus_near(device)))
+    return assumed_rates(threads, None if slot is None else 1e9 * SLOT_SHARE * slot)
 
 
 def workspace_of(index: WeightIndex, request: Request) -> int:

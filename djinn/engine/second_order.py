@@ -73,8 +73,10 @@ class Orders:
 
     def bind(self, visit: int) -> None:
         """Bind parameters to the slot of a visit, if they are bound to that of the other order."""
+        if self._second is None:
+            return
         name = self.units[visit].name
-        if self._second is not None and self._bound[name] != visit:
+        if self._bound[name] != visit:
             self._bound[name] = None  # an interrupt may come in between
             self._second.bind(visit)
             self._bound[name] = visit

@@ -77,7 +77,7 @@ class CudaCopier:
         if issue is None:
             assert self.disk is not None
             release = None if after is None else self._free[after]
-            self.disk.submit(self._sources[unit].unit, self._targets[unit], self._ready[unit], release)
+            self.disk.submit(unit, self._sources[unit].unit, self._targets[unit], self._ready[unit], release)
             return
         stream = self.stream
         if after is not None:
@@ -92,7 +92,7 @@ class CudaCopier:
     def wait(self, unit: int) -> None:
         source = self._sources[unit]
         if self.disk is not None:
-            self.disk.wait(source.unit)
+            self.disk.wait(unit)
         self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
         compute = self._compute.stream()
         if self._trace is not None:

@@ -73,4 +73,5 @@ class CudaExchange:
 
 
 def _page_locked(elements: int) -> torch.Tensor:
-    return torch.empty(elements, dtype=torch.bfloat16, pin_memory=True)
+    with torch.inference_mode(False):  # else only passes in inference mode could write it from now on
+        return torch.empty(elements, dtype=torch.bfloat16, pin_memory=True)

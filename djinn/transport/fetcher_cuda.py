@@ -70,7 +70,7 @@ class CudaFetcher:
             if arrival.source.image is None:
                 assert self._disk is not None
                 ready.disk.append(torch.cuda.Event())
-                self._disk.submit(arrival.source.unit, self.pool[arrival.slot], ready.disk[-1], after)
+                self._disk.submit(arrival.slot, arrival.source.unit, self.pool[arrival.slot], ready.disk[-1], after)
         if within:
             with torch.cuda.stream(self.stream):
                 for source, target in within:
@@ -87,7 +87,7 @@ class CudaFetcher:
         if self._disk is not None:
             for arrival in fetch.arrivals:
                 if arrival.source.image is None:
-                    self._disk.wait(arrival.source.unit)
+                    self._disk.wait(arrival.slot)
         marks = None
         if fetch.begin is not None:
             marks = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))

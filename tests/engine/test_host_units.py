@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
 from djinn.engine.load import engine_of, load_requested, placement
-from djinn.errors import ConfigError
+from djinn.errors import ConfigError, UnavailableError
 from djinn.host.products import HostProducts
 from djinn.planning.host import HostCompute, HostRates
 from djinn.planning.placement import Tier
@@ -276,6 +276,36 @@ def test_under_inference_mode_too(tiny_checkpoint: Tiny) -> None:
         made = model(prompt()[:, -1:], past_key_values=cache).logits
     assert torch.equal(made, expected)
     assert torch.equal(decode(model, prompt()), expected)
+
+
+def test_nothing_is_computed_twice_under_inference_mode(tiny_checkpoint: Tiny) -> None:
+    """Which layers read the same inputs was learned outside of it, and inside of it nobody knows."""
+    model = loaded(tiny_checkpoint("llama"))
+    decode(model, prompt())
+    decode(model, prompt())
+    once = sum(unit.raw_bytes for unit in placement(model).units if unit.name in host_names(model))
+    before = djinn.stats(model).host_computed_bytes
+    with torch.inference_mode():
+        cache = model(prompt()[:, :-1]).past_key_values
+        model(prompt()[:, -1:], past_key_values=cache)
+    assert djinn.stats(model).host_computed_bytes - before == once
+
+
+def test_autocast_to_another_dtype_is_left_to_the_layer(tiny_checkpoint: Tiny) -> None:
+    folder = tiny_checkpoint("llama")
+    model, whole = loaded(folder), resident(folder)
+    with torch.autocast("cpu", torch.float16):
+        made, expected = (decode(each, prompt()) for each in (model, whole))
+    assert torch.equal(made, expected)
+
+
+def test_a_missing_compiler_is_said(tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UnavailableError("there is no C++ compiler")
+
+    monkeypatch.setattr("djinn.host.build.load", refuse)
+    with pytest.warns(RuntimeWarning, match=r"PyTorch multiplies .*: there is no C\+\+ compiler"):
+        loaded(tiny_checkpoint("llama"))
 
 
 def test_a_part_that_is_called_by_itself_is_exact(tiny_checkpoint: Tiny) -> None:
