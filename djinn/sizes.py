@@ -64,7 +64,7 @@ def parse_rate(value: str) -> int:
 def format_bytes(size: float) -> str:
     """Return ``size`` in decimal units with three significant digits: ``1.71 GB``."""
     for unit in ("TB", "GB", "MB", "KB"):
-        if abs(size) >= _UNITS[unit]:
+        if abs(size) >= 0.9995 * _UNITS[unit]:  # what rounds to 1000 of a unit is 1 of the next
             return f"{size / _UNITS[unit]:.3g} {unit}"
     return f"{size:.0f} B"
 

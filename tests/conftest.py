@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give each of several workers temporary files of its own: tests count what djinn leaves there."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
-        own = tempfile.TemporaryDirectory(prefix=f"{worker}-")
+        own = tempfile.TemporaryDirectory(prefix=f"{worker}-", ignore_cleanup_errors=True)
         config.add_cleanup(own.cleanup)
         os.environ["TMPDIR"] = tempfile.tempdir = own.name
 

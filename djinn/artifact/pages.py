@@ -54,7 +54,7 @@ and model stands first; older and partial records stand below the line. The word
   buffer to a GPU, direct reads from a disk. Where a run was faster than the raw rate by more than that itself
   varied, it says so: then it is no ceiling.
 - **of bare copies** is the link's rate over that of copies of the same weights with nothing computed, directly before
-  and after the run. Records older than 2026-11-28 do not have it.
+  and after the run. No record has it yet.
 - **djinn is** and **djinn, coded is** say how much faster djinn generates a token than the system of that row.
 - Rows with different budgets are different settings of a system. They are no comparison.
 - "Device memory capped" in the name of a machine means that the budget was smaller than the GPU's memory.
@@ -68,7 +68,7 @@ Right of the line djinn is faster. Each model has a machine and a budget of its 
 ![Time per token of Llama-2-70B by budget, predicted and measured](images/budgets.png)
 
 Lines are what `djinn plan` predicts with the rates that were measured there. Marks are what the systems then took.
-Below 16 GB the rest of the model does not fit that host's memory, and comes from disk.
+Below 16 GB the rest exceeds the 123 GB of pinned memory that the profile allows, and comes from disk.
 """
 
 _CLAIMS = f"""# Claims
