@@ -27,7 +27,11 @@ def launch(script: Path, ranks: int, folder: Path, *arguments: str) -> Ended:
     """Run ``script`` in ``ranks`` processes, which write their words to ``folder`` (see :func:`say`)."""
     folder.mkdir(parents=True, exist_ok=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
     ended = subprocess.run(
         [*start, str(script), str(folder), *arguments],
         env=os.environ | environment,

@@ -132,7 +132,7 @@ def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     profile = load_profile("smoke_tiny")
     html = (run_dir / "index.html").read_text()
     assert profile.title in html
-    assert "0 FAIL" in html
+    assert "2 of 2 claims that apply here pass" in html
     assert len(list((run_dir / "figures").glob("*.pdf"))) == 9
     assert not (run_dir / "scratch").exists()
     assert verify(run_dir) > 0

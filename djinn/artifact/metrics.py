@@ -15,6 +15,9 @@ from djinn.bench.statistics import is_exceeded, tokens_agree
 from djinn.figures import frames
 from djinn.profiles import Profile
 
+_WORDS = {"bare_share": "the rate of bare copies of the same weights"}
+"""What measures are called, where their names do not say it."""
+
 
 class NotMeasuredError(Exception):
     """A metric's inputs are missing; the message says which.
@@ -65,7 +68,7 @@ class Evidence:
         """Return ``field`` of every finished run of ``system``; each of them must have it."""
         values = [getattr(record, field) for record in self.finished(system)]
         if None in values:
-            raise NotMeasuredError(f"{field} was not measured in every run")
+            raise NotMeasuredError(f"{_WORDS.get(field, field)} was not measured in every run")
         return values
 
 

@@ -9,6 +9,7 @@ import typer
 
 from djinn.cli.options import OtherGpus, OutputDir, RunDir
 from djinn.cli.show import exit_unless, print_paths, print_table, say
+from djinn.errors import ConfigError
 
 
 def figures(
@@ -23,6 +24,8 @@ def figures(
     """Draw every figure that the results of a run allow."""
     from djinn.figures import draw_all
 
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: there is no such run directory")
     print_paths(draw_all(run_dir, beside=beside or (), paper=paper))
 
 

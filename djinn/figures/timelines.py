@@ -48,8 +48,11 @@ def timeline(intervals: pd.DataFrame, ax: Axes | None = None) -> Figure:
         _spans(below, intervals, (starts[middle], starts[middle + _ENLARGED]))
         words += f" Below: {_ENLARGED} intervals from the middle, as they are."
     _occupancy(ax, intervals)
-    coded = (intervals["lane"] == "decode").any()
-    explain(ax, "Copies, decoding and compute" if coded else "Copies and compute", words)
+    lanes = set(intervals["lane"])
+    shown = ["Copies", *(each for lane, each in (("decode", "decoding"), ("compute", "compute")) if lane in lanes)]
+    if "compute" not in lanes:
+        words += " Compute was not recorded in this run."
+    explain(ax, " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown), words)
     return figure
 
 

@@ -433,7 +433,13 @@ def test_figures_and_report_of_a_run(fabricated_run: Path) -> None:
     claims = json.loads((fabricated_run / "results/claims.json").read_text())
     assert written.exit_code == int(any(claim["verdict"] == "FAIL" for claim in claims))
     assert str(fabricated_run / "index.html") in written.stdout.replace("\n", "")
-    assert "claims that apply here pass; 9 need a GPU" in written.stdout
+    assert "claims that apply here pass; 12 need a GPU" in written.stdout
+
+
+def test_figures_of_a_run_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    drawn = djinn("figures", str(tmp_path / "none"))
+    assert drawn.exit_code == 2
+    assert "there is no such run directory" in drawn.output.replace("\n", " ")
 
 
 def test_a_report_evaluates_the_claims_once(fabricated_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
