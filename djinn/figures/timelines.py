@@ -28,7 +28,12 @@ _GAP_S = 1.0
 """Between samples of the counters that belong to one stretch of work."""
 
 _STATES = {"compute": LANES["compute"], "decode": LANES["decode"], "stall": LANES["stall"], "rest": "#DDCC77"}
-_STATE_WORDS = {"compute": "computing", "decode": "decoding", "stall": "waiting for weights", "rest": "host and gaps"}
+_STATE_WORDS = {
+    "compute": "computing",
+    "decode": "decoding",
+    "stall": "waiting for weights",
+    "rest": "host, gaps, not traced",
+}
 
 
 @house_style()
@@ -190,15 +195,15 @@ def copy_rates(rates: pd.DataFrame, ceiling_gbps: float | None = None, ax: Axes 
         ax.ecdf(own, color=look.colour, label=f"{look.label} ({len(own)} copies)")
     handles = [*ax.get_lines()]
     if ceiling_gbps:
-        words = f"ceiling {digits(ceiling_gbps)} GB/s"
+        words = f"small buffer {digits(ceiling_gbps)} GB/s"
         handles.append(ax.axvline(ceiling_gbps, color="black", linestyle="--", label=words))
     ax.set(xlabel="rate of a copy (GB/s)", ylabel="share of copies")
     explain(
         ax,
         "How fast each copy was",
         f"Share of the traced copies of {_LEAST_BYTES // 10**6} MB and more that ran at this rate or slower. Dashed: "
-        "the link's ceiling, which is read from a small buffer. Where the curve lies left of it, that part of host "
-        "memory is copied more slowly than the small buffer, whatever is computed.",
+        "the rate of a small buffer beside the runs. Copies vary with the place in host memory and with the minute; "
+        "this figure does not tell the two apart.",
         handles,
         columns=1,
     )
