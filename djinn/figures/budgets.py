@@ -80,8 +80,8 @@ def draw(lines: pd.DataFrame, points: pd.DataFrame, ax: Axes | None = None) -> F
         )  # fmt: skip
         for budget, token_s in own.loc[own["token_s"] > highest, ["budget_bytes", "token_s"]].to_numpy():
             ax.annotate(
-                f"{look.label}: {digits(token_s)} s", (budget / 1e9, highest), xytext=(0, -4), color=GREY,
-                textcoords="offset points", ha="center", va="top", fontsize=SMALLEST_PT, style="italic",
+                f"{look.label}: {digits(token_s)} s", (budget / 1e9, highest), xytext=(4, -4), color=GREY,
+                textcoords="offset points", ha="left", va="top", fontsize=SMALLEST_PT, style="italic",
             )  # fmt: skip
     ax.set(xlabel="budget (GB)", ylabel="time per token (s)", xlim=(0, None), ylim=(0, highest))
     words = "Lines: what djinn's plans are predicted to take with the rates that were measured on this machine; steep "
