@@ -18,6 +18,11 @@ from djinn.names import local_folder
 from djinn.places import NOTEBOOK_DIR, RUNS_DIR, from_root
 from djinn.text import printable
 
+_KEPT = (
+    "*Kept as it ran on {date}, with the words and statistics of that day. The figures of index.html are drawn anew "
+    "from the same records.*"
+)
+
 
 def replay(out: Path = RUNS_DIR) -> list[Path]:
     """Run notebook 04 on every complete set of reference records; return the run directories, ``out/replay-<name>``.
@@ -49,7 +54,7 @@ def _replay(folder: Path, run: Run) -> None:
     shutil.copytree(folder, run.folder, ignore=shutil.ignore_patterns("SHA256SUMS"), dirs_exist_ok=True)
     for notebook in sorted((run.folder / "notebooks").glob("*.ipynb")):
         if notebook.stem != "04_figures":  # which is executed below
-            write_page(notebook)
+            write_page(notebook, _KEPT.format(date=manifest.date))
     parameters = {"profile": from_root(run.profile_path), "run_dir": from_root(run.folder)}
     with shown(folder.name, expected_s(run.profile, "04_figures")):
         execute(NOTEBOOK_DIR / "04_figures.ipynb", run.folder, parameters)

@@ -153,9 +153,14 @@ def execute(source: Path, run_dir: Path, parameters: dict[str, Any]) -> Path:
     return executed
 
 
-def write_page(executed: Path) -> Path:
-    """Write an executed notebook as a page beside it, which fetches nothing from a network; return its path."""
+def write_page(executed: Path, note: str = "") -> Path:
+    """Write an executed notebook as a page beside it, which fetches nothing from a network; return its path.
+
+    ``note`` (Markdown) stands above it on the page.
+    """
     document = nbformat.read(executed, as_version=4)
+    if note:
+        document.cells.insert(0, nbformat.v4.new_markdown_cell(note))
     document.metadata.pop("widgets", None)
     for output in (output for cell in document.cells for output in cell.get("outputs", ())):
         # What draws a widget would have to be fetched; a progress bar has its last state as text, too.

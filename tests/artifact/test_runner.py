@@ -164,7 +164,8 @@ def test_a_page_of_a_notebook_fetches_nothing_and_shows_progress_as_text(tmp_pat
     document.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
     executed = tmp_path / "01_certify.ipynb"
     nbformat.write(document, executed)
-    page = runner.write_page(executed).read_text()
+    page = runner.write_page(executed, "*Kept as it ran.*").read_text()
+    assert "<em>Kept as it ran.</em>" in page
     assert "Loading: 100%" in page
     assert "<script" not in page
     assert not re.search(r"(src|href)=.?(https?:)?//|@import|url\(.?https?:", page)
