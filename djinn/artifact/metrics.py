@@ -145,14 +145,16 @@ def link_over_bare(evidence: Evidence) -> float:
 def disk_share(evidence: Evidence) -> float:
     """The median run's share of the disk's raw rate, where the disk is what limits."""
     if (running := _compute_share(evidence)) > (share := link_utilisation(evidence)):
-        raise NotMeasuredError(f"compute is the limit here: it runs {running:.2f} of the time", "a run the disk limits")
+        raise NotMeasuredError(
+            f"compute is the limit here: it runs {running:.2f} of the time", "a run that the disk limits"
+        )
     return share
 
 
 def compute_share(evidence: Evidence) -> float:
     """The median share of time in which compute did not wait, where compute is what limits."""
     if (share := link_utilisation(evidence)) >= (running := _compute_share(evidence)):
-        raise NotMeasuredError(f"the disk is the limit here: {share:.2f} of its raw rate", "a run compute limits")
+        raise NotMeasuredError(f"the disk is the limit here: {share:.2f} of its raw rate", "a run that compute limits")
     return running
 
 

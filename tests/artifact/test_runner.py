@@ -102,7 +102,7 @@ def test_a_run_ends_with_its_verdict(
     said = capsys.readouterr()
     counts, failed = said.out.splitlines()[-2:]
     assert counts == (
-        "5 of 6 claims that apply here pass; 12 need a GPU; 1 was not measured; 1 needs a run the disk limits; "
+        "5 of 6 claims that apply here pass; 12 need a GPU; 1 was not measured; 1 needs a run that the disk limits; "
         "1 needs a mixture of experts; "
         "djinn 1.8x faster than DeepSpeed ZeRO-3, disk"
     )
