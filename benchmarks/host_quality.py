@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from host_compute import agreement
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import djinn
@@ -96,20 +97,17 @@ def main() -> None:
         gc.collect()
     whole = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval().to(options.device)
     truth = read(whole, passage.to(whole.device))
-    (exact, exact_logits), (near, near_logits) = answers
-    equal = next((n for n, (one, other) in enumerate(zip(exact, near, strict=True)) if one != other), len(exact))
-    same = slice(0, equal + 1)
+    exact, near = answers
     record = {
         "model": options.folder.name, "device": options.device, "torch": torch.__version__, "kernel": kernel,
-        "host_over_link_bytes": share, "new_tokens": options.new_tokens, "tokens_equal": equal,
-        "logits_differ": (exact_logits[same] - near_logits[same]).abs().max().item(),
-        "logits_are": exact_logits[same].abs().max().item(), "passage_tokens": passage.shape[1],
+        "host_over_link_bytes": share, "new_tokens": options.new_tokens,
+        **agreement(*near, exact), "passage_tokens": passage.shape[1],
         "passage_logits_differ": (passages[0] - passages[1]).abs().max().item(),
         "passage_error_exact": (passages[0] - truth).abs().mean().item(),
         "passage_error_host": (passages[1] - truth).abs().mean().item(),
         "perplexity_exact": perplexity(passages[0], passage), "perplexity_host": perplexity(passages[1], passage),
         "perplexity_float32": perplexity(truth, passage),
-        "text_exact": tokenizer.decode(exact), "text_host": tokenizer.decode(near),
+        "text_exact": tokenizer.decode(exact[0]), "text_host": tokenizer.decode(near[0]),
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     with options.output.open("a") as file:

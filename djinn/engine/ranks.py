@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -171,19 +172,17 @@ class Ranks(Alone):
         os._exit(ENDED)
 
 
-_control: tuple[Any, Any] | None = None
-
-
 def control_group() -> Any:
     """Return the group in which ranks agree, one for each default group: groups are never given back.
 
     It is gloo's, and takes no device memory.
     """
-    global _control
-    default = dist.group.WORLD
-    if _control is None or _control[0] is not default:
-        _control = default, dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return _control[1]
+    return _control_group_beside(dist.group.WORLD)
+
+
+@lru_cache(maxsize=1)
+def _control_group_beside(_: Any) -> Any:
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 class RanksDifferError(ConfigError):

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -123,29 +124,29 @@ def _distribute(model: PreTrainedModel, config: DistributedConfig) -> None:
         module._parameters[local] = source_module._parameters[source_local]
 
 
-_meshes: tuple[Any, dict[tuple[int, ...], Any]] | None = None
-
-
 def _mesh(kind: type[PreTrainedModel], config: DistributedConfig) -> Any:
     """Return transformers' mesh for a configuration, one for each default group.
 
     Its groups are never given back, and on a GPU each of them that is used holds device memory. Those that split
     weights are used at once: the first sum of a group takes far longer than a token.
     """
-    global _meshes
-    world = dist.group.WORLD
-    if _meshes is None or _meshes[0] is not world:
-        _meshes = world, {}
+    made = _meshes_of(dist.group.WORLD)
     sizes = tuple(value for name, value in sorted(vars(config).items()) if name.endswith("_size"))
-    if sizes not in _meshes[1]:
+    if sizes not in made:
         _, _, mesh = kind.prepare_distribute_model(config)
         assert mesh is not None, "a configuration of one process is refused before"
-        _meshes[1][sizes] = mesh
+        made[sizes] = mesh
         for axis in ("tp", "ep"):
             split = mesh.get_mesh(axis)
             if split.size() > 1:
                 dist.all_reduce(torch.zeros(1, device=split.device_type), group=split.get_group())
-    return _meshes[1][sizes]
+    return made[sizes]
+
+
+@lru_cache(maxsize=1)
+def _meshes_of(_: Any) -> dict[tuple[int, ...], Any]:
+    """Return the meshes that were made beside a default group, by the sizes of their configurations."""
+    return {}
 
 
 @contextmanager
