@@ -35,7 +35,8 @@ from djinn.engine.load import engine_of, load_requested, placement
 from djinn.errors import UnavailableError
 from djinn.host.cores import choose_cpus
 from djinn.planning.host import HostCompute, HostRates, assumed_rates
-from djinn.planning.prediction import Rates, predict
+from djinn.planning.prediction import predict
+from djinn.planning.rates import Rates
 from djinn.planning.request import Request
 from djinn.planning.work import work_of
 from djinn.planning.workspace import Workload

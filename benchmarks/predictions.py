@@ -2,9 +2,9 @@
 
     python benchmarks/predictions.py --run-dir artifact/runs/predictions [--device cpu] [--cases disk memory ...]
 
-Cases differ in what limits them: the disk, host memory or the link, compute with a long prompt or a large batch, and
-the host with a model of small modules. Rates are measured before and after every case, since a shared machine's drift
-within minutes: compute and host memory here, disk and link by the runs themselves. Records go to
+Cases differ in what limits them: the disk, host memory or the link, compute with a long prompt or a large batch,
+decoding, and the host with a model of small modules. Rates are measured before and after every case, since a shared
+machine's drift within minutes: compute and host memory here, disk and link by the runs themselves. Records go to
 RUN_DIR/results/benchmark.jsonl and the comparison to RUN_DIR/results/predictions.json.
 """
 
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from djinn.bench.harness import Bench, Lane
-from djinn.bench.rates import compute
+from djinn.bench.rates import compute, streaming
 from djinn.bench.rates.link import memcpy_rate
 from djinn.bench.records import Record
 from djinn.cli.show import print_table
 from djinn.engine.forecast import forecast
-from djinn.planning.prediction import Rates
+from djinn.planning.rates import Rates
 from djinn.profiles import Profile, load_profile
 
 CPU: dict[str, dict[str, Any]] = {
@@ -40,12 +40,15 @@ CPU: dict[str, dict[str, Any]] = {
     "large vocabulary": {"model": "synthetic:qwen2.5-7b", "budget": "4 GB", "host_memory": "14 GB"},
     "small": {"model": "synthetic:gpt2", "budget": "200 MB", "host_memory": "1 GB", "prompt_tokens": 64},
 }
+CPU["small, coded"] = CPU["small"] | {"coding": "lossless"}
 GPU: dict[str, dict[str, Any]] = {
     "link": {"budget": "6 GB"},
     "resident": {"budget": "40 GB"},
     "prompt of 8192": {"budget": "10 GB", "prompt_tokens": 8192},
     "batch of 32": {"budget": "10 GB", "batch": 32, "prompt_tokens": 64},
     "small": {"model": "synthetic:gpt2", "budget": "2 GB"},
+    "link, coded": {"budget": "6 GB", "coding": "lossless"},
+    "resident, coded": {"budget": "40 GB", "coding": "lossless"},
 }
 
 
@@ -62,10 +65,11 @@ def cases(device: str) -> dict[str, Profile]:
 
 def look(device: str) -> Rates:
     """Measure what a run does not measure itself."""
-    found = compute.measure(torch.device(device))
+    found, streamed = compute.measure(torch.device(device)), streaming.measure(torch.device(device))
     if device == "cuda":
         torch.cuda.empty_cache()
-    return found.rates_with(link=memcpy_rate(64 * 2**20) if device == "cpu" else None, disk=None)
+    rates = found.rates_with(link=memcpy_rate(64 * 2**20) if device == "cpu" else None, disk=None)
+    return replace(rates, decode=1e9 * (streamed.decode_gbps or 0.0) or None, unit_s=streamed.unit_s)
 
 
 def between(before: Rates, after: Rates, ceiling: float) -> Rates:
@@ -83,6 +87,8 @@ def between(before: Rates, after: Rates, ceiling: float) -> Rates:
         link=middle(before.link, after.link) if on_cpu else ceiling,
         disk=ceiling if on_cpu else None,
         compute=tuple(replace(one, rate=middle(one.rate, other.rate)) for one, other in pairs),
+        decode=middle(before.decode, after.decode),
+        unit_s=(before.unit_s + after.unit_s) / 2,
         module_s=(before.module_s + after.module_s) / 2,
         pass_s=(before.pass_s + after.pass_s) / 2,
         call_s=(before.call_s + after.call_s) / 2,
@@ -103,6 +109,7 @@ def compare(name: str, profile: Profile, runs: list[Record], rates: Rates) -> di
         new_tokens=profile.new_tokens,
         batch=profile.batch,
         dtype=getattr(torch, profile.dtype),
+        coding=profile.coding,
     ).predicted
     assert predicted is not None
     first = statistics.median(run.ttft_s for run in runs if run.ttft_s is not None)
@@ -121,6 +128,8 @@ def compare(name: str, profile: Profile, runs: list[Record], rates: Rates) -> di
             "link": rates.link,
             "disk": rates.disk,
             "compute": {rate.tokens: rate.rate for rate in rates.compute},
+            "decode": rates.decode,
+            "unit_s": rates.unit_s,
             "module_s": rates.module_s,
             "pass_s": rates.pass_s,
             "call_s": rates.call_s,

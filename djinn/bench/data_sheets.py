@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from djinn.planning.prediction import Rates
+    from djinn.planning.rates import Rates
 
 _GEN4_X16 = 31.5e9
 """Bytes/s in one direction: 16 GT/s on each of 16 lanes, of which 128 of 130 bits are data (PCI Express 4.0)."""
@@ -30,7 +30,7 @@ class DataSheet:
 
     def rates(self) -> Rates:
         """Return the rates to predict from. What no sheet says is not measured: the disk, and the host's own time."""
-        from djinn.planning.prediction import ComputeRate, Rates
+        from djinn.planning.rates import ComputeRate, Rates
 
         # A product takes one operation for each of a weight's bytes and a token.
         peak = ComputeRate(tokens=_ROWS, rate=min(self.memory, self.flops / _ROWS))

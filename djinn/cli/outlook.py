@@ -13,7 +13,8 @@ from djinn.sizes import parse_bytes, parse_rate
 if TYPE_CHECKING:
     from djinn.planning.host import HostRates
     from djinn.planning.outlook import Choice, Forecast
-    from djinn.planning.prediction import Prediction, Rates
+    from djinn.planning.prediction import Prediction
+    from djinn.planning.rates import Rates
 
 _CERTIFY = (
     "`djinn certify` measures this machine; --machine plans for one that was measured before, or for a card's data "
@@ -49,7 +50,7 @@ def machine(
     Raises:
         ConfigError: no such machine, or one that was certified for another device.
     """
-    from djinn.planning.prediction import Rates
+    from djinn.planning.rates import Rates
 
     found = _found(name, "cuda" if link and name is None and device is None else device, asked=link is not None)
     if link is not None or disk is not None:
@@ -101,7 +102,7 @@ def _found(name: str | None, device: str | None, *, asked: bool) -> Machine:
 def _link_here() -> Rates:
     """Return the rate of this machine's link, measured now."""
     from djinn.bench.rates.link import pinned_h2d_rate
-    from djinn.planning.prediction import Rates
+    from djinn.planning.rates import Rates
 
     return Rates(device="cuda", link=pinned_h2d_rate(64 * 2**20))
 

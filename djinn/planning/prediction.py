@@ -2,16 +2,17 @@
 
 Each visit of a unit takes three times. Its copy: the image's bytes over the disk's rate, over the link's, or one after
 the other, each of which carries one unit at a time. Its compute: the weights' bytes over the rate at which this device
-multiplies that many tokens by weights. And the host's own time in its module, which a GPU hides behind its compute and
-a processor cannot; a pass begins with some more of it, and a call of ``generate`` with more again. A copy begins once
+multiplies that many tokens by weights, and before that its decoding where it is coded. And the host's own time in its
+module, more where it streams and where it is split over GPUs, which a GPU hides behind its compute and a processor
+cannot; a pass begins with some more of it, and a call of ``generate`` with more again. A copy begins once
 the visit that its slot waits for has been computed, as in the ring; compute begins once the copy has ended. On a CPU a
 copy out of host memory is work for the cores that compute, so it adds.
 
 A unit that the host's cores compute with (:mod:`djinn.planning.host`) is not copied in a decode step: everything else
 that computes waits for its product, while copies go on.
 
-What is not counted: decoding of coded weights, and the time between two passes, which prefetching hides. A rate that
-was not measured makes its part free; :attr:`Prediction.blind` says which.
+What is not counted: the time between two passes, which prefetching hides. A rate that was not measured makes its part
+free; :attr:`Prediction.blind` says which.
 """
 
 from __future__ import annotations
@@ -24,71 +25,14 @@ import numpy as np
 
 from djinn.errors import UnavailableError
 from djinn.planning.experts import LAYER_IDLE_S, mean_rate
-from djinn.planning.host import HostRates
 from djinn.planning.placement import Plan, Tier
+from djinn.planning.rates import ComputeRate, Rates
 from djinn.planning.work import Work
 
 Limit = Literal["link", "disk", "compute", "host", "cores"]
 
 DECODE_PASSES = 8
 """Passes over which the time per token is averaged: the first one starts with an empty ring."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeRate:
-    """What a device computes: ``tokens`` rows times bf16 weights, in bytes of weights a second.
-
-    A multiplication takes one operation for each of a weight's bytes and a token, so ``tokens * rate`` is FLOP/s, with
-    what stands between two products in its time; at one token memory gives the weights at that rate or a higher one.
-    """
-
-    tokens: int
-    rate: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Measured rates of one device and what feeds it, bytes/s; None and empty are not measured."""
-
-    device: Literal["cpu", "cuda"]
-    link: float | None = None
-    """Page-locked host memory to a GPU; on a CPU, host memory into the ring."""
-    disk: float | None = None
-    """Direct reads, as many at once as is best."""
-    compute: tuple[ComputeRate, ...] = ()
-    """In order of tokens."""
-    module_s: float = 0.0
-    """Host seconds that a module with weights takes on a device that has nothing to compute."""
-    pass_s: float = 0.0
-    """Host seconds of a pass beside its modules'."""
-    call_s: float = 0.0
-    """Host seconds of a call of ``generate`` before its first pass."""
-    last_token: float | None = None
-    """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
-    link_at_once: float | None = None
-    """Over each link of several GPUs while all others carry as much."""
-    sum_s: float = 0.0
-    """Seconds in which several GPUs add up what they have computed of a few numbers."""
-    sum_rate: float | None = None
-    """Bytes/s at which they add up many."""
-    cores_beside_link: float | None = None
-    """Bytes/s of weights in host memory that its cores multiply by one token while the link is busy."""
-    link_beside_cores: float | None = None
-    """Bytes/s that the link carries meanwhile."""
-    cores_tokens: int = 0
-    """The most tokens by which the cores multiply about as fast as by one; 0 where that was not measured."""
-    cores_round_trip_s: float = 0.0
-    """Seconds in which a token's inputs come from a GPU to the host, and outputs go back, while the link is busy."""
-
-    @property
-    def host(self) -> HostRates | None:
-        """What is known of link and cores while both are busy."""
-        if not self.cores_beside_link or not self.link_beside_cores:
-            return None
-        return HostRates(
-            link=self.link_beside_cores, cores=self.cores_beside_link, wait_s=self.cores_round_trip_s,
-            device=self.compute[0].rate if self.compute else None, tokens=self.cores_tokens,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +87,8 @@ def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None)
     known = {"compute": rates.compute, "host": rates.module_s}
     if rates.device == "cpu" and work.head and load.prompt_tokens > 1:
         known["last token"] = rates.last_token
+    if any(unit.coded for unit in plan.units):
+        known["decoding"] = rates.decode
     if work.sums:
         known["sums over GPUs"] = rates.sum_s and rates.sum_rate
     peak = rates.compute[-1].rate * rates.compute[-1].tokens if rates.compute else float("inf")
@@ -208,18 +154,24 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
         compute_s = _multiply_s(unit.raw_bytes, rows, work.shares.get(unit.name, 1.0), rates.compute)
         if on_cpu and unit.name in work.head and rows < tokens and rates.last_token:
             compute_s = rows * unit.raw_bytes / rates.last_token
+        product_s = host.rates.product_s(unit.raw_bytes) if host is not None and unit.name in host.units else 0.0
+        if unit.coded and rates.decode and not product_s:
+            read = 1.0 if is_whole else _touched(work.shares.get(unit.name, 1.0), tokens) if unit.experts else 1.0
+            compute_s += read * unit.raw_bytes / rates.decode
         nbytes = unit.image_bytes
         if unit.experts and tier is not Tier.RESIDENT:
             needed = 1.0 if is_whole else pool.distinct(tokens) / pool.widest
             nbytes = round(nbytes * needed * (1 - hits))
-        product_s = host.rates.product_s(unit.raw_bytes) if host is not None and unit.name in host.units else 0.0
+        host_s = rates.module_s + (0.0 if visits else rates.pass_s) + (rates.split_s if work.sums else 0.0)
+        if tier is not Tier.RESIDENT or unit.coded:
+            host_s += rates.unit_s
         over_link = not product_s and (tier is Tier.PINNED or (on_disk and not on_cpu))
         visits.append(
             _Visit(
                 disk_s=nbytes / _known("disk", rates.disk) if on_disk else 0.0,
                 link_s=nbytes / _known("link", link) if over_link else 0.0,
                 compute_s=0.0 if product_s else compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
-                host_s=rates.module_s + (0.0 if visits else rates.pass_s),
+                host_s=host_s,
                 cores_s=product_s,
                 slot=None if tier is Tier.RESIDENT or unit.experts or product_s else next(slots),
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
@@ -242,12 +194,17 @@ def _multiply_s(nbytes: int, tokens: int, share: float, rates: Sequence[ComputeR
     """
     if not rates or not share:
         return 0.0
-    touched = 1 - (1 - share) ** tokens  # by tokens that each choose their share at random
+    touched = _touched(share, tokens)
     rows = tokens * share / touched
     points = [rate.tokens for rate in rates]
     per_byte = np.maximum.accumulate([1 / rate.rate for rate in rates])  # more tokens are never faster
     seconds = float(np.interp(rows, points, per_byte)) * max(rows / points[-1], 1.0)
     return nbytes * touched * seconds
+
+
+def _touched(share: float, tokens: int) -> float:
+    """Return the share of weights that ``tokens`` are multiplied by which each choose a ``share`` at random."""
+    return 1 - (1 - share) ** tokens
 
 
 def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:

@@ -13,7 +13,8 @@ from djinn.engine.opened import outlined
 from djinn.errors import PlanError
 from djinn.planning.outlook import Forecast
 from djinn.planning.placement import Plan
-from djinn.planning.prediction import ComputeRate, Rates, predict
+from djinn.planning.prediction import predict
+from djinn.planning.rates import ComputeRate, Rates
 from djinn.planning.request import Request
 from djinn.planning.work import work_of
 from djinn.planning.workspace import Workload

@@ -12,7 +12,7 @@ from djinn.errors import UnavailableError
 from djinn.figures.forecast import COLOURS, budgets_frame, draw
 from djinn.planning.outlook import Forecast
 from djinn.planning.placement import Tier
-from djinn.planning.prediction import Rates
+from djinn.planning.rates import Rates
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from djinn.planning.experts import (
 )
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, Tier, make_plan
-from djinn.planning.prediction import ComputeRate, Rates, predict
+from djinn.planning.prediction import predict
+from djinn.planning.rates import ComputeRate, Rates
 from djinn.planning.work import Work
 from djinn.planning.workspace import Workload
 from djinn.weights.tensors import PAGE, FileSpan, Seeded, TensorEntry

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from djinn.errors import ConfigError
 from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units
 from djinn.planning.placement import Tier, make_plan
-from djinn.planning.prediction import Rates, predict
+from djinn.planning.prediction import predict
+from djinn.planning.rates import Rates
 from djinn.planning.request import Request
 from djinn.planning.work import Work
 from djinn.planning.workspace import Workload

@@ -25,7 +25,7 @@ from djinn.bench.certify.checks import check_all
 from djinn.bench.certify.findings import Findings, Package
 from djinn.bench.certify.proof import prove
 from djinn.bench.ownership import owned
-from djinn.bench.rates import compute, disk, host, link, several
+from djinn.bench.rates import compute, disk, host, link, several, streaming
 from djinn.engine.opened import outlined
 from djinn.errors import ConfigError
 from djinn.files import write_text
@@ -59,7 +59,7 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
     folder = CHECKPOINT_DIR if checkpoint else run_dir
     folder.mkdir(parents=True, exist_ok=True)
     chunks = sorted({profile.chunk, *profile.sweep.chunks})
-    with tqdm(total=6, desc="certify: link", disable=not progress) as bar:
+    with tqdm(total=7, desc="certify: link", disable=not progress) as bar:
 
         def step(then: str) -> None:
             bar.update()
@@ -76,6 +76,8 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         disk_rates, disk_reason = _tried(lambda: disk.rates(folder, min(2**30, profile.min_disk // 4)))
         step("compute")
         computed, _ = _tried(lambda: compute.measure(torch.device("cuda" if on_gpu else "cpu")))
+        step("streaming")
+        streamed, _ = _tried(lambda: streaming.measure(torch.device("cuda" if on_gpu else "cpu"), profile.gpus))
         step("host")
         cores, _ = _tried(lambda: host.measure(0 if on_gpu else None))
         step("plan")
@@ -114,6 +116,7 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         sums=tuple(sums or ()),
         compute=computed,
         host=cores,
+        streaming=streamed,
         proof=proof,
         checks=tuple(check_all(findings)),
     )

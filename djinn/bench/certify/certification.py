@@ -15,10 +15,11 @@ from djinn.bench.rates.disk import BLOCK, DiskRate
 from djinn.bench.rates.host import HostCores
 from djinn.bench.rates.link import LinkRate
 from djinn.bench.rates.several import SUM_BYTES, LinksTogether, SumRate
+from djinn.bench.rates.streaming import Streaming
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
 from djinn.places import certification_path
-from djinn.planning.prediction import Rates
+from djinn.planning.rates import Rates
 from djinn.reading import read_json
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Certification(BaseModel):
     """None in records from before it was measured, and where measuring it failed."""
     host: HostCores | None = None
     """What the host's cores multiply; None as ``compute``."""
+    streaming: Streaming | None = None
+    """What streaming costs beside copies; None as ``compute``."""
     proof: Proof | None
     checks: tuple[Check, ...]
 
@@ -69,6 +72,9 @@ class Certification(BaseModel):
         beside = self.host.beside_link[0] if self.host and self.host.beside_link else None
         return replace(
             found,
+            decode=1e9 * self.streaming.decode_gbps if self.streaming and self.streaming.decode_gbps else None,
+            unit_s=self.streaming.unit_s if self.streaming else 0.0,
+            split_s=(self.streaming.split_s if self.streaming else None) or 0.0,
             link_at_once=1e9 * min(at_once.gbps) if at_once else None,
             sum_s=idle.get(few, 0.0),
             sum_rate=many / idle[many] if many in idle else None,

@@ -1,5 +1,5 @@
-"""Raw rates of this machine, with nothing of djinn's engine beside them: link, disk, compute.
+"""Rates of this machine: raw ones of link, disk and compute, the host's, and what streaming costs beside copies.
 
-Imports: as djinn.bench. Certifying measures all of them; bench.measure measures one beside each run.
+Imports: as djinn.bench. Certifying measures all of them; bench.measure measures the link beside each run.
 Read link.py first.
 """

@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.functional import linear
 
-from djinn.planning import prediction as predict
-from djinn.planning.prediction import Rates
+from djinn.planning import rates as planned
+from djinn.planning.rates import Rates
 from djinn.weights.architectures import load_architecture
 from djinn.weights.models import owners
 
@@ -70,7 +70,7 @@ class Compute(BaseModel):
             device="cuda" if self.device == "cuda" else "cpu",
             link=link,
             disk=disk,
-            compute=tuple(predict.ComputeRate(tokens=rate.tokens, rate=1e9 * rate.gbps) for rate in self.rates),
+            compute=tuple(planned.ComputeRate(tokens=rate.tokens, rate=1e9 * rate.gbps) for rate in self.rates),
             module_s=self.module_s if told_apart else 0.0,
             pass_s=self.pass_s or 0.0,
             call_s=self.call_s,
@@ -106,7 +106,7 @@ def _rates(device: torch.device) -> list[ComputeRate]:
         inputs = torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16, device=device)
         inputs = inputs.view(-1, min(tokens, _SEQUENCE), config.hidden_size)
         places = model.rotary_emb(inputs, torch.arange(inputs.shape[1], device=device).view(1, -1))
-        seconds = _median_s(partial(layer, inputs, position_embeddings=places), device)
+        seconds = median_s(partial(layer, inputs, position_embeddings=places), device)
         found.append(ComputeRate(tokens=tokens, gbps=nbytes / seconds / 1e9))
         if seconds > _LONGEST_S:
             break
@@ -118,33 +118,40 @@ def _last_token_gbps(device: torch.device) -> float:
     """Time what a model's head does with a prompt: on a CPU, torch (2.13) copies the weights before it multiplies."""
     weight = torch.ones(_HEAD, dtype=torch.bfloat16, device=device)
     prompt = torch.ones(1, 2, _HEAD[1], dtype=torch.bfloat16, device=device)
-    return weight.nbytes / _median_s(lambda: linear(prompt[:, -1:], weight), device) / 1e9
+    return weight.nbytes / median_s(lambda: linear(prompt[:, -1:], weight), device) / 1e9
 
 
 def _host_s(device: torch.device) -> tuple[float, float, float]:
     """Return the host's seconds for a module, for the rest of a pass, and for a call before its first pass.
 
-    From generations that are overhead alone: by models so small that they compute nothing, one with few layers and one
-    with many.
+    From generations that are overhead alone: by a small model with few layers and one with many.
     """
+    models = [small_model(layers, device) for layers in _LAYERS]
+    counts = [len({id(module) for _, module, _, _ in owners(model)}) for model in models]
+    (few_s, few_call_s), (many_s, many_call_s) = (times_of_host(model, device) for model in models)
+    module_s = max((many_s - few_s) / (counts[1] - counts[0]), 0.0)
+    return module_s, max(few_s - module_s * counts[0], 0.0), statistics.mean([few_call_s, many_call_s])
+
+
+def small_model(layers: int, device: torch.device) -> Any:
+    """Return a causal language model so small that it computes nothing."""
     from transformers import AutoModelForCausalLM
 
-    counts, passes, calls = [], [], []
-    for layers in _LAYERS:
-        config = load_architecture(_SMALL)
-        config.num_hidden_layers = layers
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
-        ids = torch.ones(1, 1, dtype=torch.int64, device=device)
-        generate = partial(model.generate, ids, attention_mask=ids, do_sample=False, eos_token_id=None, pad_token_id=0)
-        first, all_of_them = (_median_host_s(partial(generate, max_new_tokens=tokens)) for tokens in (1, 1 + _STEPS))
-        counts.append(len({id(module) for _, module, _, _ in owners(model)}))
-        passes.append((all_of_them - first) / _STEPS)
-        calls.append(max(first - passes[-1], 0.0))
-    module_s = max((passes[1] - passes[0]) / (counts[1] - counts[0]), 0.0)
-    return module_s, max(passes[0] - module_s * counts[0], 0.0), statistics.mean(calls)
+    config = load_architecture(_SMALL)
+    config.num_hidden_layers = layers
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
 
 
-def _median_s(run: Callable[[], object], device: torch.device) -> float:
+def times_of_host(model: Any, device: torch.device) -> tuple[float, float]:
+    """Return the host's seconds for a pass of ``generate`` by a small model, and for a call before its first pass."""
+    ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+    generate = partial(model.generate, ids, attention_mask=ids, do_sample=False, eos_token_id=None, pad_token_id=0)
+    first, all_of_them = (_median_host_s(partial(generate, max_new_tokens=tokens)) for tokens in (1, 1 + _STEPS))
+    pass_s = (all_of_them - first) / _STEPS
+    return pass_s, max(first - pass_s, 0.0)
+
+
+def median_s(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that ``device`` takes for ``run``.
 
     A GPU is asked for it while it has other things to do, so that the time of launches does not count.
