@@ -157,8 +157,9 @@ class Coder:
             return self._part(entry, self._read(whole, name).view(whole.dtype).view(whole.shape)).to(self.device)
         if isinstance(entry.source, Stacked):
             made = torch.empty(entry.raw_bytes, dtype=torch.uint8, device=self.device)
-            for part, room in zip(entry.parts, made.split([part.raw_bytes for part in entry.parts]), strict=True):
-                room.copy_(self._weights(part, name).reshape(-1).view(torch.uint8))
+            rooms = made.split([part.raw_bytes for part in entry.parts])
+            for (called, part), room in zip(entry.parts_of(name), rooms, strict=True):
+                room.copy_(self._weights(part, called).reshape(-1).view(torch.uint8))
             return made.view(entry.dtype).view(entry.shape)
         if not isinstance(entry.source, Decoded):
             return self._stored(entry, name).view(entry.dtype).view(entry.shape)

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import nn
 
+from djinn.errors import DjinnError
+from djinn.weights.index import empty_for
+from djinn.weights.models import config_of
+from djinn.weights.naming import naming
+from djinn.weights.shards import read_checkpoint
 from djinn.weights.units import Unit, lay_out, lay_out_expert
 
 _MARKS = ("is_transposed", "has_bias", "has_gate", "num_experts")
@@ -45,6 +51,26 @@ def widest_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if routed_experts(module) > 1
     ]
     return max(found, key=lambda shapes: sum(map(math.prod, shapes.values())), default={})
+
+
+def fused_experts(folder: Path) -> dict[str, int]:
+    """Return the stored tensors of a checkpoint that hold all routed experts of a layer, and how many each has.
+
+    None are known where transformers cannot make the checkpoint's model, or puts the weights together anew.
+    """
+    try:
+        files = read_checkpoint(folder)
+        model = empty_for(folder, config_of(folder), files, None)
+        stored = naming(model, files, str(folder)).renamed
+    except DjinnError:
+        return {}
+    counts = {
+        stored[f"{path}.{local}"]: routed_experts(module)
+        for path, module in model.named_modules()
+        for local in module._parameters
+        if routed_experts(module) > 1 and f"{path}.{local}" in stored
+    }
+    return {name: count for name, count in counts.items() if files[name].is_stack_of(count) and files[name].raw_bytes}
 
 
 def picked_experts(config: object) -> int:

@@ -40,7 +40,8 @@ def header_index(folder: Path, dtype: torch.dtype | None = None) -> WeightIndex:
     parameters = dict(model.named_parameters())
     for name, found in names.converted.items():
         if name in parameters and name not in stored:
-            stored[name] = _standing_for(parameters[name], [files[part] for part in found])
+            parts = [part for source in found for part in files[source].stored_parts]
+            stored[name] = _standing_for(parameters[name], parts)
     entries = tie(model, stored, folder)
     info = LoadStateDictInfo(
         missing_keys=model.state_dict().keys() - entries.keys() - names.converted.keys(),

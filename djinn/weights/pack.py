@@ -26,10 +26,11 @@ from djinn.devices import device_here
 from djinn.errors import CheckpointError, ConfigError, UnavailableError
 from djinn.files import write_text
 from djinn.weights import packed_format
+from djinn.weights.experts import fused_experts
 from djinn.weights.foreign import parse_object, require_file
 from djinn.weights.header import read_header
 from djinn.weights.packed_format import original_of
-from djinn.weights.packed_shard import pack_shard, read_tensor, unpack_shard, unpacked
+from djinn.weights.packed_shard import is_candidate, pack_shard, read_tensor, unpack_shard, unpacked, weights_by_expert
 from djinn.weights.resolve import resolve
 from djinn.weights.shards import read_checkpoint, read_shard, shard_files
 from djinn.weights.synthetic_checkpoint import DISK_FULL, PARTIAL, locked
@@ -74,7 +75,9 @@ def pack(model: str | Path, out: str | Path, *, device: str | None = None, progr
         ConfigError: an ``out`` that is, holds or is in the source.
         UnavailableError: the disk is full; what was finished is kept.
     """
-    return _converted(resolve(str(model)), Path(out), "pack", partial(pack_shard, device=device_here(device)), progress)
+    source = resolve(str(model))
+    convert = partial(pack_shard, device=device_here(device), experts=fused_experts(source))
+    return _converted(source, Path(out), "pack", convert, progress)
 
 
 def unpack(folder: str | Path, out: str | Path, *, device: str | None = None, progress: bool = False) -> Path:
@@ -94,13 +97,16 @@ def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSi
     Raises:
         CheckpointError: a checkpoint that is missing or damaged.
     """
-    where = device_here(device)
-    for name, entry in read_checkpoint(resolve(str(model))).items():
-        layout = entry.layout
-        if entry.codable:
-            layout = layout_of(read_tensor(entry).view(entry.dtype).to(where))
+    where, folder = device_here(device), resolve(str(model))
+    experts = fused_experts(folder)
+    for name, entry in read_checkpoint(folder).items():
+        layouts = [part.layout for part in entry.stored_parts]
+        if not entry.is_packed and is_candidate(entry, experts.get(name, 1)):
+            layouts = [layout_of(part.to(where)) for part in weights_by_expert(entry, experts.get(name, 1))]
+        is_coded = all(layout is not None for layout in layouts)
+        stored_bytes = packed_format.stored_bytes(entry, layouts) if is_coded else entry.raw_bytes
         dtype = str(entry.dtype).removeprefix("torch.")
-        yield TensorSize(name, dtype, entry.raw_bytes, packed_format.stored_bytes(entry, layout), layout is not None)
+        yield TensorSize(name, dtype, entry.raw_bytes, stored_bytes, is_coded)
 
 
 def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: bool) -> Path:
@@ -125,7 +131,7 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
         with locked(unfinished) as is_there:
             if not is_there:  # another process had it, and has ended
                 return _converted(source, out, what, convert, progress)
-            _claim(unfinished, {"what": what, "version": packed_format.VERSION, "source": _identity(source)})
+            _claim(unfinished, {"what": what, "version": packed_format.VERSIONS[-1], "source": _identity(source)})
             try:
                 with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
                     for name in shards:

@@ -1,4 +1,4 @@
-"""The packed form of a safetensors file: version 1. Pure: descriptions in, header bytes out, and back.
+"""The packed form of a safetensors file: versions 1 and 2. Pure: descriptions in, header bytes out, and back.
 
 A packed file is a safetensors file with the same name and the same tensor names. A tensor that gains by it is stored as
 its blob (see :mod:`djinn.codec.layout`), ``U8``, filled up with zeros to whole 256 bytes; any other as it was. Coded
@@ -9,17 +9,22 @@ decoders want them. Beside the file's own metadata there are two entries more:
                         "header": the original file's header, byte for byte,
                         "tensors": {name: {"elements": n, "escapes": n, "crc32": {section: 8 hexadecimal digits}}}}
                  a raw tensor has only "crc32", with the one section "weights"
+                 {name: {"experts": [one such object for each expert]}} of a tensor of several experts (version 2)
     djinn_crc32  the CRC-32 of that text
 
-so the original file can be written again, and damage anywhere is found: in a tensor by its sections' checksums, in the
+A tensor of several experts is as many blobs, one behind the other, each filled up to whole 256 bytes; where it is raw,
+its bytes are as they were. So each expert can be read and verified alone. A file without such tensors is of version 1.
+
+So the original file can be written again, and damage anywhere is found: in a tensor by its sections' checksums, in the
 description by its own, in the rest of the header by not agreeing with the description.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -32,15 +37,16 @@ from djinn.errors import CheckpointError
 from djinn.weights.foreign import parse_object, refusing
 from djinn.weights.header import Header, parse_header
 from djinn.weights.synthetic_shard import PAGE_BYTES
-from djinn.weights.tensors import DTYPES, FileSpan, TensorEntry
+from djinn.weights.tensors import DTYPES, FileSpan, Stacked, TensorEntry
 
-VERSION = 1
+VERSIONS = (1, 2)
+"""Those that are read. A file is written in the first that can describe it."""
 _KEY, _KEY_CRC32 = "djinn", "djinn_crc32"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a tensor is stored: its layout, None for a raw one, and the CRC-32 of each section."""
+    """How a tensor, or one expert's part of it, is stored: its layout, None if raw, and the CRC-32 of each section."""
 
     layout: Layout | None
     crc32: Mapping[str, int]
@@ -51,24 +57,32 @@ def is_packed(header: Header) -> bool:
     return _KEY in header.metadata
 
 
-def stored_bytes(entry: TensorEntry, layout: Layout | None) -> int:
-    """Return the bytes that a tensor takes in a packed file."""
-    return entry.raw_bytes if layout is None else -(-layout.nbytes // ALIGNMENT) * ALIGNMENT
+def stored_bytes(entry: TensorEntry, layouts: Sequence[Layout | None]) -> int:
+    """Return the bytes that a tensor takes in a packed file, whose equal parts have these ``layouts``."""
+    raw_bytes = entry.raw_bytes // len(layouts)
+    return sum(raw_bytes if layout is None else -(-layout.nbytes // ALIGNMENT) * ALIGNMENT for layout in layouts)
 
 
-def compose(original: Header, tensors: Mapping[str, Stored], reserved: int) -> bytes:
-    """Return length and header of the packed file, ``reserved`` bytes; ``tensors`` are in the order of their bytes."""
+def compose(original: Header, tensors: Mapping[str, Sequence[Stored]], reserved: int) -> bytes:
+    """Return length and header of the packed file, ``reserved`` bytes; ``tensors`` are in the order of their bytes.
+
+    Each is stored as one part, or as one for each of its experts.
+    """
     body = _body(original, tensors)
     return (reserved - 8).to_bytes(8, "little") + body + b" " * (reserved - 8 - len(body))
 
 
-def reserve(original: Header) -> int:
-    """Return bytes, whole pages, that hold the header however the tensors will be coded."""
+def reserve(original: Header, experts: Mapping[str, int]) -> int:
+    """Return bytes, whole pages, that hold the header however the tensors will be coded.
+
+    ``experts`` says of those that are stored by expert how many each has.
+    """
     worst = {}
     for name, entry in original.tensors.items():
-        count = max(entry.raw_bytes // 2, 1)
+        parts = experts.get(name, 1)
+        count = max(entry.raw_bytes // 2 // parts, 1)
         layout = Layout(count, min(count, 2**32 - 1))
-        worst[name] = Stored(layout, dict.fromkeys(section_names(layout), 0))
+        worst[name] = [Stored(layout, dict.fromkeys(section_names(layout), 0))] * parts
     # A raw tensor is described by its own dtype and shape instead, which may be longer.
     shapes = sum(len(json.dumps(list(entry.shape))) + 16 for entry in original.tensors.values())
     return -(-(8 + len(_body(original, worst)) + shapes) // PAGE_BYTES) * PAGE_BYTES
@@ -84,7 +98,7 @@ def original_of(header: Header) -> Header:
 
 
 def described(header: Header) -> dict[str, TensorEntry]:
-    """Return the tensors of a packed file as what they were, with their codes.
+    """Return the tensors of a packed file as what they were, with their codes; those of experts are stacked.
 
     Raises:
         CheckpointError: a version that this djinn does not know, a damaged description, or a file that is not what
@@ -100,38 +114,53 @@ def described(header: Header) -> dict[str, TensorEntry]:
     for name, there in header.tensors.items():
         was = original.tensors[name]
         with _damage(header, f"tensor {name}"):
-            layout, crc32 = _parse(stored[name])
+            parts = _parse(stored[name])
+        if len(parts) > 1 and (len(was.shape) < 3 or was.shape[0] != len(parts)):
+            raise _damaged(header, f"tensor {name} of shape {list(was.shape)} is not one of {len(parts)} experts")
+        layouts = [part.layout for part in parts]
+        elements = math.prod(was.shape) // len(parts)
         as_coded = (
-            layout is not None
-            and was.dtype == torch.bfloat16
-            and (layout.elements, there.nbytes)
-            == (
-                was.raw_bytes // 2,
-                stored_bytes(was, layout),
-            )
+            was.dtype == torch.bfloat16
+            and all(layout is not None and layout.elements == elements for layout in layouts)
+            and there.nbytes == stored_bytes(was, layouts)
         )
-        as_raw = layout is None and (there.dtype, there.shape) == (was.dtype, was.shape)
+        as_raw = not any(layouts) and (there.dtype, there.shape) == (was.dtype, was.shape)
         if not (as_coded or as_raw):
             raise _damaged(header, f"tensor {name} is not what it says")
-        tensors[name] = TensorEntry(was.dtype, was.shape, there.source, layout, crc32)
+        tensors[name] = _entry(was, there, parts)
     return tensors
 
 
-def _body(original: Header, tensors: Mapping[str, Stored]) -> bytes:
+def _entry(was: TensorEntry, there: TensorEntry, parts: Sequence[Stored]) -> TensorEntry:
+    """Return what ``was`` a tensor, and is ``there`` as one part, or as one for each expert."""
+    if len(parts) == 1:
+        return TensorEntry(was.dtype, was.shape, there.source, parts[0].layout, parts[0].crc32)
+    assert isinstance(there.source, FileSpan)
+    experts = []
+    offset = there.source.offset
+    for part in parts:
+        source = FileSpan(there.source.path, offset)
+        experts.append(TensorEntry(was.dtype, was.shape[1:], source, part.layout, part.crc32))
+        offset += stored_bytes(experts[-1], [part.layout])
+    return TensorEntry(was.dtype, was.shape, Stacked(tuple(expert.raw for expert in experts)))
+
+
+def _body(original: Header, tensors: Mapping[str, Sequence[Stored]]) -> bytes:
+    plain, by_expert = VERSIONS
     description = {
-        "version": VERSION,
+        "version": by_expert if any(len(parts) > 1 for parts in tensors.values()) else plain,
         "header": original.text.decode(),
-        "tensors": {name: _describe(stored) for name, stored in tensors.items()},
+        "tensors": {name: _describe(parts) for name, parts in tensors.items()},
     }
     text = json.dumps(description, separators=(",", ":"))
     metadata = {**original.metadata, _KEY: text, _KEY_CRC32: f"{zlib.crc32(text.encode()):08x}"}
     header: dict[str, Any] = {"__metadata__": metadata}
     names = {dtype: name for name, dtype in DTYPES.items()}
     end = 0
-    for name, stored in tensors.items():
+    for name, parts in tensors.items():
         entry = original.tensors[name]
-        nbytes = stored_bytes(entry, stored.layout)
-        dtype, shape = (names[entry.dtype], list(entry.shape)) if stored.layout is None else ("U8", [nbytes])
+        nbytes = stored_bytes(entry, [part.layout for part in parts])
+        dtype, shape = (names[entry.dtype], list(entry.shape)) if parts[0].layout is None else ("U8", [nbytes])
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
         end += nbytes
     return json.dumps(header, separators=(",", ":")).encode()
@@ -157,29 +186,41 @@ def _description(header: Header) -> dict[str, Any]:
         if f"{zlib.crc32(text.encode()):08x}" != header.metadata.get(_KEY_CRC32):
             raise _damaged(header, "its checksum is another")
         description = parse_object(text)
-    if description.get("version") != VERSION:
+    if description.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"{header.path}: packed in version {description.get('version')!r}, and this djinn reads version {VERSION}; "
-            "pack the original again, or use the djinn that packed it"
+            f"{header.path}: packed in version {description.get('version')!r}, and this djinn reads versions "
+            f"{' and '.join(map(str, VERSIONS))}; pack the original again, or use the djinn that packed it"
         )
     return description
 
 
-def _describe(stored: Stored) -> dict[str, Any]:
+def _describe(parts: Sequence[Stored]) -> dict[str, Any]:
+    if len(parts) > 1:
+        return {"experts": [_describe([part]) for part in parts]}
+    stored = parts[0]
     crc32 = {"crc32": {section: f"{crc:08x}" for section, crc in stored.crc32.items()}}
     if stored.layout is None:
         return crc32
     return {"elements": stored.layout.elements, "escapes": stored.layout.escapes} | crc32
 
 
-def _parse(stored: Mapping[str, Any]) -> tuple[Layout | None, dict[str, int]]:
+def _parse(stored: Mapping[str, Any]) -> list[Stored]:
+    if "experts" in stored:
+        experts = stored["experts"]
+        if not isinstance(experts, list) or len(experts) < 2:
+            raise ValueError("experts have to be a list of at least two")
+        return [_parse_one(expert) for expert in experts]
+    return [_parse_one(stored)]
+
+
+def _parse_one(stored: Mapping[str, Any]) -> Stored:
     layout = None
     if "elements" in stored:
         elements, escapes = stored["elements"], stored["escapes"]
         if type(elements) is not int or type(escapes) is not int:
             raise ValueError(f"elements {elements!r} and escapes {escapes!r} have to be whole numbers")
         layout = Layout(elements, escapes)
-    return layout, {section: int(stored["crc32"][section], 16) for section in section_names(layout)}
+    return Stored(layout, {section: int(stored["crc32"][section], 16) for section in section_names(layout)})
 
 
 def _damage(header: Header, where: str) -> AbstractContextManager[None]:

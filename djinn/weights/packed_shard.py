@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +19,12 @@ import torch
 from djinn.codec.checksums import checksums, verify
 from djinn.codec.decode import decode
 from djinn.codec.encode import encode
+from djinn.codec.layout import ALIGNMENT, TILE_BYTES
 from djinn.errors import CheckpointError
 from djinn.hardware import allowed_cpus, usable_ram
 from djinn.weights.header import Header, read_header
-from djinn.weights.packed_format import Stored, compose, described, original_of, reserve, stored_bytes
-from djinn.weights.tensors import FileSpan, TensorEntry
+from djinn.weights.packed_format import Stored, compose, described, original_of, reserve
+from djinn.weights.tensors import Decoded, FileSpan, Stacked, TensorEntry
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,43 +33,73 @@ _TIMES_A_TENSOR = 6
 """Memory that coding a tensor takes on a CPU, as a multiple of its bytes."""
 
 
-def pack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
+def pack_shard(
+    source: Path,
+    target: Path,
+    on_done: Callable[[int], object],
+    device: torch.device,
+    experts: Mapping[str, int],
+) -> None:
     """Write the packed form of ``source`` to ``target``; ``on_done`` hears of raw bytes as they are written.
 
-    An exception leaves a partial file.
+    ``experts`` says of the tensors that hold several experts' weights how many each has. An exception leaves a partial
+    file.
 
     Raises:
         CheckpointError: a damaged file, or one with bytes that belong to no tensor.
     """
     original = read_header(source)
     _require_no_gaps(original)
-    reserved = reserve(original)
-    stored: dict[str, Stored] = {}
+    # Of a tensor that several files hold, each may have another shape.
+    tensors = original.tensors
+    experts = {name: count for name, count in experts.items() if name in tensors and tensors[name].is_stack_of(count)}
+    reserved = reserve(original, experts)
+    stored: dict[str, list[Stored]] = {}
 
-    def coded(name: str) -> tuple[str, torch.Tensor, Stored] | None:
-        entry = original.tensors[name]
-        made = encode(read_tensor(entry).view(torch.bfloat16).to(device))
-        if made is None:
-            return None
-        blob, layout = made[0].cpu(), made[1]
-        return name, blob, Stored(layout, checksums(blob, layout))
+    def coded(name: str) -> tuple[str, list[torch.Tensor], list[Stored]] | None:
+        blobs, parts = [], []
+        for weights in weights_by_expert(original.tensors[name], experts.get(name, 1)):
+            made = encode(weights.to(device))
+            if made is None:
+                return None
+            blob, layout = made[0].cpu(), made[1]
+            blobs.append(blob)
+            parts.append(Stored(layout, checksums(blob, layout)))
+        return name, blobs, parts
 
     with _whole_file(target) as file:
         file.seek(reserved)
-        candidates = [name for name, entry in original.tensors.items() if entry.codable]
+        candidates = [name for name, entry in original.tensors.items() if is_candidate(entry, experts.get(name, 1))]
         for result in _in_order(candidates, coded, _workers(original, device)):
             if result is not None:
-                name, blob, stored[name] = result
-                _write(file, blob, stored_bytes(original.tensors[name], stored[name].layout))
+                name, blobs, stored[name] = result
+                for blob in blobs:
+                    file.write(blob.numpy().data)
+                    file.write(bytes(-len(blob) % ALIGNMENT))
                 on_done(original.tensors[name].raw_bytes)
         for name, entry in original.tensors.items():
             if name not in stored:
                 raw = read_tensor(entry)
-                stored[name] = Stored(None, checksums(raw, None))
-                _write(file, raw, entry.raw_bytes)
+                stored[name] = [Stored(None, checksums(part, None)) for part in raw.chunk(experts.get(name, 1))]
+                file.write(raw.numpy().data)
                 on_done(entry.raw_bytes)
         file.seek(0)
         file.write(compose(original, stored, reserved))
+
+
+def is_candidate(entry: TensorEntry, experts: int) -> bool:
+    """Return whether a plain tensor that holds the weights of so many ``experts`` may be coded.
+
+    Several are decoded together, so each has to be whole tiles.
+    """
+    if experts == 1:
+        return entry.codable
+    return entry.codable_with_others and entry.raw_bytes % (experts * TILE_BYTES) == 0
+
+
+def weights_by_expert(entry: TensorEntry, experts: int) -> tuple[torch.Tensor, ...]:
+    """Return the weights of a plain tensor (one dimension, on the host) by expert."""
+    return read_tensor(entry).view(entry.dtype).chunk(experts)
 
 
 def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:
@@ -83,7 +114,7 @@ def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], d
         file.truncate(original.end)
         for name, weights in unpacked(source, device):
             file.seek(_offset(original.tensors[name]))
-            _write(file, weights, len(weights))
+            file.write(weights.numpy().data)
             on_done(len(weights))
 
 
@@ -106,8 +137,12 @@ def original_bytes(name: str, entry: TensorEntry, device: torch.device) -> torch
     """Return the bytes (uint8, on the host) that a stored tensor was packed from; its own where it is not packed.
 
     Raises:
-        CheckpointError: a damaged file; the tensor and its section are named.
+        CheckpointError: a damaged file; the tensor, its expert and its section are named.
     """
+    if isinstance(entry.source, Stacked):
+        return torch.cat([original_bytes(called, part, device) for called, part in entry.parts_of(name)])
+    if isinstance(entry.source, Decoded):
+        return original_bytes(name, entry.source.coded, device)
     stored = read_tensor(entry)
     if entry.crc32 is None:
         return stored
@@ -146,12 +181,6 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     if len(data) < entry.nbytes:
         raise CheckpointError(f"{entry.source.path}: has become shorter while it was read")
     return torch.from_numpy(data)
-
-
-def _write(file: BinaryIO, data: torch.Tensor, nbytes: int) -> None:
-    """Write ``data`` and zeros up to ``nbytes``."""
-    file.write(data.numpy().data)
-    file.write(bytes(nbytes - len(data)))
 
 
 @contextmanager

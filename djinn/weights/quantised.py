@@ -78,7 +78,7 @@ def quantised_index(folder: Path, dtype: torch.dtype | None, device: torch.devic
         UnavailableError: the package that its method needs is not installed.
     """
     files = read_checkpoint(folder)
-    if any(entry.crc32 is not None for entry in files.values()):
+    if any(entry.is_packed for entry in files.values()):
         raise CheckpointError(f"{folder}: packed and quantised, which djinn does not load; djinn.unpack it first")
     needed = sum(entry.nbytes for entry in files.values())
     if needed > usable_ram():

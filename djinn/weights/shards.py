@@ -90,7 +90,8 @@ def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
     if (one.dtype, one.shape, one.layout) != (other.dtype, other.shape, other.layout):
         return False
     if isinstance(one.source, Stacked) or isinstance(other.source, Stacked):
-        return len(one.parts) == len(other.parts) and all(map(same_bytes, one.parts, other.parts))
+        parts, others = one.stored_parts, other.stored_parts
+        return len(parts) == len(others) and all(map(same_bytes, parts, others))
     assert isinstance(one.source, FileSpan)
     assert isinstance(other.source, FileSpan)
     with refusing(f"{one.source.path}: cannot be read"):

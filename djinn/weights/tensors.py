@@ -76,7 +76,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Bytes of several stored tensors, one behind the other: experts that a checkpoint keeps apart.
+    """Bytes of several stored tensors, one behind the other: experts that a checkpoint keeps apart, or packs so.
 
     Each expert has as many ``parts`` as every other, in their order: its gate, its up, then those of the next one. Of
     a packed checkpoint they are decoded ones, whose bytes stand one behind the other, too.
@@ -153,7 +153,7 @@ class TensorEntry:
     def is_packed(self) -> bool:
         """Whether its bytes come out of a packed checkpoint."""
         whole = self.source.whole if isinstance(self.source, Sliced) else self
-        return any(part.crc32 is not None or isinstance(part.source, Decoded) for part in whole.parts)
+        return any(part.crc32 is not None for part in whole.stored_parts)
 
     @property
     def raw(self) -> TensorEntry:
@@ -166,6 +166,18 @@ class TensorEntry:
     def parts(self) -> tuple[TensorEntry, ...]:
         """The stored tensors that it consists of, one behind the other: itself, unless it is stacked."""
         return self.source.parts if isinstance(self.source, Stacked) else (self,)
+
+    def parts_of(self, name: str) -> list[tuple[str, TensorEntry]]:
+        """Return its parts, each under what errors call it: ``name``, with the expert's number where it is stacked."""
+        if not isinstance(self.source, Stacked):
+            return [(name, self)]
+        each = len(self.source.parts) // self.shape[0]
+        return [(f"{name}[{number // each}]", part) for number, part in enumerate(self.source.parts)]
+
+    @property
+    def stored_parts(self) -> tuple[TensorEntry, ...]:
+        """Its parts as files hold them: coded, where they are packed."""
+        return tuple(part.source.coded if isinstance(part.source, Decoded) else part for part in self.parts)
 
     def is_stack_of(self, count: int) -> bool:
         """Return whether its first dimension is ``count`` matrices whose bytes can be had one by one."""
@@ -184,8 +196,7 @@ class TensorEntry:
         shape, source = self.shape[1:], self.source
         if isinstance(source, Stacked):
             each = len(source.parts) // self.shape[0]
-            parts = source.parts[number * each : (number + 1) * each]
-            return tuple(part.source.coded if isinstance(part.source, Decoded) else part for part in parts)
+            return self.stored_parts[number * each : (number + 1) * each]
         if isinstance(source, Converted):
             return tuple(part.to(self.dtype) for part in source.stored.expert(number))
         return (self.part(number * math.prod(shape), shape),)

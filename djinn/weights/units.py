@@ -51,8 +51,8 @@ class Unit:
         placed = []
         for tensor in self.tensors:
             end = tensor.offset
-            for part in tensor.entry.parts:
-                placed.append(replace(tensor, entry=part, offset=end))
+            for name, part in tensor.entry.parts_of(tensor.name):
+                placed.append(replace(tensor, name=name, entry=part, offset=end))
                 end += part.nbytes
         return _sharing_marked(placed)
 

@@ -14,10 +14,13 @@ from tiny_models import save_model
 from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, PretrainedConfig, PreTrainedModel
 
 import djinn
+from djinn.engine import coding as coding_in_engine
 from djinn.engine.handed import HandedWeights
 from djinn.engine.load import cool, engine_of, placement
 from djinn.engine.whereabouts import Whereabouts
+from djinn.planning.placement import Tier
 from djinn.weights.experts import routed_experts
+from djinn.weights.tensors import FileSpan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WAYS: list[dict[str, Any]] = [
@@ -102,6 +105,31 @@ def test_bits_of_every_way_of_generating(
     for implementation in IMPLEMENTATIONS:
         for way in range(len(WAYS)):
             assert_same_bits(model, residents(name), implementation, way)
+
+
+@pytest.mark.parametrize(
+    ("pool", "host_memory"), [("k", "1 GB"), ("half", "1 B"), ("two windows", "400 KB")], ids=["host", "disk", "both"]
+)
+@pytest.mark.parametrize("name", ROUTED)
+def test_packed_experts_of_one_tensor_are_fetched_one_by_one_and_give_the_same_bits(
+    residents: Residents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pool: str, host_memory: str
+) -> None:
+    residents(name).save_pretrained(tmp_path / "plain", save_original_format=False, max_shard_size="200KB")
+    packed = djinn.pack(tmp_path / "plain", tmp_path / "packed", device="cpu")
+    with monkeypatch.context() as patch:
+        for what in ("encode", "decode"):
+            patch.setattr(coding_in_engine, what, None)  # nothing is coded or decoded while it is loaded
+        model = routed(packed, pool, host_memory=host_memory)
+    made = placement(model)
+    parts = [part.entry for unit in made.routed for expert in unit.experts for part in expert.tensors]
+    assert all(part.layout is not None and isinstance(part.source, FileSpan) for part in parts)
+    assert {Tier.PINNED: host_memory != "1 B", Tier.DISK: host_memory != "1 GB"} == {
+        tier: any(unit.experts for unit in made.at(tier)) for tier in (Tier.PINNED, Tier.DISK)
+    }
+    first = list(ROUTED).index(name)
+    for number, implementation in enumerate(IMPLEMENTATIONS):
+        assert_same_bits(model, residents(name), implementation, (first + number) % len(WAYS))
+    assert djinn.stats(model).expert_misses > 0
 
 
 @pytest.mark.parametrize("pool", ["k", "two windows"])

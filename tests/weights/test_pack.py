@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import djinn
 from djinn.codec.layout import LEAST_BYTES
@@ -24,6 +32,8 @@ from djinn.planning.placement import Tier
 from djinn.weights import pack as packing
 from djinn.weights import packed_format as packed_form
 from djinn.weights.header import read_header
+from djinn.weights.header_index import header_index
+from djinn.weights.index import checkpoint_index
 from djinn.weights.pack import TensorSize, pack, survey, unpack
 from djinn.weights.shards import read_checkpoint, read_shard
 from djinn.weights.tensors import FileSpan
@@ -111,22 +121,30 @@ def test_a_packed_model_that_fits_is_decoded(codable_checkpoint: Path, folder: P
     assert torch.equal(logits(model), logits(whole))
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture whose experts are stored apart, each of whose matrices is large enough to be coded."""
+@pytest.fixture(scope="module", params=["apart", "fused"])
+def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture each of whose matrices is large enough to be coded; its experts are stored apart, or by layer."""
     torch.manual_seed(0)
     config = MixtralConfig(
         hidden_size=768, intermediate_size=768, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
         num_local_experts=4, vocab_size=256,
     )  # fmt: skip
-    path = tmp_path_factory.mktemp("mixture")
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="20MB")
+    path = tmp_path_factory.mktemp(request.param)
+    save_mixture(MixtralForCausalLM(config).to(torch.bfloat16), path, request.param)
     return path
+
+
+def save_mixture(model: PreTrainedModel, path: Path, how: str = "fused") -> None:
+    model.save_pretrained(path, max_shard_size="20MB", save_original_format=how == "apart")
 
 
 @pytest.fixture(scope="module")
 def packed_mixture(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(mixture, tmp_path_factory.mktemp("packed") / "out", device="cpu")
+
+
+def is_fused(folder: Path) -> bool:
+    return any(len(entry.shape) == 3 for entry in read_checkpoint(folder).values())
 
 
 def spilled(before: set[Path]) -> int:
@@ -144,7 +162,7 @@ def test_packed_experts_are_streamed_as_they_are_packed(
     model = loaded(packed_mixture, share=0.6, host=host)
     made = placement(model)
     parts = [tensor for unit in made.routed for expert in unit.experts for tensor in expert.tensors]
-    assert len(parts) == 3 * 4 * 3
+    assert len(parts) == 3 * 4 * (2 if is_fused(mixture) else 3)
     assert all(part.entry.layout is not None and isinstance(part.entry.source, FileSpan) for part in parts)
     assert {unit.name for unit in made.at(Tier.DISK)} >= {unit.name for unit in made.routed if host == "1 B"}
     assert spilled(set()) < 10**5
@@ -186,10 +204,148 @@ def test_a_plan_of_packed_experts_is_what_they_are_loaded_by(packed_mixture: Pat
     assert (planned.pool, planned.pinned_bytes, planned.tiers) == (made.pool, made.pinned_bytes, made.tiers)
 
 
+def test_a_packed_mixture_is_what_its_headers_tell(packed_mixture: Path, tmp_path: Path) -> None:
+    (tmp_path / "spill").mkdir()
+    assert header_index(packed_mixture).tensors == checkpoint_index(packed_mixture, tmp_path / "spill").tensors
+
+
+def test_a_packed_mixture_is_unpacked_and_described(mixture: Path, packed_mixture: Path, tmp_path: Path) -> None:
+    assert contents(unpack(packed_mixture, tmp_path / "back", device="cpu")) == contents(mixture)
+    wanted = list(survey(mixture, device="cpu"))
+    assert sorted(survey(packed_mixture), key=str) == sorted(wanted, key=str)
+    assert all(size.coded and 11 < size.bits < 11.5 for size in wanted if ".experts." in size.name)
+    sizes = {path.name: path.stat().st_size for path in packed_mixture.glob("*.safetensors")}
+    assert sum(sizes.values()) < sum(size.stored_bytes for size in wanted) + len(sizes) * 2**16
+    with pytest.warns(UserWarning, match="is finished already"):
+        pack(mixture, packed_mixture, device="cpu")
+
+
+def test_only_files_with_experts_in_one_tensor_are_of_a_later_version(
+    codable_checkpoint: Path, mixture: Path, packed_mixture: Path, folder: Path
+) -> None:
+    for packed, plain in ((folder, codable_checkpoint), (packed_mixture, mixture)):
+        for path in packed.glob("*.safetensors"):
+            fused = any(len(entry.shape) == 3 for entry in read_shard(plain / path.name).values())
+            assert json.loads(read_header(path).metadata["djinn"])["version"] == (2 if fused else 1)
+
+
+def test_experts_that_were_packed_as_one_tensor_still_stream(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of models that transformers does not mark are packed so."""
+    monkeypatch.setattr(packing, "fused_experts", lambda _: {})
+    packed = pack(mixture, tmp_path / "packed", device="cpu")
+    assert all(json.loads(read_header(path).metadata["djinn"])["version"] == 1 for path in packed.glob("*.safetensors"))
+    model = loaded(packed, share=0.6, ring="20 MB")
+    assert bool(placement(model).routed) != is_fused(mixture)
+    assert placement(model).is_coded
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(mixture, dtype="auto").eval()))
+
+
+def small_mixture(path: Path, moe: int, change: Callable[[PreTrainedModel], object] = lambda _: None) -> Path:
+    """Write a mixture of 8 experts of 2 * ``moe`` and ``moe`` rows of 64 weights, stored by layer."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=moe, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2, vocab_size=128,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    change(model)
+    save_mixture(model, path)
+    return path
+
+
+def one_expert_of_noise(model: PreTrainedModel) -> None:
+    """Give an expert weights that coding would make larger, as a sum can still take them."""
+    weights = model.get_parameter("model.layers.0.mlp.experts.down_proj").data
+    exponents = torch.randint(1, 100, weights[3].shape, dtype=torch.int16) << 7
+    weights[3] = exponents.view(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("moe", "change", "raw"),
+    [
+        (64, lambda _: None, set()),
+        (40, lambda _: None, {"gate_up_proj", "down_proj"}),
+        (33, lambda _: None, {"gate_up_proj", "down_proj"}),
+        (64, lambda model: model.float(), {"gate_up_proj", "down_proj"}),
+        (64, one_expert_of_noise, {"down_proj"}),
+    ],
+    ids=["whole tiles", "parts of tiles", "odd rows", "float32", "noise"],
+)
+@pytest.mark.parametrize("host", ["1 GB", "1 B"])
+def test_what_is_not_coded_of_experts_is_fetched_raw(
+    tmp_path: Path, moe: int, change: Callable[[PreTrainedModel], object], raw: set[str], host: str
+) -> None:
+    plain = small_mixture(tmp_path / "plain", moe, change)
+    packed = pack(plain, tmp_path / "packed", device="cpu")
+    assert contents(unpack(packed, tmp_path / "back", device="cpu")) == contents(plain)
+    first = {name.rpartition(".")[2]: entry for name, entry in read_checkpoint(packed).items() if "layers.0" in name}
+    experts = {name: first[name].stored_parts for name in ("gate_up_proj", "down_proj")}
+    for name, parts in experts.items():
+        assert [part.layout is None for part in parts] == [name in raw] * 8
+        assert all(part.crc32 is not None for part in parts)
+    whole = AutoModelForCausalLM.from_pretrained(plain, dtype="auto").eval()
+    model = loaded(packed, share=0.7, host=host, ring=None)
+    made = placement(model)
+    # transformers' products of odd rows, or of float32, cannot be traced: such a model streams by blocks.
+    assert bool(made.routed) == (moe % 8 == 0 and whole.dtype == torch.bfloat16)
+    assert made.away
+    for each in (model, whole):
+        each.set_experts_implementation("eager")  # the only one that takes odd rows
+    assert {unit.name for unit in made.at(Tier.DISK)} >= {unit.name for unit in made.routed if host == "1 B"}
+    assert torch.equal(logits(model), logits(whole))
+    djinn.detach(model)
+    assert all(torch.equal(value, whole.get_parameter(name)) for name, value in model.named_parameters())
+    damaged = experts["down_proj"][5].source
+    assert isinstance(damaged, FileSpan)
+    damage(damaged.path, damaged.offset)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor .*down_proj.*\[5\]: section .* changed"):
+        loaded(packed, share=0.7, host=host, ring=None)
+
+
+EXPERTS: dict[str, Callable[[list[Any]], Any]] = {
+    "none": lambda _: [],
+    "one": lambda them: them[:1],
+    "one too few": lambda them: them[1:],
+    "one too many": lambda them: [*them, them[0]],
+    "a number": lambda _: 8,
+    "a number for an expert": lambda them: [8, *them[1:]],
+    "one raw": lambda them: [{"crc32": {"weights": "00000000"}}, *them[1:]],
+    "all raw": lambda them: [{"crc32": {"weights": "00000000"}}] * len(them),
+    "one within another": lambda them: [{"experts": them}, *them[1:]],
+    "more escapes": lambda them: [them[0] | {"escapes": 4096}, *them[1:]],
+    "fewer weights": lambda them: [them[0] | {"elements": 4096}, *them[1:]],
+}
+
+
+@pytest.mark.parametrize("what", EXPERTS)
+def test_experts_that_the_file_does_not_have_are_refused(tmp_path: Path, what: str) -> None:
+    plain = small_mixture(tmp_path / "plain", 64)
+    packed = pack(plain, tmp_path / "packed", device="cpu")
+    path = packed / "model.safetensors"
+    raw, header = path.read_bytes(), read_header(path)
+    description = json.loads(header.metadata["djinn"])
+    tensor = description["tensors"]["model.layers.0.mlp.experts.gate_up_proj"]
+    tensor["experts"] = EXPERTS[what](tensor["experts"])
+    text = json.dumps(description)
+    metadata = header.metadata | {"djinn": text, "djinn_crc32": f"{zlib.crc32(text.encode()):08x}"}
+    body = json.dumps(json.loads(header.text) | {"__metadata__": metadata}).encode()
+    path.write_bytes(len(body).to_bytes(8, "little") + body + raw[header.start :])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the description of its packed tensors is damaged"):
+        unpack(packed, tmp_path / "back", device="cpu")
+
+
 def test_a_damaged_expert_is_named(packed_mixture: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(packed_mixture, tmp_path / "copy"))
-    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
-    entry = read_checkpoint(copy)[name]
+    entries = read_checkpoint(copy)
+    if is_fused(copy):
+        stored = "model.layers.1.mlp.experts.down_proj"
+        entry = entries[stored].stored_parts[2]
+        named = rf"{stored}\[2\]"
+    else:
+        stored = named = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+        entry = entries[stored]
     assert isinstance(entry.source, FileSpan)
     with entry.source.path.open("r+b") as file:
         file.seek(entry.source.offset + 5000)
@@ -200,6 +356,11 @@ def test_a_damaged_expert_is_named(packed_mixture: Path, tmp_path: Path) -> None
     for host in ("1 GB", "1 B"):
         with pytest.raises(CheckpointError, match=message):
             loaded(copy, share=0.6, host=host)
+    file = entry.source.path.name
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor {named}: section sm, .* changed"):
+        unpack(copy, tmp_path / "back", device="cpu")
+    with pytest.raises(CheckpointError, match=rf"{file}: tensor .*down_proj\[2\]: .* changed"):
+        loaded(copy, share=3)
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
@@ -293,9 +454,9 @@ def test_an_unknown_version_is_refused(
     codable_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packed_form, "VERSION", 2)
+        patch.setattr(packed_form, "VERSIONS", (3, 4))
         later = pack(codable_checkpoint, tmp_path / "later", device="cpu")
-    with pytest.raises(CheckpointError, match="packed in version 2, and this djinn reads version 1"):
+    with pytest.raises(CheckpointError, match="packed in version 3, and this djinn reads versions 1 and 2"):
         loaded(later)
 
 
