@@ -44,9 +44,12 @@ class Layer:
 
 
 def _only(source: Source, name: str) -> Source:
-    """Return the source of one tensor of an expert."""
+    """Return the source of one tensor of an expert, which comes while its others are in the slot already.
+
+    So it stays marked if it shares pages with them.
+    """
     unit = source.unit
-    tensors = tuple(tensor for tensor in unit.tensors if tensor.name == name)
+    tensors = tuple(tensor for tensor in unit.stored if tensor.name == name)
     return Source(replace(unit, name=f"{unit.name} {name}", tensors=tensors), source.image)
 
 
