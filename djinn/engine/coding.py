@@ -63,7 +63,7 @@ class Coder:
             CheckpointError: a file that cannot be read.
             UnavailableError: a GPU without Triton.
         """
-        return layout_of(self._weights(entry, ""))
+        return layout_of(self._weights(entry, f"of shape {list(entry.shape)}"))
 
     def estimate(self, entry: TensorEntry) -> Layout | None:
         """Return about what :meth:`layout` would, from the tensor's first MiB."""
@@ -95,15 +95,15 @@ class Coder:
                 done += self.fill(expert, image[start : start + expert.image_bytes])
             return done
         for tensor in unit.stored:
+            name = f"{tensor.name} of {unit.name}" if unit.is_expert else tensor.name
             if isinstance(tensor.entry.source, Encoded | Decoded | Converted | Sliced):
-                self._make(tensor, image[tensor.offset : tensor.offset + tensor.entry.nbytes])
+                self._make(name, tensor.entry, image[tensor.offset : tensor.offset + tensor.entry.nbytes])
                 done += self._landing
                 continue
             pieces = self.reader.fill(replace(unit, tensors=(tensor,)), image)
             done += pieces
             if tensor.entry.crc32 is not None:
                 # The threads take what they are given in order, so none waits for a piece that none has taken.
-                name = f"{tensor.name} of {unit.name}" if unit.is_expert else tensor.name
                 done.append(self.reader.pool.submit(_verified, name, tensor, image, pieces))
         return done
 
@@ -125,11 +125,11 @@ class Coder:
         for memory in (self._staging, self._cut, self._made):
             memory.close()
 
-    def _make(self, tensor: PlacedTensor, target: Buffer) -> None:
+    def _make(self, name: str, entry: TensorEntry, target: Buffer) -> None:
         """Code, decode or convert a tensor on the device, and start copying the bytes that it becomes to ``target``."""
-        made = self._weights(tensor.entry.raw, tensor.name).reshape(-1).view(torch.uint8)
-        if tensor.entry.layout is not None:
-            coded = encode(made.view(tensor.entry.dtype))
+        made = self._weights(entry.raw, name).reshape(-1).view(torch.uint8)
+        if entry.layout is not None:
+            coded = encode(made.view(entry.dtype))
             assert coded is not None, "the same weights gained when they were measured"
             made = coded[0]
         wait(self._landing)  # they read the buffer that is written next

@@ -18,6 +18,7 @@ from djinn.planning.ring import Slot
 from djinn.transport.compute_stream import ComputeStream
 from djinn.transport.copier import Source, reading_lane
 from djinn.transport.disk_stream import DiskStream
+from djinn.transport.feeder import Fill
 from djinn.transport.memcpy import Command, prepare
 from djinn.transport.reader import Buffer, Reader
 from djinn.transport.stats import Interval, Lane, Stats
@@ -63,6 +64,8 @@ class CudaCopier:
             for source, target in zip(sources, self._targets, strict=True)
         ]
         self.disk: DiskStream | None = None
+        self._from_disk: dict[int, Fill] = {}
+        """By unit, its last reading."""
         if any(source.image is None for source in sources):
             self.disk = DiskStream(ring.device, reader)
         self._trace = _Trace(stats) if stats.traced else None
@@ -77,7 +80,8 @@ class CudaCopier:
         if issue is None:
             assert self.disk is not None
             release = None if after is None else self._free[after]
-            self.disk.submit(unit, self._sources[unit].unit, self._targets[unit], self._ready[unit], release)
+            source = self._sources[unit].unit
+            self._from_disk[unit] = self.disk.submit(source, self._targets[unit], self._ready[unit], release)
             return
         stream = self.stream
         if after is not None:
@@ -91,8 +95,8 @@ class CudaCopier:
 
     def wait(self, unit: int) -> None:
         source = self._sources[unit]
-        if self.disk is not None:
-            self.disk.wait(unit)
+        if unit in self._from_disk:
+            self._from_disk[unit].wait()
         self._stats.count_copy(source.unit.weight_bytes, from_disk=source.image is None)
         compute = self._compute.stream()
         if self._trace is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,8 +41,6 @@ class DiskStream:
     def __init__(self, device: torch.device, reader: Reader) -> None:
         self._reader = reader
         self.stream = torch.cuda.Stream(device)
-        self._fills: dict[Hashable, Fill] = {}
-        """By what it is waited for as: one unit may be on its way to two slots."""
         self._feeder = Feeder(reader)
         self._lock = threading.Lock()
         self._memory = PinnedMemory(staging_bytes(reader.chunk_bytes))
@@ -54,20 +52,16 @@ class DiskStream:
             self._free.put(_Staging(self._memory.buffer[number * size : (number + 1) * size], torch.cuda.Event()))
 
     def submit(
-        self,
-        key: Hashable,
-        unit: Unit,
-        target: torch.Tensor,
-        ready: torch.cuda.Event,
-        release: torch.cuda.Event | None,
-    ) -> None:
+        self, unit: Unit, target: torch.Tensor, ready: torch.cuda.Event, release: torch.cuda.Event | None
+    ) -> Fill:
         """Start reading ``unit`` into a slot after ``release``; ``ready`` is recorded behind its last piece.
 
-        ``key`` is what :meth:`wait` calls this reading.
+        What is returned ends when that piece has been issued.
         """
-        fill = self._fills[key] = Fill()
+        fill = Fill()
         cut = pieces(unit, self._reader.chunk_bytes)
         self._feeder.begin(fill, [partial(self._move, piece, target, ready, release) for piece in cut])
+        return fill
 
     def _move(
         self, piece: Piece, target: torch.Tensor, ready: torch.cuda.Event, release: torch.cuda.Event | None
@@ -94,12 +88,6 @@ class DiskStream:
             yield staging
         finally:
             self._free.put(staging)
-
-    def wait(self, key: Hashable) -> None:
-        """Wait until the last piece has been issued, if there is such a reading."""
-        fill = self._fills.get(key)
-        if fill is not None:
-            fill.wait()
 
     def settle(self) -> None:
         self._feeder.settle()

@@ -15,6 +15,7 @@ import torch
 from djinn.transport.compute_stream import ComputeStream
 from djinn.transport.copier import Source
 from djinn.transport.disk_stream import DiskStream
+from djinn.transport.feeder import Fill
 from djinn.transport.fetcher import Arrival, Fetch
 from djinn.transport.memcpy import Command, prepare
 from djinn.transport.reader import Reader
@@ -26,7 +27,8 @@ class _Ready:
     """Behind which event each of a call's copies ends."""
 
     link: torch.cuda.Event
-    disk: list[torch.cuda.Event]
+    disk: list[tuple[Fill, torch.cuda.Event]]
+    """Of each arrival from disk; its event stands for all of it once the copies have been issued, which is the fill."""
 
 
 class CudaFetcher:
@@ -69,8 +71,9 @@ class CudaFetcher:
         for arrival in arrivals:
             if arrival.source.image is None:
                 assert self._disk is not None
-                ready.disk.append(torch.cuda.Event())
-                self._disk.submit(arrival.slot, arrival.source.unit, self.pool[arrival.slot], ready.disk[-1], after)
+                event = torch.cuda.Event()
+                fill = self._disk.submit(arrival.source.unit, self.pool[arrival.slot], event, after)
+                ready.disk.append((fill, event))
         if within:
             with torch.cuda.stream(self.stream):
                 for source, target in within:
@@ -84,15 +87,13 @@ class CudaFetcher:
 
     def wait(self, fetch: Fetch) -> None:
         compute, ready = self._compute.stream(), fetch.done
-        if self._disk is not None:
-            for arrival in fetch.arrivals:
-                if arrival.source.image is None:
-                    self._disk.wait(arrival.slot)
+        for fill, _ in ready.disk:
+            fill.wait()
         marks = None
         if fetch.begin is not None:
             marks = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             marks[0].record(compute)
-        for event in (ready.link, *ready.disk):
+        for event in (ready.link, *(event for _, event in ready.disk)):
             compute.wait_event(event)
         if self._zero is None:
             self._spare.append(ready.link)  # what waits for it waits for what it stood for

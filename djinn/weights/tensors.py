@@ -172,7 +172,7 @@ class TensorEntry:
         if not isinstance(self.source, Stacked):
             return [(name, self)]
         each = len(self.source.parts) // self.shape[0]
-        return [(f"{name}[{number // each}]", part) for number, part in enumerate(self.source.parts)]
+        return [(f"{name}, expert {number // each}", part) for number, part in enumerate(self.source.parts)]
 
     @property
     def stored_parts(self) -> tuple[TensorEntry, ...]:

@@ -11,7 +11,7 @@ from routed_models import ROUTED_ON_GPU
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.engine.load import engine_of
+from djinn.engine.load import engine_of, placement
 from djinn.errors import PlanError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -42,6 +42,30 @@ def smallest(folder: Path, **options: object) -> int:
         except PlanError:
             low = middle
     return high
+
+
+@pytest.mark.parametrize("host_memory", ["1 GB", "1 B"])
+def test_packed_experts_of_one_tensor_give_the_same_bits(
+    folder: Path, resident: PreTrainedModel, tmp_path: Path, host_memory: str
+) -> None:
+    resident.save_pretrained(tmp_path / "plain", save_original_format=False)
+    packed = djinn.pack(tmp_path / "plain", tmp_path / "packed")
+    back = djinn.unpack(packed, tmp_path / "back")
+    for path in (tmp_path / "plain").iterdir():
+        assert (back / path.name).read_bytes() == path.read_bytes(), path.name
+    budget = smallest(packed) + 30 * 10**6
+    model = djinn.load(packed, budget=budget, host_memory=host_memory, device="cuda", **WORK)
+    assert placement(model).routed
+    assert all(unit.on_disk and unit.coded for unit in placement(model).routed)
+    prompt = torch.randint(1, 512, (2, 40), device="cuda")
+    for implementation in ("grouped_mm", "batched_mm", "eager"):
+        for each in (resident, model):
+            each.set_experts_implementation(implementation)
+        with torch.no_grad():
+            for ids in (prompt, prompt[:1, :1], prompt[:, :3]):
+                assert torch.equal(model(ids).logits, resident(ids).logits), (implementation, ids.shape)
+    assert djinn.stats(model).expert_misses > 0
+    djinn.detach(model)
 
 
 @pytest.mark.parametrize("coding", [None, "lossless"])

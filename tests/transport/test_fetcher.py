@@ -13,6 +13,7 @@ import torch
 from djinn.errors import CheckpointError
 from djinn.transport.copier import Source
 from djinn.transport.fetcher import Arrival, CpuFetcher
+from djinn.transport.fetcher_cuda import CudaFetcher
 from djinn.transport.reader import Reader, allocate
 from djinn.transport.stats import Stats
 from djinn.weights.tensors import PAGE, FileSpan, TensorEntry
@@ -49,6 +50,21 @@ def source(folder: Path, number: int, *, in_memory: bool) -> tuple[Source, torch
         image = allocate(unit.image_bytes)
         image[:NBYTES] = values.numpy()
     return Source(unit, image), values
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_each_of_two_tensors_that_come_to_one_slot_is_waited_for(tmp_path: Path, stats: Stats) -> None:
+    (first, _), (second, _) = (source(tmp_path, number, in_memory=False) for number in range(2))
+    (tmp_path / "0.bin").write_bytes(bytes(77))  # all but its beginning is lost
+    reader = Reader(PAGE, threads=3)
+    pool = torch.empty(SLOTS, 4 * PAGE, dtype=torch.uint8, device="cuda")
+    made = CudaFetcher(pool, reader, stats, on_disk=True, zero=None)
+    fetches = [made.fetch([Arrival(expert, 1)], []) for expert in (first, second)]
+    with pytest.raises(CheckpointError, match=r"0\.bin: ends at byte 77"):
+        made.wait(fetches[0])
+    made.wait(fetches[1])
+    made.close()
+    reader.close()
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

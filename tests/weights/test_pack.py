@@ -266,8 +266,8 @@ def one_expert_of_noise(model: PreTrainedModel) -> None:
     ("moe", "change", "raw"),
     [
         (64, lambda _: None, set()),
-        (40, lambda _: None, {"gate_up_proj", "down_proj"}),
-        (33, lambda _: None, {"gate_up_proj", "down_proj"}),
+        (104, lambda _: None, {"gate_up_proj", "down_proj"}),
+        (99, lambda _: None, {"gate_up_proj", "down_proj"}),
         (64, lambda model: model.float(), {"gate_up_proj", "down_proj"}),
         (64, one_expert_of_noise, {"down_proj"}),
     ],
@@ -300,7 +300,8 @@ def test_what_is_not_coded_of_experts_is_fetched_raw(
     damaged = experts["down_proj"][5].source
     assert isinstance(damaged, FileSpan)
     damage(damaged.path, damaged.offset)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor .*down_proj.*\[5\]: section .* changed"):
+    message = r"model\.safetensors: tensor .*down_proj( of .*experts\[5\]|, expert 5): section .* changed"
+    with pytest.raises(CheckpointError, match=message):
         loaded(packed, share=0.7, host=host, ring=None)
 
 
@@ -315,18 +316,22 @@ EXPERTS: dict[str, Callable[[list[Any]], Any]] = {
     "all raw": lambda them: [{"crc32": {"weights": "00000000"}}] * len(them),
     "one within another": lambda them: [{"experts": them}, *them[1:]],
     "more escapes": lambda them: [them[0] | {"escapes": 4096}, *them[1:]],
-    "fewer weights": lambda them: [them[0] | {"elements": 4096}, *them[1:]],
+    "a tile fewer": lambda them: [them[0] | {"elements": 4096}, *them[1:]],
+    "a weight fewer": lambda them: [them[0] | {"elements": 8191}, *them[1:]],
 }
+OF_RAW_ONES = ("none", "one", "one too few", "one too many", "a number", "a number for an expert")
 
 
-@pytest.mark.parametrize("what", EXPERTS)
-def test_experts_that_the_file_does_not_have_are_refused(tmp_path: Path, what: str) -> None:
-    plain = small_mixture(tmp_path / "plain", 64)
+@pytest.mark.parametrize(
+    ("name", "what"), [*(("gate_up_proj", what) for what in EXPERTS), *(("down_proj", what) for what in OF_RAW_ONES)]
+)
+def test_experts_that_the_file_does_not_have_are_refused(tmp_path: Path, name: str, what: str) -> None:
+    plain = small_mixture(tmp_path / "plain", 64, one_expert_of_noise)
     packed = pack(plain, tmp_path / "packed", device="cpu")
     path = packed / "model.safetensors"
     raw, header = path.read_bytes(), read_header(path)
     description = json.loads(header.metadata["djinn"])
-    tensor = description["tensors"]["model.layers.0.mlp.experts.gate_up_proj"]
+    tensor = description["tensors"][f"model.layers.0.mlp.experts.{name}"]
     tensor["experts"] = EXPERTS[what](tensor["experts"])
     text = json.dumps(description)
     metadata = header.metadata | {"djinn": text, "djinn_crc32": f"{zlib.crc32(text.encode()):08x}"}
@@ -342,7 +347,7 @@ def test_a_damaged_expert_is_named(packed_mixture: Path, tmp_path: Path) -> None
     if is_fused(copy):
         stored = "model.layers.1.mlp.experts.down_proj"
         entry = entries[stored].stored_parts[2]
-        named = rf"{stored}\[2\]"
+        named = f"{stored}, expert 2"
     else:
         stored = named = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
         entry = entries[stored]
@@ -359,8 +364,10 @@ def test_a_damaged_expert_is_named(packed_mixture: Path, tmp_path: Path) -> None
     file = entry.source.path.name
     with pytest.raises(CheckpointError, match=rf"{file}: tensor {named}: section sm, .* changed"):
         unpack(copy, tmp_path / "back", device="cpu")
-    with pytest.raises(CheckpointError, match=rf"{file}: tensor .*down_proj\[2\]: .* changed"):
-        loaded(copy, share=3)
+    elsewhere: list[dict[str, Any]] = [{"share": 3}, {"coding": "none"}, {"experts": "whole", "ring": "20 MB"}]
+    for options in elsewhere:
+        with pytest.raises(CheckpointError, match=rf"{file}: tensor .*(experts\[2\]|, expert 2): .* changed"):
+            loaded(copy, **{"share": 0.6} | options)
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
