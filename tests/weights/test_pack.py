@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 import djinn
@@ -35,7 +37,8 @@ from djinn.weights.header import read_header
 from djinn.weights.header_index import header_index
 from djinn.weights.index import checkpoint_index
 from djinn.weights.pack import TensorSize, pack, survey, unpack
-from djinn.weights.shards import read_checkpoint, read_shard
+from djinn.weights.packed_shard import original_bytes
+from djinn.weights.shards import read_checkpoint, read_shard, same_bytes
 from djinn.weights.tensors import FileSpan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,6 +212,16 @@ def test_a_packed_mixture_is_what_its_headers_tell(packed_mixture: Path, tmp_pat
     assert header_index(packed_mixture).tensors == checkpoint_index(packed_mixture, tmp_path / "spill").tensors
 
 
+def test_packed_experts_are_compared_as_they_are_stored(packed_mixture: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(packed_mixture, tmp_path / "copy"))
+    (tmp_path / "spill").mkdir()
+    one, other = (checkpoint_index(folder, tmp_path / "spill").tensors for folder in (packed_mixture, copy))
+    first, second = (f"model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1))
+    assert one[first] != other[first]
+    assert same_bytes(one[first], other[first])
+    assert not same_bytes(one[first], other[second])
+
+
 def test_a_packed_mixture_is_unpacked_and_described(mixture: Path, packed_mixture: Path, tmp_path: Path) -> None:
     assert contents(unpack(packed_mixture, tmp_path / "back", device="cpu")) == contents(mixture)
     wanted = list(survey(mixture, device="cpu"))
@@ -303,6 +316,41 @@ def test_what_is_not_coded_of_experts_is_fetched_raw(
     message = r"model\.safetensors: tensor .*down_proj( of .*experts\[5\]|, expert 5): section .* changed"
     with pytest.raises(CheckpointError, match=message):
         loaded(packed, share=0.7, host=host, ring=None)
+
+
+def test_experts_that_transformers_converts_are_packed_as_one_tensor_and_read_either_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of transformers, which converted nothing, may have let them be packed one by one."""
+    torch.manual_seed(0)
+    text = {
+        "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 128, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    fused = {name: 8 for name, entry in read_checkpoint(tmp_path / "plain").items() if len(entry.shape) == 3}
+    assert len(fused) == 4
+    packed = pack(tmp_path / "plain", tmp_path / "packed", device="cpu")
+    assert not any(read_checkpoint(packed)[name].stored_parts[1:] for name in fused)
+    monkeypatch.setattr(packing, "fused_experts", lambda _: fused)
+    by_expert = pack(tmp_path / "plain", tmp_path / "by_expert", device="cpu")
+    assert all(len(read_checkpoint(by_expert)[name].stored_parts) == 8 for name in fused)
+    found = {}
+    for folder in (tmp_path / "plain", packed, by_expert):
+        spill = tmp_path / f"{folder.name}_spill"
+        spill.mkdir()
+        tensors = checkpoint_index(folder, spill).tensors
+        assert header_index(folder).tensors.keys() == tensors.keys()
+        found[folder.name] = {name: original_bytes(name, entry, torch.device("cpu")) for name, entry in tensors.items()}
+    for name, wanted in found["plain"].items():
+        assert torch.equal(found["packed"][name], wanted), name
+        assert torch.equal(found["by_expert"][name], wanted), name
 
 
 EXPERTS: dict[str, Callable[[list[Any]], Any]] = {
