@@ -171,8 +171,8 @@ class TensorEntry:
         """Return its parts, each under what errors call it: ``name``, with the expert's number where it is stacked."""
         if not isinstance(self.source, Stacked):
             return [(name, self)]
-        each = len(self.source.parts) // self.shape[0]
-        return [(f"{name}, expert {number // each}", part) for number, part in enumerate(self.source.parts)]
+        parts = self.source.parts
+        return [(f"{name}, expert {number * self.shape[0] // len(parts)}", part) for number, part in enumerate(parts)]
 
     @property
     def stored_parts(self) -> tuple[TensorEntry, ...]:
