@@ -60,18 +60,15 @@ def requested(options: argparse.Namespace, coding: str, computing: HostCompute |
 
 def host_compute(options: argparse.Namespace) -> HostCompute:
     """Return what is asked of the cores, with the rates that were given, or are measured; on a CPU they are assumed."""
+    rates: HostRates | None
     if options.link_gbps and options.cores_gbps:
         rates = HostRates(link=options.link_gbps * 1e9, cores=options.cores_gbps * 1e9)
     elif options.device == "cpu":
         rates = assumed_rates(len(choose_cpus(options.threads)))
     else:
-        cores = host.measure(0)
+        cores = host.measure(torch.device("cuda"))
         print(cores.model_dump_json(), flush=True)
-        beside = cores.beside_link[0]
-        rates = HostRates(
-            link=(beside.link_gbps or 0.0) * 1e9, cores=beside.gbps * 1e9, wait_s=cores.round_trip_s or 0.0,
-            tokens=cores.most_tokens,
-        )  # fmt: skip
+        rates = cores.added_to(Rates(device="cuda")).host
     return HostCompute(threads=options.threads, rates=rates)
 
 

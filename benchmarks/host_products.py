@@ -20,7 +20,8 @@ import torch
 from torch.nn.functional import linear
 
 from djinn.bench.rates import several
-from djinn.bench.rates.host import TOKENS, Multiply, calls_in_memory, near_to, rate
+from djinn.bench.rates.host import TOKENS, Multiply, calls_in_memory, rate
+from djinn.devices import cpus_near
 from djinn.hardware import describe
 from djinn.host.cores import choose_cpus
 from djinn.host.products import HostProducts
@@ -49,13 +50,14 @@ def main() -> None:
     machine = describe()
     gpus = [gpu.name for gpu in machine.gpus]
     print(json.dumps({"cpu": machine.cpu, "cores": machine.cores, "processors": machine.threads, "gpus": gpus}))
-    near = near_to(options.gpu)
+    device = torch.device("cpu") if options.gpu is None else torch.device("cuda", options.gpu)
+    near = cpus_near(device)
     with ExitStack() as undo:
         lanes: list[several.Lane | None] = [None]
-        if options.gpu is not None:
-            lanes.append(undo.enter_context(several.lane(options.gpu)))
+        if device.type == "cuda":
+            lanes.append(undo.enter_context(several.lane(device)))
         for name in options.calls:
-            with calls_in_memory(CALLS[name], options.gpu, int(1e9 * options.gb)) as calls:
+            with calls_in_memory(CALLS[name], device, int(1e9 * options.gb)) as calls:
                 for threads in options.threads or [len(choose_cpus(near=near))]:
                     for way, multiply in ways(threads, near, options.torch):
                         for tokens, lane in itertools.product(options.tokens, lanes):

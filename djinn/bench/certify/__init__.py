@@ -79,7 +79,7 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         step("streaming")
         streamed, _ = _tried(lambda: streaming.measure(torch.device("cuda" if on_gpu else "cpu"), profile.gpus))
         step("host")
-        cores, _ = _tried(lambda: host.measure(0 if on_gpu else None))
+        cores, _ = _tried(lambda: host.measure(torch.device("cuda" if on_gpu else "cpu")))
         step("plan")
         plan, plan_reason = _tried(lambda: plan_of(profile))
         step("streamed = resident")

@@ -69,8 +69,7 @@ class Certification(BaseModel):
         at_once = max(self.links, key=lambda rate: len(rate.gpus), default=None)
         idle = {rate.nbytes: rate.seconds for rate in self.sums if not rate.beside_copies}
         few, many = SUM_BYTES
-        beside = self.host.beside_link[0] if self.host and self.host.beside_link else None
-        return replace(
+        measured = replace(
             found,
             decode=1e9 * self.streaming.decode_gbps if self.streaming and self.streaming.decode_gbps else None,
             unit_s=self.streaming.unit_s if self.streaming else 0.0,
@@ -78,11 +77,8 @@ class Certification(BaseModel):
             link_at_once=1e9 * min(at_once.gbps) if at_once else None,
             sum_s=idle.get(few, 0.0),
             sum_rate=many / idle[many] if many in idle else None,
-            cores_beside_link=1e9 * beside.gbps if beside else None,
-            link_beside_cores=1e9 * beside.link_gbps if beside and beside.link_gbps else None,
-            cores_tokens=self.host.most_tokens if self.host else 0,
-            cores_round_trip_s=(self.host.round_trip_s if self.host else None) or 0.0,
         )
+        return self.host.added_to(measured) if self.host else measured
 
     def frame(self) -> pd.DataFrame:
         """Return a row per check: check, measured, needed, verdict, remedy."""

@@ -11,9 +11,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,12 +20,10 @@ from torch import Tensor
 
 from djinn.bench.rates import several
 from djinn.bench.rates.several import Lane
-from djinn.errors import PlanError
-from djinn.hardware import local_cpus
+from djinn.devices import cpus_near
 from djinn.host.products import HostProducts
+from djinn.planning.rates import Rates
 from djinn.sizes import Count
-from djinn.transport.arena import PinnedMemory
-from djinn.transport.reader import run_on
 
 TOKENS = (1, 2, 4, 8, 16)
 SHAPE = (28672, 8192)
@@ -81,6 +78,17 @@ class HostCores(BaseModel):
         """Of the link while the cores multiply by one token."""
         return self.beside_link[0].link_gbps if self.beside_link else None
 
+    def added_to(self, rates: Rates) -> Rates:
+        """Return ``rates`` with what is known of the cores beside a link, and of the link beside them."""
+        beside = self.beside_link[0] if self.beside_link else None
+        return replace(
+            rates,
+            cores_beside_link=1e9 * beside.gbps if beside else None,
+            link_beside_cores=1e9 * beside.link_gbps if beside and beside.link_gbps else None,
+            cores_tokens=self.most_tokens,
+            cores_round_trip_s=self.round_trip_s or 0.0,
+        )
+
     @property
     def most_tokens(self) -> int:
         """Up to how many tokens a product takes at most 1.3x as long as with one, beside the link if there is one."""
@@ -93,11 +101,11 @@ def knee(rates: Sequence[ProductRate]) -> int:
     return max(rate.tokens for rate in cheap)
 
 
-def measure(gpu: int | None, shape: tuple[int, int] = SHAPE) -> HostCores:
-    """Measure this host's cores, beside the link of a GPU where there is one; takes seconds and a GB of memory.
+def measure(device: torch.device, shape: tuple[int, int] = SHAPE) -> HostCores:
+    """Measure this host's cores, alone and beside the link of a GPU; takes seconds and a GB of memory.
 
     Args:
-        gpu: its index, as torch counts; None to measure the cores alone.
+        device: the GPU; a CPU to measure the cores alone.
         shape: rows and columns of the two matrices that one product reads.
 
     Raises:
@@ -105,10 +113,10 @@ def measure(gpu: int | None, shape: tuple[int, int] = SHAPE) -> HostCores:
         UnavailableError: the system starts no more threads.
     """
     with ExitStack() as undo:
-        products = HostProducts(near=near_to(gpu))
+        products = HostProducts(near=cpus_near(device))
         undo.callback(products.close)
-        calls = undo.enter_context(calls_in_memory([shape, shape], gpu))
-        lane = None if gpu is None else undo.enter_context(several.lane(gpu))
+        calls = undo.enter_context(calls_in_memory([shape, shape], device))
+        lane = undo.enter_context(several.lane(device)) if device.type == "cuda" else None
         return HostCores(
             kernel=products.name,
             threads=products.threads,
@@ -118,13 +126,8 @@ def measure(gpu: int | None, shape: tuple[int, int] = SHAPE) -> HostCores:
         )
 
 
-def near_to(gpu: int | None) -> set[int] | None:
-    """Return the processors beside a GPU, where memory for it is; None where it does not matter."""
-    return None if gpu is None else local_cpus(gpu)
-
-
 @contextmanager
-def calls_in_memory(shapes: Sequence[tuple[int, int]], gpu: int | None, nbytes: int = 0) -> Iterator[Calls]:
+def calls_in_memory(shapes: Sequence[tuple[int, int]], device: torch.device, nbytes: int = 0) -> Iterator[Calls]:
     """Yield matrices of ``shapes`` (rows, columns), one call's, as often as they fit ``nbytes``, and once at least.
 
     They lie one behind the other in memory that a GPU's copies could come from; without one it is not page-locked.
@@ -133,18 +136,10 @@ def calls_in_memory(shapes: Sequence[tuple[int, int]], gpu: int | None, nbytes: 
         PlanError: the driver refuses to page-lock host memory.
     """
     one = sum(2 * math.prod(shape) for shape in shapes)
-    memory = PinnedMemory(max(1, nbytes // one) * one)
-    cpus = near_to(gpu)
-    with ThreadPoolExecutor(1, initializer=partial(run_on, cpus) if cpus else None) as local:
-        local.submit(memory.buffer.fill, 0x3C).result()  # 0.0115 in bfloat16
-    try:
-        if gpu is not None and not memory.pin():
-            raise PlanError("host memory: the cores cannot be measured beside the link without page-locked memory")
+    with several.memory_near(device, max(1, nbytes // one) * one, 0x3C) as memory:  # 0.0115 in bfloat16
         calls = torch.from_numpy(memory.buffer).view(torch.bfloat16).split(one // 2)
         sizes = [math.prod(shape) for shape in shapes]
         yield [[part.view(shape) for part, shape in zip(call.split(sizes), shapes, strict=True)] for call in calls]
-    finally:
-        memory.close()
 
 
 def rate(multiply: Multiply, calls: Calls, tokens: int, lane: Lane | None = None) -> ProductRate:

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from djinn.devices import cpus_near
 from djinn.errors import PlanError
-from djinn.hardware import local_cpus
 from djinn.sizes import Count
 from djinn.transport.arena import PinnedMemory
 from djinn.transport.reader import run_on
@@ -60,7 +60,7 @@ def links(count: int) -> list[LinksTogether]:
     together = [range(count)] if count > 1 else []
     pairs = itertools.combinations(range(count), 2) if count > 2 else []
     with ExitStack() as undo:
-        lanes = [undo.enter_context(lane(index)) for index in range(count)]
+        lanes = [undo.enter_context(lane(torch.device("cuda", index))) for index in range(count)]
         return [
             LinksTogether(gpus=tuple(chosen), gbps=tuple(_rates([lanes[index] for index in chosen])))
             for chosen in [*((index,) for index in range(count)), *together, *pairs]
@@ -75,7 +75,7 @@ def sums(count: int) -> list[SumRate]:
     """
     found = []
     with ExitStack() as undo:
-        lanes = [undo.enter_context(lane(index)) for index in range(count)]
+        lanes = [undo.enter_context(lane(torch.device("cuda", index))) for index in range(count)]
         for nbytes, beside in itertools.product(SUM_BYTES, (False, True)):
             seconds = _sum_s(count, nbytes, lanes if beside else [])
             found.append(SumRate(nbytes=nbytes, seconds=seconds, beside_copies=beside))
@@ -85,8 +85,8 @@ def sums(count: int) -> list[SumRate]:
 class Lane:
     """One GPU's copies: a stream, a target and page-locked chunks."""
 
-    def __init__(self, index: int, host: torch.Tensor) -> None:
-        self.device = torch.device("cuda", index)
+    def __init__(self, device: torch.device, host: torch.Tensor) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(self.device)
         self._target = torch.empty(_CHUNK, dtype=torch.uint8, device=self.device)
         self._chunks = host.split(_CHUNK)
@@ -110,22 +110,35 @@ class Lane:
 
 
 @contextmanager
-def lane(index: int) -> Iterator[Lane]:
-    """Yield the copies of GPU ``index``.
+def lane(device: torch.device) -> Iterator[Lane]:
+    """Yield the copies of a GPU.
 
     Raises:
         PlanError: the driver refuses to page-lock host memory.
     """
-    memory = PinnedMemory(_CHUNK * _CHUNKS)
-    cpus = local_cpus(index)
+    with memory_near(device, _CHUNK * _CHUNKS, 1) as memory:
+        try:
+            yield Lane(device, torch.from_numpy(memory.buffer))
+        finally:
+            torch.cuda.synchronize(device)
+
+
+@contextmanager
+def memory_near(device: torch.device, nbytes: int, value: int) -> Iterator[PinnedMemory]:
+    """Yield host memory full of a byte ``value``, for a GPU page-locked and on its NUMA node.
+
+    Raises:
+        PlanError: the driver refuses to page-lock host memory.
+    """
+    memory = PinnedMemory(nbytes)
+    cpus = cpus_near(device)
     with ThreadPoolExecutor(1, initializer=partial(run_on, cpus) if cpus else None) as local:
-        local.submit(memory.buffer.fill, 1).result()
+        local.submit(memory.buffer.fill, value).result()
     try:
-        if not memory.pin():
-            raise PlanError("host memory: the links' rates cannot be measured without page-locked memory")
-        yield Lane(index, torch.from_numpy(memory.buffer))
+        if device.type == "cuda" and not memory.pin():
+            raise PlanError("host memory: a link's rate cannot be measured without page-locked memory")
+        yield memory
     finally:
-        torch.cuda.synchronize(index)
         memory.close()
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from djinn.bench.rates import host
 from djinn.bench.rates.host import HostCores, ProductRate, calls_in_memory, knee, rate
 
+CPU = torch.device("cpu")
+
 
 def rates(*found: tuple[int, float]) -> list[ProductRate]:
     return [ProductRate(tokens=tokens, gbps=gbps) for tokens, gbps in found]
@@ -23,12 +25,12 @@ def test_the_knee_is_where_a_product_takes_longer_than_with_one_token() -> None:
 
 
 def test_calls_lie_one_behind_the_other_and_fill_the_memory() -> None:
-    with calls_in_memory([(3, 8), (5, 8)], None, 1000) as calls:
+    with calls_in_memory([(3, 8), (5, 8)], CPU, 1000) as calls:
         assert [[tuple(matrix.shape) for matrix in call] for call in calls] == [[(3, 8), (5, 8)]] * 7
         places = [(matrix.data_ptr(), matrix.data_ptr() + matrix.nbytes) for call in calls for matrix in call]
         assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(places))
         assert all(matrix.is_contiguous() and matrix.isfinite().all() for call in calls for matrix in call)
-    with calls_in_memory([(3, 8)], None) as calls:
+    with calls_in_memory([(3, 8)], CPU) as calls:
         assert len(calls) == 1
 
 
@@ -42,7 +44,7 @@ def test_bytes_over_seconds_are_counted_for_whole_calls(monkeypatch: pytest.Monk
         seen.append((id(weights), tuple(vectors.shape)))
 
     monkeypatch.setattr(host.time, "perf_counter", lambda: now[0])
-    with calls_in_memory([(10, 50)], None, 3000) as calls:
+    with calls_in_memory([(10, 50)], CPU, 3000) as calls:
         found = rate(multiply, calls, 4)
     assert (found.tokens, found.gbps, found.link_gbps) == (4, pytest.approx(1000 / 1e-3 / 1e9), None)
     assert {shape for _, shape in seen} == {(4, 50)}
@@ -50,7 +52,7 @@ def test_bytes_over_seconds_are_counted_for_whole_calls(monkeypatch: pytest.Monk
 
 
 def test_a_host_without_a_gpu_has_rates_of_its_cores_alone() -> None:
-    found = host.measure(None, (64, 128))
+    found = host.measure(CPU, (64, 128))
     assert [each.tokens for each in found.alone] == list(host.TOKENS)
     assert found.host_gbps == found.alone[0].gbps > 0
     assert (found.host_gbps_beside_link, found.link_gbps_beside_host, found.round_trip_s) == (None, None, None)
@@ -61,7 +63,7 @@ def test_a_host_without_a_gpu_has_rates_of_its_cores_alone() -> None:
 @pytest.mark.gpu
 def test_beside_a_gpus_link_both_are_measured() -> None:
     before = torch.cuda.memory_allocated()
-    found = host.measure(0, (2048, 4096))
+    found = host.measure(torch.device("cuda"), (2048, 4096))
     assert [each.tokens for each in found.beside_link] == list(host.TOKENS)
     assert all(each.link_gbps is not None and each.gbps > 0 for each in found.beside_link)
     assert found.round_trip_s is not None
