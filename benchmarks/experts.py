@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
 
 import djinn
+from djinn.bench.measure import timed_tokens
 from djinn.bench.steering import SteeredRouting
 from djinn.engine.experts import Experts
 from djinn.engine.load import engine_of, placement
@@ -33,29 +33,6 @@ from djinn.figures.draw import save
 from djinn.figures.experts import draw, read
 from djinn.sizes import parse_bytes
 from djinn.transport.fetcher import Arrival
-
-
-class Clock(StoppingCriteria):
-    """Notes when each token is there, and stops nothing."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return False for every sequence; see ``transformers.StoppingCriteria``."""
-        torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[float], list[int]]:
-    """Return seconds of each token, and the tokens."""
-    clock = Clock()
-    ids = model.generate(
-        prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, stopping_criteria=[clock]
-    )
-    times = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    return times, ids[0, prompt.shape[1] :].tolist()
 
 
 def bare_gbps(experts: Experts) -> float:
@@ -106,11 +83,11 @@ def measure(mode: str, asked: str, options: argparse.Namespace) -> None:
     for steer in [None, *options.steer]:
         reuse, zipf = map(float, steer.split(",")) if steer else (0.0, 0.0)
         with SteeredRouting(model, reuse=reuse, zipf=zipf) if steer else nullcontext():
-            generate(model, prompt, min(options.new_tokens, 8))
+            timed_tokens(model, prompt, min(options.new_tokens, 8))
             for run in range(options.runs):
                 before = vars(djinn.stats(model)).copy()
                 torch.cuda.reset_peak_memory_stats()
-                times, tokens = generate(model, prompt, options.new_tokens)
+                times, tokens = timed_tokens(model, prompt, options.new_tokens)
                 after = vars(djinn.stats(model))
                 moved = {
                     key: after[key] - before[key]
@@ -127,7 +104,7 @@ def measure(mode: str, asked: str, options: argparse.Namespace) -> None:
     if zero is not None and experts is not None:
         experts.fetcher._zero = zero  # type: ignore[attr-defined]
         first = len(djinn.stats(model).timeline)
-        generate(model, prompt, 8)
+        timed_tokens(model, prompt, 8)
         copies = [each for each in djinn.stats(model).timeline[first:] if each.lane == "copy"]
         copies = copies[len(experts._layers) :]
         busy = sum(copy.end_s - copy.start_s for copy in copies)

@@ -23,10 +23,11 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, StoppingCriteria
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import djinn
+from djinn.bench.measure import timed_tokens
 from djinn.bench.rates.link import memcpy_rate, pinned_h2d_rate
 from djinn.engine.load import engine_of, placement
 from djinn.sizes import parse_bytes
@@ -36,20 +37,6 @@ RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 ON_GPU = torch.cuda.is_available()
 SUM_BYTES = (16 * 2**10, 8 * 2**20)
 """One token's hidden state of a 70B model, and 512 tokens'."""
-
-
-class Clock(StoppingCriteria):
-    """Notes when each token is there, and stops nothing."""
-
-    def __init__(self) -> None:
-        settle()
-        self.times = [time.perf_counter()]
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return False for every sequence; see ``transformers.StoppingCriteria``."""
-        settle()
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def settle() -> None:
@@ -65,16 +52,6 @@ def together(value: Any) -> list[Any]:
     found: list[Any] = [None] * RANKS
     dist.all_gather_object(found, value)
     return found
-
-
-def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[float], list[int]]:
-    """Return seconds of each token, and the tokens."""
-    clock = Clock()
-    ids = model.generate(
-        prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, stopping_criteria=[clock]
-    )
-    times = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    return times, ids[0, prompt.shape[1] :].tolist()
 
 
 def bare_gbps(model: Any) -> list[float]:
@@ -144,14 +121,15 @@ def measure(coding: str, options: argparse.Namespace) -> list[tuple[torch.Tensor
         "host_bytes": together(host_bytes()), "sums_s": sums_s(device), "bare_gbps_before": bare_gbps(model),
     }  # fmt: skip
     djinn.cool(model)
-    generate(model, prompt, options.new_tokens)  # torch's allocator meets every length of the cache once
+    timed_tokens(model, prompt, options.new_tokens)  # torch's allocator meets every length of the cache once
     made = []
     for run in range(options.runs):
         djinn.cool(model)
         before = vars(djinn.stats(model)).copy()
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
-        times, tokens = generate(model, prompt, options.new_tokens)
+        settle()
+        times, tokens = timed_tokens(model, prompt, options.new_tokens)
         after = vars(djinn.stats(model))
         peak = torch.cuda.max_memory_reserved() if ON_GPU else 0
         memory = {"peak_reserved": peak, "driver_bytes": driver_bytes()}
@@ -192,7 +170,7 @@ def check(options: argparse.Namespace, made: list[tuple[torch.Tensor, list[int]]
     if RANKS == 1:
         whole.to(device)
     prompt = torch.randint(10, 200, (1, options.prompt), generator=torch.Generator().manual_seed(0)).to(device)
-    times, tokens = generate(whole, prompt, options.new_tokens)
+    times, tokens = timed_tokens(whole, prompt, options.new_tokens)
     wanted = logits(whole, prompt)
     equal = together(all(tokens == each and torch.equal(wanted, found) for found, each in made))
     if RANK == 0:

@@ -115,7 +115,6 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     """
     profile = job.profile
     prompt = _prompt(system, job)
-    times = TokenTimes()
     files = [] if job.in_memory else sorted(Path(job.model).glob("*.safetensors"))
     link = GpuLink() if job.on_gpu else DiskLink(files)
     gc.collect()
@@ -129,7 +128,7 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
     moved, stalled, picked = link.moved(system), system.stall_s(), system.experts()
     meet()
     start = time.perf_counter()
-    tokens = _generate(system, job, prompt, profile.new_tokens, times)
+    seconds, tokens = _generate(system, job, prompt, profile.new_tokens)
     wall_s = time.perf_counter() - start
     link_bytes, stalled_s = link.moved(system) - moved, system.stall_s()
     experts = {name: count - picked[name] for name, count in system.experts().items()}
@@ -141,8 +140,8 @@ def measure(system: System, job: Job, model_bytes: int, peak: MemoryPeak) -> dic
         meet()
         ceiling = max(before, link.ceiling())
     return {
-        "ttft_s": times.stamps[0] - start,
-        "per_token_s": [late - early for early, late in itertools.pairwise(times.stamps)],
+        "ttft_s": seconds[0],
+        "per_token_s": seconds[1:],
         "wall_s": wall_s,
         "link": link.name,
         "link_bytes": link_bytes,
@@ -171,7 +170,7 @@ def meet() -> None:
 
 def warm(system: System, job: Job) -> None:
     """Generate two tokens unmeasured, so that no measured run compiles or allocates what only a first pass does."""
-    _generate(system, job, _prompt(system, job), min(2, job.profile.new_tokens), TokenTimes())
+    _generate(system, job, _prompt(system, job), min(2, job.profile.new_tokens))
 
 
 def _prompt(system: System, job: Job) -> torch.Tensor:
@@ -180,10 +179,20 @@ def _prompt(system: System, job: Job) -> torch.Tensor:
     return prompt.to(profile.device)
 
 
-def _generate(system: System, job: Job, prompt: torch.Tensor, new_tokens: int, times: TokenTimes) -> list[int]:
-    """Return the first sequence's new tokens, chosen greedily."""
+def _generate(system: System, job: Job, prompt: torch.Tensor, new_tokens: int) -> tuple[list[float], list[int]]:
+    kept = {} if job.profile.disable_kv_swap else {"cache_implementation": "offloaded"}
+    return timed_tokens(system.model, prompt, new_tokens, **kept)
+
+
+def timed_tokens(model: Any, prompt: torch.Tensor, new_tokens: int, **options: Any) -> tuple[list[float], list[int]]:
+    """Generate greedily; return each token's seconds until it is on the host, and the first sequence's new tokens.
+
+    ``prompt`` is int64 of [batch, tokens]; the first token's seconds begin with the call.
+    """
+    times = TokenTimes()
+    start = time.perf_counter()
     with torch.no_grad():
-        output = system.model.generate(  # type: ignore[operator]
+        output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
@@ -191,9 +200,10 @@ def _generate(system: System, job: Job, prompt: torch.Tensor, new_tokens: int, t
             max_new_tokens=new_tokens,
             stopping_criteria=[times],
             pad_token_id=0,
-            **({} if job.profile.disable_kv_swap else {"cache_implementation": "offloaded"}),
+            **options,
         )
-        return output[0, job.profile.prompt_tokens :].tolist()
+    seconds = [late - early for early, late in itertools.pairwise([start, *times.stamps])]
+    return seconds, output[0, prompt.shape[1] :].tolist()
 
 
 class GpuLink:

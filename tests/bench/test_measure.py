@@ -3,10 +3,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from djinn.bench import measure
-from djinn.bench.measure import DiskLink, MemoryPeak, TokenTimes, drop_pages, prompt_ids
+from djinn.bench.measure import DiskLink, MemoryPeak, TokenTimes, drop_pages, prompt_ids, timed_tokens
 from djinn.bench.systems.base import Job, PassCounter, System
 from djinn.bench.systems.common import skeleton
 
@@ -28,6 +28,17 @@ def test_token_times_stop_nothing_and_stamp_each_token():
         assert stop.tolist() == [False, False]
     assert len(times.stamps) == 3
     assert times.stamps == sorted(times.stamps)
+
+
+def test_every_token_is_timed_from_the_call_on(tiny_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama")).eval()
+    prompt = torch.arange(3, 13).view(2, 5)
+    start = time.perf_counter()
+    seconds, tokens = timed_tokens(model, prompt, 4)
+    assert sum(seconds) <= time.perf_counter() - start
+    assert len(seconds) == len(tokens) == 4
+    wanted = model.generate(prompt, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+    assert tokens == wanted[0, 5:].tolist()
 
 
 def test_the_peak_sees_memory_that_was_given_back():
@@ -99,10 +110,9 @@ def test_bare_copies_are_timed_directly_before_and_after_a_run_on_a_cold_system(
 ) -> None:
     system = Recorded(skeleton(job))
 
-    def generate(*arguments: Any) -> list[int]:
+    def generate(*_: Any) -> tuple[list[float], list[int]]:
         system.asked.append("generate")
-        arguments[-1].stamps.extend([time.perf_counter()] * job.profile.new_tokens)
-        return [1]
+        return [0.0] * job.profile.new_tokens, [1]
 
     monkeypatch.setattr(measure, "_generate", generate)
     monkeypatch.setattr(DiskLink, "ceiling", lambda _: system.asked.append("ceiling") or 1e9)
