@@ -40,7 +40,7 @@ CPU: dict[str, dict[str, Any]] = {
     "large vocabulary": {"model": "synthetic:qwen2.5-7b", "budget": "4 GB", "host_memory": "14 GB"},
     "small": {"model": "synthetic:gpt2", "budget": "200 MB", "host_memory": "1 GB", "prompt_tokens": 64},
 }
-CPU["small, coded"] = CPU["small"] | {"coding": "lossless", "budget": "400 MB"}
+CPU["small, coded"] = CPU["small"] | {"coding": "lossless", "budget": "250 MB"}
 GPU: dict[str, dict[str, Any]] = {
     "link": {"budget": "6 GB"},
     "resident": {"budget": "40 GB"},
