@@ -69,7 +69,7 @@ def look(device: str) -> Rates:
     if device == "cuda":
         torch.cuda.empty_cache()
     rates = found.rates_with(link=memcpy_rate(64 * 2**20) if device == "cpu" else None, disk=None)
-    return replace(rates, decode=1e9 * (streamed.decode_gbps or 0.0) or None, unit_s=streamed.unit_s)
+    return streamed.beside(rates)
 
 
 def between(before: Rates, after: Rates, ceiling: float) -> Rates:
