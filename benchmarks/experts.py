@@ -1,5 +1,7 @@
 """Mixtures of experts on one GPU: whole layers, routed, coded, all in the pool, resident; the same tokens from all.
 
+``host`` is routed, with the host's cores computing a part of the experts that the pool lacks: its tokens are close.
+
     python benchmarks/experts.py qwen3-30b-a3b --budget "24 GB" "40 GB" --modes whole routed coded
 
 The weights are synthetic, and what their routers pick says nothing of trained ones: greedy decoding soon repeats a
@@ -66,7 +68,8 @@ def measure(mode: str, asked: str, options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     model: Any = djinn.load(
         name, budget=budget, device="cuda", host_memory=options.host_memory, trace=mode in ("routed", "coded"),
-        experts="whole" if mode == "whole" else "routed", coding="lossless" if mode == "coded" else None, **work,
+        experts="whole" if mode == "whole" else "routed", coding="lossless" if mode == "coded" else None,
+        host_compute=mode == "host", **work,
     )  # fmt: skip
     loaded = time.perf_counter() - begin
     planned, experts = placement(model), engine_of(model).experts
@@ -91,8 +94,9 @@ def measure(mode: str, asked: str, options: argparse.Namespace) -> None:
                 after = vars(djinn.stats(model))
                 moved = {
                     key: after[key] - before[key]
-                    for key in ("link_bytes", "expert_hits", "expert_misses", "routed_layers", "whole_layers",
-                                "index_wait_s", "hook_s")
+                    for key in ("link_bytes", "expert_hits", "expert_misses", "expert_computed", "routed_layers",
+                                "whole_layers", "index_wait_s", "hook_s", "host_computed_bytes", "host_s",
+                                "host_wait_s")
                 }  # fmt: skip
                 record = {
                     **shared, "steer": steer, "run": run, "times": times, "tokens": tokens,
@@ -136,7 +140,7 @@ def main() -> None:
         save(draw(runs), runs, options.output.with_suffix(""))
         return
     for mode in options.modes:
-        for budget in options.budget if mode in ("whole", "routed", "coded") else options.budget[:1]:
+        for budget in options.budget if mode in ("whole", "routed", "coded", "host") else options.budget[:1]:
             measure(mode, budget, options)
             gc.collect()
             torch.cuda.empty_cache()

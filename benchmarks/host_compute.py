@@ -29,7 +29,7 @@ import torch
 
 import djinn
 from djinn.bench.measure import TokenTimes, prompt_ids
-from djinn.bench.rates import host
+from djinn.bench.rates import compute, host, streaming
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.engine.load import engine_of, load_requested, placement
 from djinn.errors import UnavailableError
@@ -53,6 +53,7 @@ def requested(options: argparse.Namespace, coding: str, computing: HostCompute |
         device=options.device,
         host_memory=options.host_memory,
         ring=options.ring,
+        chunk=options.chunk,
         coding=coding,  # type: ignore[arg-type]
     )
     return replace(request, host=computing)
@@ -72,16 +73,24 @@ def host_compute(options: argparse.Namespace) -> HostCompute:
     return HostCompute(threads=options.threads, rates=rates)
 
 
-def predicted(model: Any, link: float) -> dict[str, float | None]:
-    """Return what the plan of a loaded model promises on a link of this rate (bytes/s), compute taken to be free."""
+def device_rates(device: str) -> Rates:
+    """Return what the device computes, what streaming costs beside copies, and the link's rate alone."""
+    computed, streamed = compute.measure(torch.device(device)), streaming.measure(torch.device(device))
+    link = pinned_h2d_rate(64 * 2**20) if device == "cuda" else 1e9
+    return streamed.beside(replace(computed.rates_with(link=link, disk=None), device="cuda"))
+
+
+def predicted(model: Any, rates: Rates) -> dict[str, float | None]:
+    """Return what the plan of a loaded model promises with these rates."""
     planned = placement(model)
     once = Workload(prompt_tokens=1, new_tokens=1, batch=1)
     work = work_of(outline_of(model.name_or_path, Path(), model.device), planned.units, once)
     try:
-        times = predict(planned, Rates(device="cuda", link=link), work)
+        times = predict(planned, rates, work)
     except UnavailableError:
         return {"predicted_token_s": None}
-    return {"predicted_token_s": times.token_s, "link_s": times.link_s, "cores_s": times.cores_s}
+    parts = {name: getattr(times, name) for name in ("link_s", "cores_s", "compute_s", "host_s")}
+    return {"predicted_token_s": times.token_s, **parts}
 
 
 def generate(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[float], dict[str, float], Any]:
@@ -136,10 +145,9 @@ def agreement(tokens: list[int], logits: torch.Tensor, exact: tuple[list[int], t
     }
 
 
-def measure(options: argparse.Namespace, coding: str, computing: HostCompute | None, exact: Any) -> Any:
+def measure(options: argparse.Namespace, coding: str, computing: HostCompute | None, exact: Any, rates: Rates) -> Any:
     """Load one mode, generate, print a line for each run; return its tokens and logits."""
     name = f"synthetic:{options.model}"
-    link = pinned_h2d_rate(64 * 2**20) if options.device == "cuda" else 1e9
     begin = time.perf_counter()
     model: Any = load_requested(name, requested(options, coding, computing))
     model.name_or_path = name
@@ -148,10 +156,11 @@ def measure(options: argparse.Namespace, coding: str, computing: HostCompute | N
         "model": options.model, "mode": "host" if computing is not None else "exact", "coding": coding,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "cores": os.cpu_count(),
         "cores_allowed": len(os.sched_getaffinity(0)), "torch": torch.__version__, "budget": planned.budget,
-        "load_s": time.perf_counter() - begin, "link_alone_gbps": link / 1e9, "page_locked": stats.page_locked,
+        "load_s": time.perf_counter() - begin, "page_locked": stats.page_locked,
+        "link_alone_gbps": (rates.link or 0.0) / 1e9, "decode_gbps": (rates.decode or 0.0) / 1e9,
         "resident_bytes": planned.resident_bytes, "pinned_bytes": planned.pinned_bytes,
         "disk_bytes": planned.disk_bytes, "ring_bytes": planned.ring_bytes, "prompt": options.prompt,
-        **predicted(model, link),
+        **predicted(model, rates),
     }  # fmt: skip
     if planned.host is not None:
         rates, host_units = planned.host.rates, engine_of(model).host
@@ -188,6 +197,7 @@ def main() -> None:
     parser.add_argument("--budget", default="24 GB")
     parser.add_argument("--host-memory", default=None)
     parser.add_argument("--ring", default=None)
+    parser.add_argument("--chunk", default="64 MiB", help="Size of one copy command.")
     parser.add_argument("--coding", nargs="+", default=["none"], choices=["none", "lossless"])
     parser.add_argument("--modes", nargs="+", default=["exact", "host"], choices=["exact", "host"])
     parser.add_argument("--threads", type=int, default=None)
@@ -201,9 +211,10 @@ def main() -> None:
     options = parser.parse_args()
     exact = None
     asked = host_compute(options) if "host" in options.modes else None
+    rates = device_rates(options.device)
     for coding in options.coding:
         for mode in options.modes:
-            found = measure(options, coding, asked if mode == "host" else None, exact)
+            found = measure(options, coding, asked if mode == "host" else None, exact, rates)
             exact = exact or (found if mode == "exact" else None)  # coded or not, its bits are the same
             gc.collect()
             if options.device == "cuda":

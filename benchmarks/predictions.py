@@ -40,7 +40,7 @@ CPU: dict[str, dict[str, Any]] = {
     "large vocabulary": {"model": "synthetic:qwen2.5-7b", "budget": "4 GB", "host_memory": "14 GB"},
     "small": {"model": "synthetic:gpt2", "budget": "200 MB", "host_memory": "1 GB", "prompt_tokens": 64},
 }
-CPU["small, coded"] = CPU["small"] | {"coding": "lossless"}
+CPU["small, coded"] = CPU["small"] | {"coding": "lossless", "budget": "250 MB"}
 GPU: dict[str, dict[str, Any]] = {
     "link": {"budget": "6 GB"},
     "resident": {"budget": "40 GB"},
@@ -69,7 +69,7 @@ def look(device: str) -> Rates:
     if device == "cuda":
         torch.cuda.empty_cache()
     rates = found.rates_with(link=memcpy_rate(64 * 2**20) if device == "cpu" else None, disk=None)
-    return replace(rates, decode=1e9 * (streamed.decode_gbps or 0.0) or None, unit_s=streamed.unit_s)
+    return streamed.beside(rates)
 
 
 def between(before: Rates, after: Rates, ceiling: float) -> Rates:

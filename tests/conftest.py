@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -27,7 +28,12 @@ settings.load_profile("djinn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give each of several workers temporary files of its own: tests count what djinn leaves there."""
+    """Give each of several workers temporary files of its own: tests count what djinn leaves there.
+
+    Ctrl-C is heard, although a shell has what it starts in the background ignore it, and their children with it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker is not None:
         own = tempfile.TemporaryDirectory(prefix=f"{worker}-", ignore_cleanup_errors=True)

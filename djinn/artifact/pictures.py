@@ -8,7 +8,7 @@ import pandas as pd
 
 from djinn.artifact.reference import folders, read_manifest, run_of, runs
 from djinn.bench.run import Run
-from djinn.figures import across, budgets, headline
+from djinn.figures import across, budgets, headline, scaling
 from djinn.figures.draw import save
 from djinn.places import ROOT
 from djinn.sizes import format_bytes
@@ -17,6 +17,8 @@ PICTURE = ROOT / "docs" / "images" / "70b"
 """README's picture, without its suffix."""
 PICTURED = "compare_70b"
 """The profile whose newest reference run README's picture shows."""
+_RANKS = ROOT / "data" / "benchmarks" / "ranks_h100_2026-11-28"
+"""Samples of one host with four GPUs."""
 
 
 def picture_frame() -> pd.DataFrame:
@@ -25,11 +27,12 @@ def picture_frame() -> pd.DataFrame:
 
 
 def figure_frames() -> dict[str, pd.DataFrame]:
-    """Return what the figures of several runs show, by their names: systems over models, predictions, budgets."""
+    """Return what the figures of several runs show, by their names: systems over models, predictions, budgets, GPUs."""
     return {
         "models": across.by_model([Run(folder).baselines for folder in runs()]),
         "predictions": across.read_predictions(folders()),
         "budgets": budgets.measured(_pictured()),
+        "gpus": scaling.read_links(_RANKS / f"l16_{count}.jsonl" for count in (1, 2, 4)),
     }
 
 
@@ -49,6 +52,7 @@ def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
         "models": across.models(found["models"]),
         "predictions": across.predictions(found["predictions"]),
         "budgets": budgets.draw(budgets.predicted(_pictured()), found["budgets"]),
+        "gpus": scaling.links(found["gpus"]),
     }
     return [path for name, figure in figures.items() for path in save(figure, found[name], folder / name)]
 

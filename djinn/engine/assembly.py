@@ -20,6 +20,7 @@ from djinn.engine.expert_layers import Layer
 from djinn.engine.experts import Experts
 from djinn.engine.guards import guard, unguard
 from djinn.engine.heap import map_large_blocks
+from djinn.engine.host_experts import HostExperts
 from djinn.engine.host_units import HostUnits
 from djinn.engine.presence import presences
 from djinn.engine.ranks import Alone
@@ -27,11 +28,13 @@ from djinn.engine.saving import save_from_store
 from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
 from djinn.host.products import HostProducts
+from djinn.planning.host_experts import computed_experts
 from djinn.planning.placement import Plan, Tier
 from djinn.transport.arena import Arena
 from djinn.transport.copier import Copier, Source
 from djinn.transport.cpu import CpuCopier
 from djinn.transport.cuda import CudaCopier
+from djinn.transport.exchange import exchange_with
 from djinn.transport.fetcher import CpuFetcher, Fetcher
 from djinn.transport.fetcher_cuda import CudaFetcher
 from djinn.transport.reader import Reader, allocate
@@ -156,19 +159,20 @@ def start(
     undo.callback(streamer.detach)
     streamer.attach(model)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
-    host = None
+    host = host_experts = None
     if planned.host is not None and products is not None:
         computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
-        host = HostUnits(
-            computed, weights.images, products, device, planned.host.rates.tokens, stats, lambda: streamer.orders.few
-        )
+        rates = planned.host.rates
+        host = HostUnits(computed, weights.images, products, device, rates.tokens, stats, lambda: streamer.orders.few)
+        if computed_experts(planned):
+            host_experts = HostExperts(products, exchange_with(device), rates, stats)
         undo.callback(host.detach)
         host.attach(model)
         streamer.turns.endings.append(host.forget)
     experts = None
     if planned.routed:
         layers = [Layer.of(unit, arena.images.get(unit.name), fetcher.pool) for unit in planned.routed]
-        experts = Experts(layers, fetcher, planned.pool, stats, streamer.turns)
+        experts = Experts(layers, fetcher, planned, stats, streamer.turns, host_experts)
         undo.callback(experts.detach)
         experts.attach(model)
     undo.callback(model.register_forward_hook(explain, always_call=True).remove)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,15 @@ class Layer:
         by_tensor = {tensor.name: tuple(_only(source, tensor.name) for source in sources) for tensor in unit.tensors}
         tensors = tuple(ExpertTensor(unit, name, pool) for name in by_tensor)
         return cls(unit, sources, tensors, by_tensor, Whereabouts(len(sources), tensors))
+
+    def waiting(self, expert: int, name: str) -> torch.Tensor:
+        """Return a raw tensor of an expert, by its name in the module, where it waits in host memory."""
+        source = self.sources[expert]
+        assert source.image is not None, "an expert on disk waits nowhere"
+        tensor = next(each for each in self.tensors if each.local == name)
+        start = next(part.offset for part in source.unit.tensors if part.name == tensor.name)
+        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+        return torch.from_numpy(source.image[start : start + nbytes]).view(tensor.dtype).view(tensor.shape)
 
 
 def _only(source: Source, name: str) -> Source:

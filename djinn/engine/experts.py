@@ -20,10 +20,12 @@ from torch.autograd.graph import increment_version
 from torch.compiler import disable as opaque
 
 from djinn.engine.expert_layers import Layer, measured_rate
-from djinn.engine.handed import Call, HandedWeights
+from djinn.engine.handed import Asked, Call, HandedWeights
+from djinn.engine.host_experts import HostExperts, HostPart
 from djinn.engine.turns import Turns
 from djinn.planning.expert_cache import ExpertCache
-from djinn.planning.experts import Pool
+from djinn.planning.host_experts import whole_from
+from djinn.planning.placement import Plan
 from djinn.transport.fetcher import Arrival, Fetch, Fetcher
 from djinn.transport.stats import Stats
 
@@ -38,14 +40,26 @@ Picked = Callable[[int, Sequence[int]], None]
 class Experts:
     """Runs the pool: one instance per model that has routed experts away from the device."""
 
-    def __init__(self, layers: Sequence[Layer], fetcher: Fetcher, pool: Pool, stats: Stats, turns: Turns) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        fetcher: Fetcher,
+        plan: Plan,
+        stats: Stats,
+        turns: Turns,
+        host: HostExperts | None = None,
+    ) -> None:
         self._layers = layers
         self.fetcher = fetcher
-        self._pool = pool
+        self._pool = pool = plan.pool
         self._stats = stats
         self._turns = turns
+        self._host = host
+        """What the host's cores compute experts with, where they do."""
+        self._part: HostPart | None = None
+        """What they have taken of the call under way."""
         self._cache = ExpertCache(pool.slots, len(layers))
-        self._whole_from = pool.whole_from(measured_rate(layers, fetcher, pool))
+        self._whole_from = whole_from(plan, measured_rate(layers, fetcher, pool))
         self._coming: dict[int, Fetch] = {}
         """By layer, what a whole pass has fetched of it and nobody has waited for."""
         self._released: dict[int, Any] = {}
@@ -102,24 +116,28 @@ class Experts:
                     vars(module).pop(tensor.local, None)
         self._handed.clear()
 
-    def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         layer = self._layers[number]
-        begin, waited = time.perf_counter(), self._stats.stall_s + self._stats.index_wait_s
+        begin, waited = time.perf_counter(), self._waited()
         self._torn = True
         try:
-            index, known = _index(layer, args, kwargs)
+            asked = Asked(module, args, kwargs)
+            index, known = asked.picked(len(layer.sources))
             self.fetcher.follow()
             whole = self._whole_from is not None and len(index) >= self._whole_from
-            given = self._whole(number, index, known) if whole else self._routed(number, index, known)
+            self._part = None
+            given = self._whole(number, index, known) if whole else self._routed(number, index, known, asked)
         except BaseException:
             self.cool()  # so that the next pass asks for all of it again
             raise
         self._handed.append((weakref.ref(module), layer))
         vars(module).update(given)
         self._torn = False
-        self._stats.hook_s += time.perf_counter() - begin - (self._stats.stall_s + self._stats.index_wait_s - waited)
+        self._stats.hook_s += time.perf_counter() - begin - (self._waited() - waited)
+        return None if self._part is None else self._part.instead
 
-    def _leave(self, number: int, *_: object) -> None:
+    def _leave(self, number: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        part, self._part = self._part, None
         try:
             for name in list(self._fetched):
                 self._arrive(name)
@@ -129,8 +147,14 @@ class Experts:
             self._take_away()
             if torch.is_grad_enabled():
                 increment_version(self.fetcher.pool)  # so that no gradient is made with what the slots hold later
+        return None if part is None or output is None else output + part.outputs
 
-    def _routed(self, number: int, index: torch.Tensor, known: bool) -> dict[str, Any]:
+    def _waited(self) -> float:
+        """Return how long hooks have waited so far for what is not theirs."""
+        stats = self._stats
+        return stats.stall_s + stats.index_wait_s + stats.host_wait_s + stats.host_s
+
+    def _routed(self, number: int, index: torch.Tensor, known: bool, asked: Asked) -> dict[str, Any]:
         """Return what stands for the weights once all that was picked is there, or will come in rounds."""
         layer, cache = self._layers[number], self._cache
         while self._coming:
@@ -144,12 +168,20 @@ class Experts:
         self._stats.routed_layers += 1
         if self.picked is not None:
             self.picked(number, wanted)
-        if len(wanted) > cache.slots:
+        if self._host is not None and known:
+            held = cache.held(number)
+            self._part = self._host.share(layer, asked, call, [expert for expert in wanted if expert not in held])
+        if self._part is not None:
+            call = self._part.call
+            self._stats.expert_misses += len(wanted) - len(call.wanted)
+        if len(call.wanted) > cache.slots:
             cache.lend(range(cache.slots))
             call.bring = partial(self._round, layer)
-            self._stats.expert_misses += len(wanted)
+            self._stats.expert_misses += len(call.wanted)
         else:
             self._bring(number, call)
+        if self._part is not None:
+            self._part.compute()  # beside the copies that have just begun
         return {tensor.local: HandedWeights(call, tensor) for tensor in layer.tensors}
 
     def _bring(self, number: int, call: Call) -> None:
@@ -261,14 +293,3 @@ class Experts:
         for expert, slot in places.items():
             cache.enter(number, expert, slot)
         self._told_otherwise.add(number)
-
-
-def _index(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, bool]:
-    """Return the numbers of the experts that each token picked, [tokens, picked], and whether the call shows them.
-
-    Where it does not, they are all of them.
-    """
-    found = args[1] if len(args) > 1 else kwargs.get("top_k_index")
-    if isinstance(found, torch.Tensor) and found.dim() == 2 and found.dtype in (torch.int32, torch.int64):
-        return found, True
-    return torch.arange(len(layer.sources))[None], False

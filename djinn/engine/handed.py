@@ -17,13 +17,14 @@ other use of the weights gets all of them, put together in memory of their own: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from djinn.engine.expert_tensors import ExpertTensor
 from djinn.engine.whereabouts import Whereabouts
@@ -31,6 +32,37 @@ from djinn.planning.experts import MOST_GROUPS
 
 Bring = Callable[[str, Sequence[int]], dict[int, int]]
 """Brings a tensor (by its name) of the first of some experts, as many as there is room for; returns their slots."""
+
+ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+"""What transformers calls an experts module with."""
+
+
+class Asked(NamedTuple):
+    """A call of an experts module, as it was made."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """All arguments by their names."""
+        return dict(zip(ARGUMENTS, self.args, strict=False)) | dict(self.kwargs)
+
+    def instead(self, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return other arguments, each given as its like was."""
+        count = len(self.args)
+        return tuple(named[name] for name in ARGUMENTS[:count]), {name: named[name] for name in ARGUMENTS[count:]}
+
+    def picked(self, experts: int) -> tuple[torch.Tensor, bool]:
+        """Return the numbers of the experts that each token picked, [tokens, picked], and whether the call shows them.
+
+        Where it does not, they are all of the ``experts``.
+        """
+        found = self.named.get("top_k_index")
+        if isinstance(found, torch.Tensor) and found.dim() == 2 and found.dtype in (torch.int32, torch.int64):
+            return found, True
+        return torch.arange(experts)[None], False
 
 
 @dataclass
@@ -55,6 +87,12 @@ class Call:
         self._by_slot: tuple[torch.Tensor, torch.Tensor] | None = None
         self._rounds: dict[str, dict[int, int]] = {}
         """By tensor, the slots of those that came last, where they come in rounds."""
+
+    def with_index(self, index: torch.Tensor, picks: np.ndarray) -> Call:
+        """Return the call with other experts: ``index`` on the device, and the same ``picks`` on the host."""
+        other = replace(self, index=index)
+        vars(other)["picks"] = picks.reshape(-1).tolist()  # the host need not ask for them
+        return other
 
     @cached_property
     def picks(self) -> list[int]:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.compiler import disable as opaque
 
 from djinn.host.products import HostProducts
-from djinn.transport.exchange import CpuExchange, CudaExchange, Exchange
+from djinn.transport.exchange import exchange_with
 from djinn.transport.stats import Interval, Stats
 from djinn.weights.units import Unit
 
@@ -51,7 +51,7 @@ class HostUnits:
         self._tokens = tokens
         self._stats = stats
         self._is_few = is_few
-        self._exchange: Exchange = CudaExchange(device) if device.type == "cuda" else CpuExchange()
+        self._exchange = exchange_with(device)
         self._followers: dict[int, list[int]] = {}
         """By layer, those that read its inputs after it did."""
         self._last: tuple[int, _Inputs] | None = None
@@ -105,7 +105,7 @@ class HostUnits:
             and x.dim() > 0
             and x.shape[-1] == columns
             and 0 < x.numel() <= self._tokens * columns
-            and _stays_bfloat16(x.device.type)
+            and stays_bfloat16(x.device.type)
         )
 
     def _compute(self, number: int, inputs: _Inputs) -> torch.Tensor:
@@ -167,7 +167,7 @@ class _Layer:
         return cls(unit, found["weight"], found.get("bias"))
 
 
-def _stays_bfloat16(device: str) -> bool:
+def stays_bfloat16(device: str) -> bool:
     """Return whether a layer's outputs are of its inputs' dtype: autocast may have another one in mind."""
     return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == torch.bfloat16
 

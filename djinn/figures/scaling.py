@@ -1,16 +1,19 @@
-"""Time per token against the number of GPUs that hold the model together, from the records of several runs."""
+"""Time per token against the number of GPUs that hold the model together: from the records of several runs, and, with
+what their links carried, from samples of ``benchmarks/ranks.py``."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from djinn.bench.records import Record, system_label
-from djinn.errors import DjinnError
-from djinn.figures.style import LOOKS, canvas, explain, figure_of, house_style
+from djinn.errors import ConfigError, DjinnError
+from djinn.figures.style import COLUMN_IN, LOOKS, canvas, explain, figure_of, house_style
 
 _SAME = ("model", "budget_bytes", "prompt_tokens", "batch")
 """What runs have to have in common to be drawn together. A budget is each GPU's."""
@@ -74,3 +77,76 @@ def draw(rows: pd.DataFrame) -> Figure:
         words += " Dashed: djinn's first point divided by the GPUs; residents add up, so that it can pass this."
     explain(ax, "Time per token by GPUs", words)
     return figure_of(ax)
+
+
+def read_links(paths: Iterable[Path]) -> pd.DataFrame:
+    """Return a row per run of ``benchmarks/ranks.py``; of each file all runs are of one coding.
+
+    Columns:
+        gpus: how many held the model.
+        run: its number; the first one after loading meets what only a first run compiles and allocates.
+        token_s: median of the times from one token to the next, seconds.
+        link_gbps: what all links carried together over the run, 10^9 bytes/s.
+        slowest_gbps: the least that one of them carried.
+        bare_gbps: what all carried in copies of the same bytes, nothing computed: the mean of before and after.
+        bound_s: the longest time, over GPUs, of their streamed bytes at that rate.
+
+    Raises:
+        ConfigError: a file without such records; says which.
+    """
+    rows = []
+    for path in paths:
+        try:
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            bare = [records[0]["bare_gbps_before"], *(each["bare_gbps_after"] for each in records[-1:])]
+            by_gpu = [statistics.mean(rates) for rates in zip(*bare, strict=True)]
+            for record in records:
+                carried = [each["link_bytes"] / sum(record["times"]) / 1e9 for each in record["by_rank"]]
+                streamed = zip(record["pinned_bytes"], by_gpu, strict=True)
+                rows.append(
+                    {
+                        "gpus": record["ranks"],
+                        "run": record["run"],
+                        "token_s": statistics.median(record["times"][1:]),
+                        "link_gbps": sum(carried),
+                        "slowest_gbps": min(carried),
+                        "bare_gbps": sum(by_gpu),
+                        "bound_s": max(nbytes / rate / 1e9 for nbytes, rate in streamed),
+                    }
+                )
+        except (OSError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+            raise ConfigError(f"{path}: no records of benchmarks/ranks.py: {error}") from error
+    return pd.DataFrame(rows)
+
+
+@house_style()
+def links(runs: pd.DataFrame) -> Figure:
+    """Draw ``runs`` (see :func:`read_links`): what all links carry, and the time per token, each with its bound."""
+    figure = Figure(figsize=(COLUMN_IN, 3.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    look, bounds = LOOKS["djinn"], runs.groupby("gpus")[["bare_gbps", "bound_s"]].mean()
+    upper.plot(bounds.index, bounds["bare_gbps"], "--", color="black", linewidth=0.8)
+    lower.plot(bounds.index, bounds["bound_s"], "--", color="black", linewidth=0.8, label="bound: bare copies")
+    first = runs["run"] == 0
+    for chosen, face, words in ((~first, look.colour, look.label), (first, "white", "first run after loading")):
+        mark = {"color": look.colour, "markerfacecolor": face, "markersize": 4}
+        upper.plot(
+            runs["gpus"][chosen],
+            runs["link_gbps"][chosen],
+            look.marker,
+            **mark,
+            label="all together" if face != "white" else None,
+        )
+        lower.plot(runs["gpus"][chosen], runs["token_s"][chosen], look.marker, **mark, label=words)
+    upper.plot(runs["gpus"][~first], runs["slowest_gbps"][~first], "_", color=look.colour, label="the slowest one")
+    upper.set(ylabel="links (GB/s)", ylim=(0, None))
+    upper.legend(loc="upper left")
+    lower.set(xlabel="GPUs", ylabel="time per token (s)", ylim=(0, None), xticks=sorted(set(runs["gpus"])))
+    lower.legend()
+    explain(
+        upper,
+        "Every GPU streams over its own link",
+        "Each circle is a run; its time is the median of its tokens. Short dashes: the link that carried least. Dashed "
+        "line: copies of the same bytes over all links at once, nothing computed, and what a token takes at that rate.",
+    )
+    return figure

@@ -151,8 +151,9 @@ class Plan:
         if self.host is None:
             return []
         computed = [unit for unit in self.streamed if unit.name in self.host.units]
-        tokens = self.host.rates.tokens
-        words = f"{len(computed)} of them: the host's cores compute with these in passes of up to {tokens} tokens"
+        of_experts = any(unit.experts and not unit.coded for unit in self.at(Tier.PINNED))
+        these = "some of the experts that the pool lacks" if of_experts else f"{len(computed)} of them"
+        words = f"{these}: the host's cores compute with these in passes of up to {self.host.rates.tokens} tokens"
         return [("  computed", total_bytes(computed), words)]
 
     def _bytes(self, tier: Tier) -> int:

@@ -9,7 +9,7 @@ the visit that its slot waits for has been computed, as in the ring; compute beg
 copy out of host memory is work for the cores that compute, so it adds.
 
 A unit that the host's cores compute with (:mod:`djinn.planning.host`) is not copied in a decode step: everything else
-that computes waits for its product, while copies go on.
+that computes waits for its product, while copies go on. Of a layer's experts the cores take a part, while others come.
 
 What is not counted: the time between two passes, which prefetching hides. A rate that was not measured makes its part
 free; :attr:`Prediction.blind` says which.
@@ -25,6 +25,7 @@ import numpy as np
 
 from djinn.errors import UnavailableError
 from djinn.planning.experts import LAYER_IDLE_S, mean_rate
+from djinn.planning.host_experts import computed_experts, mean_computed, whole_from
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.rates import ComputeRate, Rates
 from djinn.planning.work import Work
@@ -130,23 +131,24 @@ class _Visit:
     """Whether link and host take the cores' time, as on a CPU."""
 
     @property
-    def busy_s(self) -> float:
-        """How long what computes is busy."""
+    def device_s(self) -> float:
+        """How long the device is busy, and the host that asks it."""
         if self.in_order:
-            return self.cores_s + self.link_s + self.compute_s + self.host_s
-        return self.cores_s + max(self.compute_s, self.host_s)
+            return self.link_s + self.compute_s + self.host_s
+        return max(self.compute_s, self.host_s)
 
 
 def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, hit_rate: float | None) -> list[_Visit]:
     """Return a pass's visits; ``tokens`` of all sequences go through it, ``extra_s`` is its compute beside weights."""
     pool = plan.pool
-    whole_from = pool.whole_from(_expert_rate(plan, rates)) if plan.routed else None
-    is_whole = whole_from is not None and tokens >= whole_from
+    first = whole_from(plan, _expert_rate(plan, rates)) if plan.routed else None
+    is_whole = first is not None and tokens >= first
     hits = pool.share if hit_rate is None else hit_rate
     visits: list[_Visit] = []
     on_cpu = rates.device == "cpu"
     host = plan.host if plan.host is not None and tokens <= plan.host.rates.tokens else None
-    link = rates.link if host is None else host.rates.link
+    link = rates.link if host is None or (is_whole and not host.units) else host.rates.link
+    computable = computed_experts(plan)
     slots = iter(range(len(plan.slots)) if host is None else range(len(plan.streamed), len(plan.slots)))
     for unit, tier in zip(plan.units, plan.tiers, strict=True):
         rows = work.workload.batch if unit.name in work.head else tokens
@@ -159,9 +161,15 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
             read = 1.0 if is_whole else _touched(work.shares.get(unit.name, 1.0), tokens) if unit.experts else 1.0
             compute_s += read * unit.raw_bytes / rates.decode
         nbytes = unit.image_bytes
+        experts_s = 0.0
         if unit.experts and tier is not Tier.RESIDENT:
-            needed = 1.0 if is_whole else pool.distinct(tokens) / pool.widest
-            nbytes = round(nbytes * needed * (1 - hits))
+            picked = pool.widest if is_whole else pool.distinct(tokens)
+            lacking, each = picked * (1 - hits), nbytes // pool.widest
+            if host is not None and not is_whole and unit in computable:
+                computed = min(mean_computed(lacking, each, host.rates), picked - 1)
+                lacking -= computed
+                experts_s = host.rates.product_s(round(computed * each)) if computed > 0 else 0.0
+            nbytes = round(lacking * each)
         host_s = rates.module_s + (0.0 if visits else rates.pass_s) + (rates.split_s if work.sums else 0.0)
         if tier is not Tier.RESIDENT or unit.coded:
             host_s += rates.unit_s
@@ -172,7 +180,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
                 link_s=nbytes / _known("link", link) if over_link else 0.0,
                 compute_s=0.0 if product_s else compute_s + extra_s * unit.raw_bytes / plan.model_bytes,
                 host_s=host_s,
-                cores_s=product_s,
+                cores_s=product_s + experts_s,
                 slot=None if tier is Tier.RESIDENT or unit.experts or product_s else next(slots),
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
@@ -221,7 +229,9 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                     begin = disk_s = max(disk_s, begin) + visit.disk_s
                 if visit.link_s and not visit.in_order:
                     begin = link_s = max(link_s, begin) + visit.link_s
-                now_s = max(now_s, begin) + visit.busy_s + (LAYER_IDLE_S if visit.asked and not visit.in_order else 0.0)
+                # The cores compute with their part of the experts while the others come.
+                now_s = max(now_s + visit.cores_s, begin) + visit.device_s
+                now_s += LAYER_IDLE_S if visit.asked and not visit.in_order else 0.0
                 continue
             if visit.slot is not None:
                 free_s = max(ended[other] for other in before[visit.slot])
@@ -232,7 +242,7 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                 if visit.link_s and not visit.in_order:
                     free_s = link_s = max(link_s, free_s) + visit.link_s
                 now_s = max(now_s, free_s)
-            now_s += visit.busy_s
+            now_s += visit.cores_s + visit.device_s
             if visit.slot is not None:
                 ended[visit.slot] = now_s
     return now_s

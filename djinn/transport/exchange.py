@@ -72,6 +72,11 @@ class CudaExchange:
         return [part.view(output.shape) for part, output in zip(there.split(sizes), outputs, strict=True)]
 
 
+def exchange_with(device: torch.device) -> Exchange:
+    """Return what brings tensors to the host and back to ``device``."""
+    return CudaExchange(device) if device.type == "cuda" else CpuExchange()
+
+
 def _page_locked(elements: int) -> torch.Tensor:
     with torch.inference_mode(False):  # else only passes in inference mode could write it from now on
         return torch.empty(elements, dtype=torch.bfloat16, pin_memory=True)

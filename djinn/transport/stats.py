@@ -55,7 +55,9 @@ class Stats:
     expert_hits: int = 0
     """Experts that a router picked and that were in the pool."""
     expert_misses: int = 0
-    """Those that were fetched."""
+    """Those that were not: they were fetched, or the host's cores computed with them."""
+    expert_computed: int = 0
+    """Those of them that the cores computed with."""
     routed_layers: int = 0
     """Layers whose experts were fetched as their router picked them."""
     whole_layers: int = 0

@@ -13,7 +13,8 @@ import pytest
 from djinn.cli.ending import terminable
 
 WAIT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
 from pathlib import Path
 from djinn import profiles
 from djinn.cli import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from routed_models import ROUTED_ON_GPU
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn
-from djinn.engine.load import engine_of, placement
+from djinn.engine.load import engine_of, load_requested, placement
 from djinn.errors import PlanError
+from djinn.planning.host import HostCompute, HostRates
+from djinn.planning.request import Request
+from djinn.planning.workspace import Workload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -116,3 +120,25 @@ def test_bits_are_those_of_the_resident_model(
                 assert torch.equal(one, other), (implementation, whole, way)
     assert djinn.stats(model).expert_misses > 0
     djinn.detach(model)
+
+
+def test_the_hosts_cores_take_a_part(folder: Path, resident: PreTrainedModel) -> None:
+    """Of what the pool lacks, in passes of few tokens; matrices that are stored transposed are fetched."""
+    expert_bytes = sum(p.nbytes for name, p in resident.named_parameters() if p.dim() == 3)
+    request = Request.of(budget=smallest(folder) + int(0.3 * expert_bytes), keep=Workload(**WORK), device="cuda")
+    host = HostCompute(threads=2, rates=HostRates(link=1e6, cores=1e9, wait_s=0.0))
+    model = load_requested(folder, replace(request, host=host))
+    experts = engine_of(model).experts
+    assert experts is not None
+    experts.fetcher.pool.view(torch.bfloat16).fill_(float("nan"))
+    experts.cool()
+    prompt = torch.randint(1, 512, (2, 40), device="cuda")
+    for implementation in ("grouped_mm", "batched_mm", "eager"):
+        for each in (resident, model):
+            each.set_experts_implementation(implementation)
+        with torch.no_grad():
+            for ids in (prompt[:1, :1], prompt[:, :3]):
+                torch.testing.assert_close(model(ids).logits, resident(ids).logits, atol=0.1, rtol=0.05)
+            assert torch.equal(model(prompt).logits, resident(prompt).logits)
+    is_transposed = resident.config.model_type == "gpt_oss"
+    assert bool(djinn.stats(model).expert_computed) is not is_transposed

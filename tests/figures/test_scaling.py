@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from fabricated import fabricated, failed
 
 from djinn.bench.records import Record, append_record
 from djinn.bench.run import Run
-from djinn.errors import DjinnError
+from djinn.errors import ConfigError, DjinnError
 from djinn.figures.draw import draw_all
-from djinn.figures.scaling import by_gpus, draw
+from djinn.figures.scaling import by_gpus, draw, links, read_links
 from djinn.profiles import Profile, load_profile
 
 TWO = load_profile("ranks_2x24")
@@ -74,3 +75,38 @@ def test_runs_beside_one_give_a_figure_of_all(tmp_path: Path) -> None:
     assert two / "figures" / "time_by_gpus.pdf" in draw_all(two, beside=[four])
     assert "resident" in (two / "figures" / "time_by_gpus.csv").read_text()
     assert not [path for path in draw_all(four) if path.stem == "time_by_gpus"]
+
+
+def sampled(path: Path, ranks: int, token_s: float) -> Path:
+    """Write two runs in which each of some ranks streamed 10 GB in every token, over links that carry 20 GB/s."""
+    runs = []
+    for run, seconds in enumerate((2 * token_s, token_s)):
+        by_rank = [{"link_bytes": 40 * 10**9}, *[{"link_bytes": 30 * 10**9}] * (ranks - 1)]
+        times = [seconds] * 4
+        runs.append({"ranks": ranks, "run": run, "times": times, "pinned_bytes": [10**10] * ranks, "by_rank": by_rank})
+    runs[0]["bare_gbps_before"], runs[-1]["bare_gbps_after"] = [18.0] * ranks, [22.0] * ranks
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    return path
+
+
+def test_links_add_up_and_the_bound_is_what_bare_copies_take(tmp_path: Path) -> None:
+    paths = [sampled(tmp_path / f"{ranks}.jsonl", ranks, 1.0) for ranks in (1, 2)]
+    rows = read_links(paths)
+    assert rows["gpus"].tolist() == [1, 1, 2, 2]
+    assert rows["token_s"].tolist() == [2.0, 1.0, 2.0, 1.0]
+    assert rows["link_gbps"].tolist() == [5.0, 10.0, 8.75, 17.5]
+    assert rows["slowest_gbps"].tolist() == [5.0, 10.0, 3.75, 7.5]
+    assert rows["bare_gbps"].tolist() == [20.0, 20.0, 40.0, 40.0]
+    assert rows["bound_s"].tolist() == [0.5] * 4
+    upper, lower = links(rows).axes
+    for ax, bound in ((upper, [20.0, 40.0]), (lower, [0.5, 0.5])):
+        (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+        assert list(line.get_ydata()) == bound
+
+
+def test_a_file_without_samples_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    for text in ("", "{}", "words"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"other\.jsonl: no records of benchmarks/ranks\.py"):
+            read_links([path])

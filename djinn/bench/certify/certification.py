@@ -66,14 +66,13 @@ class Certification(BaseModel):
         best = max if on_gpu else min
         computed = self.compute or Compute(device="cuda" if on_gpu else "cpu", rates=(), module_s=0.0)
         found = computed.rates_with(link=best(copies, default=None), disk=max(direct or reads, default=None))
+        if self.streaming is not None:
+            found = self.streaming.beside(found)
         at_once = max(self.links, key=lambda rate: len(rate.gpus), default=None)
         idle = {rate.nbytes: rate.seconds for rate in self.sums if not rate.beside_copies}
         few, many = SUM_BYTES
         measured = replace(
             found,
-            decode=1e9 * self.streaming.decode_gbps if self.streaming and self.streaming.decode_gbps else None,
-            unit_s=self.streaming.unit_s if self.streaming else 0.0,
-            split_s=(self.streaming.split_s if self.streaming else None) or 0.0,
             link_at_once=1e9 * min(at_once.gbps) if at_once else None,
             sum_s=idle.get(few, 0.0),
             sum_rate=many / idle[many] if many in idle else None,

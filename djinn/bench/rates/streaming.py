@@ -7,6 +7,8 @@ one that is not.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +19,7 @@ from djinn.engine.load import detach, placement
 from djinn.engine.offload import offload
 from djinn.engine.sharding import filled, pretended
 from djinn.errors import UnavailableError
+from djinn.planning.rates import Rates
 from djinn.weights.models import empty_model, owners
 
 _CODED = 2**25
@@ -38,6 +41,11 @@ class Streaming(BaseModel):
     """Host seconds that a unit which streams takes, beside its module's."""
     split_s: float | None = Field(default=None, ge=0, le=10**9)
     """Host seconds that a module with weights takes more where its model is split over GPUs; None where none are."""
+
+    def beside(self, rates: Rates) -> Rates:
+        """Return ``rates`` with these."""
+        decode = None if self.decode_gbps is None else 1e9 * self.decode_gbps
+        return replace(rates, decode=decode, unit_s=self.unit_s, split_s=self.split_s or 0.0)
 
 
 def measure(device: torch.device, gpus: int = 1) -> Streaming:
