@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from djinn.artifact.answer import answer, beside, lines
 from djinn.artifact.bundle import write_sums
+from djinn.artifact.by_gpu import ABOUT, by_gpu_frame
 from djinn.artifact.claims import Outcome, claims_frame, write_claims
 from djinn.artifact.closing import counted
 from djinn.artifact.notebook import configuration_frame, machine_frame
@@ -125,6 +126,8 @@ def _context(run: Run) -> dict[str, Any]:
         "lines": [asdict(line) for line in lines(run.baselines, list(profile.systems))],
         "notes": _notes(run),
         "systems": _rows(systems_frame(run.baselines, list(profile.systems)).reset_index(names="")),
+        "by_gpu": _rows(by_gpu_frame(run.baselines)),
+        "about_by_gpu": ABOUT,
         "applied": _rows(claims_frame(applied, reference)),
         "not_run": {what: _rows(claims_frame(own, reference)) for what, own in lacking.items()},
         "has_reference": bool(reference),
