@@ -31,7 +31,7 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     size_bytes       the point: bytes, of "batch" sequences, of "prompt" tokens; NaN for "coding"
 ``bits``: one row per kind of coded tensor and run of djinn: name, run, kind, bits (stored for every 16 of the weights).
 ``timeline``: one row per interval of the copy engine: lane, unit, start_s, end_s, nbytes, cause.
-``pcie``: the trace of the GPU's link: time_s, rx_gbps, tx_gbps, source.
+``pcie``: the trace of each GPU's link: time_s, rx_gbps, tx_gbps, source, gpu.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ class _Sample(_Line):
     rx_gbps: _Number | None
     tx_gbps: _Number | None
     source: Literal["nvml", "dmon"]
+    gpu: Count = 0
+    """Older traces are of the first GPU and do not say so."""
 
 
 TIMELINE_COLUMNS = ["lane", "unit", "start_s", "end_s", "nbytes", "cause"]

@@ -60,6 +60,17 @@ def test_a_mixture_has_a_row_for_its_hit_rate_and_no_other_model_has():
     assert row.name not in systems_frame(records[2:], []).index
 
 
+def test_timelines_of_other_gpus_follow_the_first_ones(fabricated_run: Path):
+    figures = fabricated_run / "figures"
+    figures.mkdir()
+    for name in ("timeline", "timeline_1", "timeline_2", "timeline_coded"):
+        (figures / f"{name}.png").write_bytes(b"drawn elsewhere")
+    text = write_report(fabricated_run).with_name("report.md").read_text()
+    drawn = re.findall(r"\(figures/(timeline\w*)\.png\)", text)
+    assert drawn == ["timeline", "timeline_1", "timeline_2", "timeline_coded"]
+    assert f"[![{FIGURES['timeline']}, on GPU 2]" in text
+
+
 @pytest.mark.slow
 def test_links_lead_to_files(fabricated_run: Path):
     draw_all(fabricated_run)
