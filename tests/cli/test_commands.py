@@ -464,6 +464,19 @@ def test_a_report_evaluates_the_claims_once(fabricated_run: Path, monkeypatch: p
     assert written == [fabricated_run]
 
 
+def test_a_report_shows_what_the_reference_run_of_the_profile_measured(fabricated_run: Path) -> None:
+    from djinn.artifact.reference import measured, run_of
+
+    reference = run_of("smoke_13b")
+    assert reference is not None
+    shown = djinn("report", str(fabricated_run)).stdout
+    assert f"reference: {reference.name}, a run of the same profile" in shown
+    (row,) = [line.split() for line in shown.splitlines() if line.startswith("C9 ")]
+    assert row[-1] == measured(reference)["C9"]
+    (fabricated_run / "replayed.json").write_text('{"machine": "another", "date": "then"}')
+    assert "reference" not in djinn("report", str(fabricated_run)).stdout
+
+
 def test_report_of_something_else_is_bad_input(tmp_path: Path) -> None:
     result = djinn("report", str(tmp_path))
     assert result.exit_code == 2
