@@ -161,11 +161,8 @@ def draw(forecast: Forecast, there: Machine, model: str, path: Path) -> list[Pat
     """Draw a forecast as PDF, PNG and CSV, named as ``path`` is; return where they are.
 
     Raises:
-        ConfigError: another kind of picture.
         UnavailableError: nothing was predicted.
     """
-    if path.suffix not in (".pdf", ".png"):
-        raise ConfigError(f"figure {str(path)!r}: figures are .pdf and .png")
     from djinn.figures import forecast as picture
     from djinn.figures.draw import save
 

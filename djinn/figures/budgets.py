@@ -14,7 +14,7 @@ from djinn.figures.bars import cut_at, digits
 from djinn.figures.headline import SMALL_BYTES
 from djinn.figures.plots import require
 from djinn.figures.style import GREY, SMALLEST_PT, canvas, explain, figure_of, house_style, look_of
-from djinn.planning.request import Coding
+from djinn.names import Coding
 
 _CODINGS: dict[str, Coding] = {"djinn": "none", "djinn:lossless": "lossless"}
 

@@ -48,11 +48,19 @@ def test_help_groups_the_commands() -> None:
     "arguments",
     [
         ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--machine", "l5"],
+        ["plan", "synthetic:llama-tinny", "--budget", "5 MB"],
+        ["plan", "nowhere", "--budget", "5 MB"],
+        ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--device", "tpu"],
+        ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--coding", "losless"],
+        ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--figure", "plan.jpg"],
         ["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5"],
+        ["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5 MB", "--device", "gpu"],
+        ["pack", "synthetic:llama-tinny", "--dry-run"],
+        ["baseline", "djinn", "--model", "synthetic:llama-tinny"],
         ["reproduce", "--profile", "smoke_huge"],
         ["certify", "--profile", "smoke_huge"],
     ],
-    ids=lambda arguments: arguments[0],
+    ids=" ".join,
 )
 def test_bad_input_is_refused_before_torch_is_imported(arguments: list[str]) -> None:
     code = f"import sys; from djinn.cli import main; main({arguments}, standalone_mode=False); print(*sys.modules)"
@@ -97,7 +105,7 @@ def test_profiles_for_people() -> None:
         (["generate", "nowhere", "--prompt", "x", "--budget", "5 MB"], "no folder 'nowhere'"),
         (["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5 MB", "--coding", "zip"], "coding 'zip'"),
         (["pack", "nowhere", "--dry-run"], "no folder 'nowhere'"),
-        (["pack", "nowhere"], "name the folder to write, or say --dry-run"),
+        (["pack", "synthetic:llama-tiny"], "name the folder to write, or say --dry-run"),
         (["baseline"], "Missing argument"),
         (["baseline", "djinn", "--runs", "0"], "--runs"),
         (["sing"], "No such command"),
