@@ -131,7 +131,8 @@ def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFram
     yield "batch_sweep", points[points["axis"] == "batch"], sweeps.by_batch
     yield "prompt_sweep", points[points["axis"] == "prompt"], sweeps.by_prompt
     if not run.replayed:  # what is replayed measures nothing, and a prediction takes as long as all else
-        yield "budgets", budgets.measured(run), lambda points: budgets.draw(budgets.predicted(run), points)
+        memory = budgets.gpu_bytes(run)
+        yield "budgets", budgets.measured(run), lambda rows: budgets.draw(budgets.predicted(run), rows, memory)
     yield "predictions", across.read_predictions([run.folder]), across.predictions
     yield "copy_rates", timelines.rates_frame(*traced), partial(timelines.copy_rates, ceilings_gbps=ceilings)
     for gpu, own in enumerate(traced):

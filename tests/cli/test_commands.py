@@ -69,6 +69,14 @@ def test_bad_input_is_refused_before_torch_is_imported(arguments: list[str]) -> 
     assert not {"torch", "transformers", "pandas", "papermill"} & set(finished.stdout.split())
 
 
+def test_a_named_machines_gpu_has_its_memory() -> None:
+    from djinn.cli import outlook
+
+    names = ("L4", "a100-sxm", "h100-70b_2026-11-25", "2-cores_2026-11-25")
+    found = [outlook.machine(name, None).memory_bytes for name in names]
+    assert found == [24 * 2**30, 80 * 2**30, 85_017_493_504, None]
+
+
 def test_profiles_as_json() -> None:
     result = djinn("profiles", "--json")
     assert result.exit_code == 0
