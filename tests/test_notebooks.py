@@ -137,7 +137,7 @@ def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     html = (run_dir / "index.html").read_text()
     assert profile.title in html
     assert "2 of 2 claims that apply here pass" in html
-    assert len(list((run_dir / "figures").glob("*.pdf"))) == 9
+    assert len(list((run_dir / "figures").glob("*.pdf"))) == 10
     assert not (run_dir / "scratch").exists()
     assert verify(run_dir) > 0
     assert "index.html" in capfd.readouterr().out

@@ -122,6 +122,7 @@ def _context(run: Run) -> dict[str, Any]:
         "answer": answer(run.baselines),
         "beside": beside(run.baselines),
         "headline": next((figure for figure in drawn if figure["name"] == "headline"), None),
+        "narrow": _picture(run_dir, "headline_narrow"),
         "counted": counted(outcomes),
         "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL")},
         "lines": [asdict(line) for line in lines(run.baselines, list(profile.systems))],
@@ -233,16 +234,21 @@ def _names(run_dir: Path) -> Iterator[tuple[str, str]]:
                 gpu += 1
 
 
+def _picture(run_dir: Path, name: str) -> str:
+    """Return a figure as the page holds it; nothing where it was not drawn."""
+    png = _png(run_dir, name)
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}" if png.is_file() else ""
+
+
 def _figure(run: Run, name: str, words: str) -> dict[str, str]:
     folder = run.folder / "figures"
-    data = base64.b64encode(_png(run.folder, name).read_bytes()).decode()
     trace, caption = f"{name}.trace.json", folder / f"{name}.caption.txt"
     return {
         "name": name,
         "words": words,
         # The page says at its top whose records it shows.
         "caption": caption.read_text().strip().removesuffix(run.replayed) if caption.is_file() else "",
-        "png": f"data:image/png;base64,{data}",
+        "png": _picture(run.folder, name),
         "trace": trace if (folder / trace).is_file() else "",
     }
 

@@ -117,7 +117,9 @@ def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFram
     ceilings = per_gpu.ceilings([*records, *run.sweep])
     fastest = headline.rows_of(records)
     words = "" if fastest.empty else headline.about(records, fastest)
-    yield "headline", fastest, partial(headline.draw, title=_headline_title(run), caption=words)
+    picture = partial(headline.draw, title=_headline_title(run), caption=words)
+    yield "headline", fastest, picture
+    yield "headline_narrow", fastest, partial(picture, narrow=True)
     yield "bandwidth", runs, partial(plots.bandwidth, reference=runs_before)
     yield "ttft", runs, partial(plots.ttft, reference=runs_before)
     yield "time_per_token", frames.tokens(records, systems), partial(plots.time_per_token, reference=tokens_before)

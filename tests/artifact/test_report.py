@@ -42,7 +42,8 @@ def test_report(fabricated_run: Path):
         assert words in html
         assert words in text
     missing = [name for name in FIGURES if not (fabricated_run / "figures" / f"{name}.png").is_file()]
-    assert html.count("data:image/png;base64,") == len(FIGURES) - len(missing)
+    assert html.count("data:image/png;base64,") == len(FIGURES) - len(missing) + 1  # the headline also for a phone
+    assert re.search(r'<picture><source media="[^"]*" srcset="data:image[^"]*"><img [^>]*></picture>', html)
     without = {"token_parts", "budgets", "predictions", "ring_sweep", "batch_sweep", "prompt_sweep", "pcie"}
     assert set(missing) == without
     assert all(FIGURES[name] in unescape(html) for name in missing)
