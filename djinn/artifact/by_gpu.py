@@ -13,7 +13,7 @@ from djinn.sizes import format_bytes
 
 ABOUT = (
     "A rank is the process of one GPU, or where there is none, one that stands in for it. Medians of the finished "
-    "runs, the largest peak of memory. Bare copies: the same weights with nothing computed, beside each run."
+    "runs; the largest peak of memory."
 )
 """What the table shows, for its readers."""
 
@@ -40,7 +40,7 @@ _COLUMNS: Mapping[str, Callable[[Sequence[RankNumbers]], str]] = {
     "streamed in a run": _streamed,
     "link, GB/s": _median_of(lambda rank: rank.link_gbps),
     "ceiling of the link, GB/s": _median_of(lambda rank: rank.ceiling_gbps),
-    "bare copies, GB/s": _median_of(lambda rank: max(bare_looks(rank), default=None)),
+    "bare copies of the same weights, GB/s": _median_of(lambda rank: max(bare_looks(rank), default=None)),
     "stall, s": _median_of(lambda rank: rank.stall_s),
     "peak device memory": _peak,
 }

@@ -38,7 +38,7 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
         label: its display name.
         runs: how many runs finished.
         token_s: median of all times from one token to the next, seconds.
-        ceiling_gbps: median of the link's ceilings beside the runs of all systems, 10^9 bytes/s.
+        ceiling_gbps: median of the ceilings of all GPUs' links beside the runs of all systems, 10^9 bytes/s.
         model_bytes, budget_bytes: as recorded.
         bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds; NaN where the link is the disk, of which
             host memory may keep a part, and where only those experts cross it that routers pick.
@@ -54,7 +54,8 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
     times = frame.set_index("label")["token_s_median"]
     if OURS[0] not in times:
         raise UnavailableError("no finished run of djinn to compare with")
-    ceiling = pd.Series([each.ceiling_gbps for each in records if each.ceiling_gbps is not None]).median()
+    ceilings = [each.total_ceiling_gbps for each in records]
+    ceiling = pd.Series([each for each in ceilings if each is not None], dtype=float).median()
     rows = pd.DataFrame(
         {
             "name": frame["label"],

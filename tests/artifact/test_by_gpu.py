@@ -37,11 +37,11 @@ def test_a_rank_has_the_medians_of_its_finished_runs_and_its_largest_peak() -> N
         "rank": "0",
         "streamed in a run": "4 GB",
         "link, GB/s": "2",
-        "bare copies, GB/s": "6",
+        "bare copies of the same weights, GB/s": "6",
         "stall, s": "1",
         "peak device memory": "5 GB",
     }
-    assert (second["rank"], second["stall, s"], second["bare copies, GB/s"]) == ("1", "1", "")
+    assert (second["rank"], second["stall, s"], second["bare copies of the same weights, GB/s"]) == ("1", "1", "")
 
 
 def records_of_loading() -> list[object]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from djinn.bench.records import Record
 from djinn.errors import UnavailableError
-from djinn.figures import headline
+from djinn.figures import frames, headline
 from djinn.figures.style import COLUMN_IN, canvas, display_name, house_style
 from djinn.profiles import load_profile
 
@@ -43,6 +43,21 @@ def test_rows_are_medians_speedups_and_the_bound(rows: pd.DataFrame):
     assert list(rows["djinn"]) == [0.625, 1.0, 1.5, 10.0]
     assert list(rows["djinn:lossless"]) == [1.0, 1.6, 2.4, 16.0]
     assert set(rows["bound_s"]) == {1.0}, "50 GB beyond the budget at 50 GB/s"
+
+
+def test_of_several_gpus_all_links_set_the_bound_and_not_the_one_that_one_process_measured():
+    each = [{"ceiling_gbps": 25.0}, {"ceiling_gbps": 25.0}]
+    ours = record("djinn", 2.0).model_copy(update={"gpus": 2})
+    ours = Record.model_validate(ours.model_dump() | {"by_rank": each})
+    peers = [
+        record("accelerate:cpu", 3.0, run).model_copy(update={"gpus": 2, "ceiling_gbps": 25.0}) for run in range(3)
+    ]
+    rows = headline.medians([ours, *peers])
+    assert set(rows["ceiling_gbps"]) == {50.0}
+    assert set(rows["bound_s"]) == {0.8}, "40 GB beyond both budgets at 50 GB/s"
+    told = frames.runs([ours, *peers])
+    assert told["bound_s"].dropna().tolist() == [0.8]
+    assert told["ceiling_gbps"].dropna().tolist() == [50.0]
 
 
 def test_a_disk_sets_no_bound_since_host_memory_may_keep_a_part():
