@@ -202,3 +202,18 @@ def test_a_real_copy_is_seen(tmp_path: Path) -> None:
     with (tmp_path / "pcie.csv").open() as file:
         rates = [float(row["rx_gbps"]) for row in csv.DictReader(file) if row["source"] == "nvml"]
     assert max(rates) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_copies_to_one_of_two_gpus_are_seen_on_its_link_alone(tmp_path: Path) -> None:
+    source = torch.ones(2**28, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device="cuda:1")
+    with pcie.trace(tmp_path / "pcie.csv", 2):
+        begun = time.monotonic()
+        while time.monotonic() - begun < 3:
+            target.copy_(source)
+    with (tmp_path / "pcie.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "nvml"]
+    first, second = (max(float(row["rx_gbps"]) for row in rows if row["gpu"] == gpu) for gpu in ("0", "1"))
+    assert second > 1 > first
