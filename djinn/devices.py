@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-from djinn.errors import ConfigError, UnavailableError
+from djinn.errors import UnavailableError
 from djinn.hardware import local_cpus
-
-_NAME = re.compile(r"cpu|cuda(:[0-9]{1,2})?")
+from djinn.names import device_name
 
 
 def device_of(name: str | None) -> torch.device:
@@ -20,9 +17,7 @@ def device_of(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if _NAME.fullmatch(name) is None:
-        raise ConfigError(f"device {name!r}: the devices are cpu and cuda, and cuda:1 is the second GPU")
-    return torch.device(name)
+    return torch.device(device_name(name))
 
 
 def device_here(name: str | None) -> torch.device:

@@ -87,8 +87,13 @@ def nvml() -> Iterator[Any | None]:
 
 
 def nvml_handle(library: Any, index: int) -> Any | None:
-    """Return NVML's handle of the GPU that torch calls ``index``: NVML and torch may number GPUs differently."""
+    """Return NVML's handle of the GPU that torch calls ``index``, None where there is no such GPU.
+
+    NVML and torch may number GPUs differently.
+    """
     if torch.cuda.is_available():
+        if index >= torch.cuda.device_count():
+            return None
         uuid = torch.cuda.get_device_properties(index).uuid  # NVML writes it with a prefix that torch leaves out
         return asked(library.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
     return asked(library.nvmlDeviceGetHandleByIndex, index)

@@ -77,6 +77,11 @@ class Machine(_Frozen):
     disk_free_bytes: Count
 
     @property
+    def gpu_bytes(self) -> int | None:
+        """Memory of its smallest GPU, bytes; None where there is none, or nobody could say."""
+        return min((gpu.memory_bytes for gpu in self.gpus), default=0) or None
+
+    @property
     def ram_limit_bytes(self) -> int:
         """The most memory a process can ever have here: the RAM, or less where a cgroup says so."""
         return min(self.ram_bytes, self.cgroup_limit_bytes or self.ram_bytes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from djinn.errors import ConfigError
-from djinn.names import local_folder, plain_name
+from djinn.names import coding_name, device_name, local_folder, plain_name
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,13 @@ def test_a_url_is_no_folder() -> None:
         local_folder(Path("s3://bucket/run"))
     for path in ("/tmp/run", "runs/a:b", "c:/runs"):
         assert local_folder(Path(path)) == Path(path)
+
+
+def test_devices_and_codings_are_told_by_their_names() -> None:
+    assert [device_name(name) for name in ("cpu", "cuda", "cuda:15")] == ["cpu", "cuda", "cuda:15"]
+    assert [coding_name(name) for name in ("none", "lossless")] == ["none", "lossless"]
+    for name in ("", "gpu", "cuda:", "cuda:100", "cuda:-1", "CPU"):
+        with pytest.raises(ConfigError, match="the devices are cpu and cuda"):
+            device_name(name)
+    with pytest.raises(ConfigError, match="coding 'zip': it is none or lossless"):
+        coding_name("zip")

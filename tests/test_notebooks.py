@@ -76,7 +76,11 @@ def test_the_example_breaks_no_contract_and_says_what_limits(tmp_path: Path):
     assert document.metadata.kernelspec.name == "python3"
     done = papermill("example_own_model", tmp_path / "out.ipynb", "-p", "new_tokens", "2")
     assert done.returncode == 0, done.stderr
-    report, figure = (cell.outputs[-1].data for cell in code_of(tmp_path / "out.ipynb")[4:6])
+    *_, generated, report, figure = (cell.outputs for cell in code_of(tmp_path / "out.ipynb")[:6])
+    said = "".join(output.text for output in generated if output.output_type == "stream")
+    match = re.search(r"^new text: .*, of the tokens \[\d+, \d+\]$", said, flags=re.M)
+    assert match is not None, said
+    report, figure = report[-1].data, figure[-1].data
     assert "what limits" in report["text/html"]
     assert "..." not in report["text/html"]  # nothing cut short
     assert "image/png" in figure
@@ -133,7 +137,7 @@ def test_smoke_tiny_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     html = (run_dir / "index.html").read_text()
     assert profile.title in html
     assert "2 of 2 claims that apply here pass" in html
-    assert len(list((run_dir / "figures").glob("*.pdf"))) == 9
+    assert len(list((run_dir / "figures").glob("*.pdf"))) == 10
     assert not (run_dir / "scratch").exists()
     assert verify(run_dir) > 0
     assert "index.html" in capfd.readouterr().out

@@ -10,7 +10,8 @@ from djinn.errors import CheckpointError, UnavailableError
 from djinn.places import CHECKPOINT_DIR
 from djinn.profiles import Profile, load_profile, profile_names
 from djinn.sizes import format_bytes
-from djinn.weights.resolve import SYNTHETIC, synthetic_folder
+from djinn.weights.called import SYNTHETIC
+from djinn.weights.resolve import synthetic_folder
 from djinn.weights.synthetic_checkpoint import verify
 
 

@@ -13,6 +13,7 @@ from djinn.bench.records import Record, bare_looks, system_label
 from djinn.bench.run import Run
 from djinn.bench.statistics import is_exceeded, tokens_agree
 from djinn.figures import frames
+from djinn.figures.per_gpu import read_timelines
 from djinn.profiles import Profile
 
 _WORDS = {"bare_share": "the rate of bare copies of the same weights"}
@@ -39,10 +40,9 @@ class Evidence:
     """Records of the baselines: the latest of every point."""
     proof: Proof | None
     """The certification's proof that streamed output equals resident output; None where there is none."""
-    timeline: pd.DataFrame
-    """Timeline of the sweep's point with the profile's own settings; empty where there is none."""
-    coded_timeline: pd.DataFrame
-    """Timeline of the sweep's point with coded weights; empty where there is none."""
+    timelines: list[dict[str, pd.DataFrame]]
+    """Those of each GPU by system, from the sweep's points with the profile's own settings and with coded weights (see
+    :func:`djinn.figures.per_gpu.read_timelines`)."""
 
     def finished(self, system: str = "djinn") -> list[Record]:
         """Return the finished runs of djinn, or of ``djinn:lossless``."""
@@ -63,6 +63,11 @@ class Evidence:
     def routed(self) -> bool:
         """Whether djinn fetched experts as routers picked them."""
         return any(record.expert_hits is not None for record in self.finished())
+
+    def shares(self, lane: str, system: str) -> list[float]:
+        """Return the share of the traced run's time in which ``lane`` is busy, on each GPU that has a timeline."""
+        found = [own[system] for own in self.timelines if not own[system].empty]
+        return [float(frames.shares(timeline).get(lane, 0.0)) for timeline in found]
 
     def values(self, field: str, system: str = "djinn") -> list[float]:
         """Return ``field`` of every finished run of ``system``; each of them must have it."""
@@ -109,17 +114,17 @@ def bits_per_weight(evidence: Evidence) -> float:
 
 
 def decode_share(evidence: Evidence) -> float:
-    """The share of the traced run's time in which the device decodes."""
-    if evidence.coded_timeline.empty:
+    """The share of the traced run's time in which the device decodes; of several, that of the one that decodes most."""
+    if not (shares := evidence.shares("decode", "djinn:lossless")):
         raise NotMeasuredError("no timeline of a run with coded weights")
-    return float(frames.shares(evidence.coded_timeline).get("decode", 0.0))
+    return max(shares)
 
 
 def copy_share(evidence: Evidence) -> float:
-    """The share of the traced run's time in which the copy engine is busy."""
-    if evidence.timeline.empty:
+    """The share of the traced run's time in which the copy engine is busy; of several, that of the least busy one."""
+    if not (shares := evidence.shares("copy", "djinn")):
         raise NotMeasuredError("no timeline of a run with raw weights")
-    return float(frames.shares(evidence.timeline).get("copy", 0.0))
+    return min(shares)
 
 
 def link_utilisation(evidence: Evidence) -> float:
@@ -240,6 +245,5 @@ def read_evidence(run: Run) -> Evidence:
         profile=run.profile,
         records=run.baselines,
         proof=run.certification.proof if run.certification else None,
-        timeline=frames.read_timeline(run.folder),
-        coded_timeline=frames.read_timeline(run.folder, "timeline_coded"),
+        timelines=read_timelines(run.folder),
     )

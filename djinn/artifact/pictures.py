@@ -51,7 +51,7 @@ def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
     figures = {
         "models": across.models(found["models"]),
         "predictions": across.predictions(found["predictions"]),
-        "budgets": budgets.draw(budgets.predicted(_pictured()), found["budgets"]),
+        "budgets": budgets.draw(budgets.predicted(_pictured()), found["budgets"], budgets.gpu_bytes(_pictured())),
         "gpus": scaling.links(found["gpus"]),
     }
     return [path for name, figure in figures.items() for path in save(figure, found[name], folder / name)]

@@ -62,20 +62,24 @@ def run_of(profile: str, root: Path = REFERENCE_DIR) -> Path | None:
     return max(found, key=lambda folder: read_manifest(folder).date, default=None)
 
 
+def measured(folder: Path) -> dict[str, str]:
+    """Return what a reference run measured, by claim; claims that it has no number for are left out."""
+    evidence = read_evidence(Run(folder))
+    numbers = {claim.id: evaluate(claim, evidence).measured for claim in load_claims()}
+    return {claim: f"{number:.4g}" for claim, number in numbers.items() if number is not None}
+
+
 def expected(device: str | None = None, root: Path = REFERENCE_DIR) -> dict[str, str]:
     """Return for each claim what reference runs measured, and which.
 
     With a ``device``, a claim about any device shows only what was measured on that one.
     """
     found: dict[str, list[str]] = {}
-    claims = load_claims()
+    about = {claim.id: claim.needs.device for claim in load_claims()}
     for folder in runs(root):
-        evidence = read_evidence(Run(folder))
-        elsewhere = evidence.profile.device != device
-        for claim in claims:
-            if device is not None and claim.needs.device is None and elsewhere:
+        elsewhere = Run(folder).profile.device != device
+        for claim, number in measured(folder).items():
+            if device is not None and about[claim] is None and elsewhere:
                 continue
-            measured = evaluate(claim, evidence).measured
-            if measured is not None:
-                found.setdefault(claim.id, []).append(f"{measured:.4g} ({folder.name})")
+            found.setdefault(claim, []).append(f"{number} ({folder.name})")
     return {claim: "; ".join(each) for claim, each in found.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from djinn.artifact.answer import answer, beside, lines
 from djinn.artifact.bundle import write_sums
+from djinn.artifact.by_gpu import ABOUT, by_gpu_frame
 from djinn.artifact.claims import Outcome, claims_frame, write_claims
 from djinn.artifact.closing import counted
 from djinn.artifact.notebook import configuration_frame, machine_frame
 from djinn.artifact.reference import expected, read_manifest
+from djinn.artifact.zoomable import timelines
 from djinn.bench.records import Record
 from djinn.bench.run import Done, Run
 from djinn.bench.statistics import summary_frame, tokens_agree
 from djinn.errors import ConfigError
-from djinn.figures import frames
-from djinn.figures.style import LANES, display_name
+from djinn.figures import frames, per_gpu
+from djinn.figures.style import display_name
 from djinn.files import write_text
 from djinn.hardware import Machine
 from djinn.sizes import format_bytes
@@ -50,11 +52,10 @@ FIGURES = {
     "prompt_sweep": "Time to first token by length of the prompt",
     "timeline": "Copies, compute and waiting over time",
     "timeline_coded": "Copies, decoding and waiting over time, with coded weights",
-    "pcie": "What the GPU counts on its link",
+    "pcie": "What each GPU counts on its link",
 }
 """The figures a report shows, in order, with the words for readers who cannot see them."""
 
-_LANE_WORDS = {"stall": "waiting"}
 _MEASURES = {
     "time to first token, s": "ttft_s",
     "time per token, s": "token_s",
@@ -110,7 +111,8 @@ def _context(run: Run) -> dict[str, Any]:
         if outcome.verdict == "NOT RUN":
             lacking.setdefault(outcome.lacking or "records that this run does not have", []).append(outcome)
     reference = {} if run.replayed else expected(profile.device)
-    drawn = [_figure(run, name, words) for name, words in FIGURES.items() if _png(run_dir, name).is_file()]
+    figures = dict(_names(run_dir))
+    drawn = [_figure(run, name, words) for name, words in figures.items() if _png(run_dir, name).is_file()]
     return {
         "title": profile.title,
         "synthetic": profile.synthetic,
@@ -120,17 +122,20 @@ def _context(run: Run) -> dict[str, Any]:
         "answer": answer(run.baselines),
         "beside": beside(run.baselines),
         "headline": next((figure for figure in drawn if figure["name"] == "headline"), None),
+        "narrow": _picture(run_dir, "headline_narrow"),
         "counted": counted(outcomes),
         "counts": {verdict: counts[verdict] for verdict in ("PASS", "FAIL")},
         "lines": [asdict(line) for line in lines(run.baselines, list(profile.systems))],
         "notes": _notes(run),
         "systems": _rows(systems_frame(run.baselines, list(profile.systems)).reset_index(names="")),
+        "by_gpu": _rows(by_gpu_frame(run.baselines)),
+        "about_by_gpu": ABOUT,
         "applied": _rows(claims_frame(applied, reference)),
         "not_run": {what: _rows(claims_frame(own, reference)) for what, own in lacking.items()},
         "has_reference": bool(reference),
         "figures": [figure for figure in drawn if figure["name"] != "headline"],
-        "missing_figures": [words for name, words in FIGURES.items() if not _png(run_dir, name).is_file()],
-        "timelines": _timelines(run_dir),
+        "missing_figures": [words for name, words in figures.items() if not _png(run_dir, name).is_file()],
+        "timelines": timelines(run_dir, FIGURES),
         "notebooks": [_notebook(run_dir, name, done) for name, done in run.notebooks_done.items()],
         "machine": machine_frame(machine.model_dump(mode="json") if machine else {})["value"].to_dict(),
         "configuration": configuration_frame(profile)["value"].to_dict(),
@@ -218,54 +223,34 @@ def _png(run_dir: Path, name: str) -> Path:
     return run_dir / "figures" / f"{name}.png"
 
 
+def _names(run_dir: Path) -> Iterator[tuple[str, str]]:
+    """Yield :data:`FIGURES`; behind the first GPU's timelines those of other GPUs that were drawn."""
+    for name, words in FIGURES.items():
+        yield name, words
+        if name in per_gpu.TIMELINES.values():
+            gpu = 1
+            while _png(run_dir, f"{name}_{gpu}").is_file():
+                yield f"{name}_{gpu}", f"{words}, on GPU {gpu}"
+                gpu += 1
+
+
+def _picture(run_dir: Path, name: str) -> str:
+    """Return a figure as the page holds it; nothing where it was not drawn."""
+    png = _png(run_dir, name)
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}" if png.is_file() else ""
+
+
 def _figure(run: Run, name: str, words: str) -> dict[str, str]:
     folder = run.folder / "figures"
-    data = base64.b64encode(_png(run.folder, name).read_bytes()).decode()
     trace, caption = f"{name}.trace.json", folder / f"{name}.caption.txt"
     return {
         "name": name,
         "words": words,
         # The page says at its top whose records it shows.
         "caption": caption.read_text().strip().removesuffix(run.replayed) if caption.is_file() else "",
-        "png": f"data:image/png;base64,{data}",
+        "png": _picture(run.folder, name),
         "trace": trace if (folder / trace).is_file() else "",
     }
-
-
-def _timelines(run_dir: Path) -> list[dict[str, Any]]:
-    """Return what the page draws of each timeline: lanes with their colours, units, and (lane, unit, start, length)."""
-    found = []
-    for name in ("timeline", "timeline_coded"):
-        intervals = frames.read_timeline(run_dir, name)
-        if intervals.empty:
-            continue
-        lanes = [lane for lane in LANES if (intervals["lane"] == lane).any()]
-        units = list(dict.fromkeys(intervals["unit"]))
-        places = {unit: place for place, unit in enumerate(units)}
-        begin = float(intervals["start_s"].min())
-        spans = [
-            (
-                lanes.index(span["lane"]),
-                places[span["unit"]],
-                round(span["start_s"] - begin, 6),
-                round(span["end_s"] - span["start_s"], 6),
-            )
-            for span in intervals.to_dict("records")
-        ]
-        shares = frames.shares(intervals)
-        found.append(
-            {
-                "name": name,
-                "words": FIGURES[name],
-                "shares": ", ".join(f"{lane} {shares[lane]:.0%}" for lane in lanes),
-                "data": {
-                    "lanes": [(_LANE_WORDS.get(lane, lane), LANES[lane]) for lane in lanes],
-                    "units": units,
-                    "spans": spans,
-                },
-            }
-        )
-    return found
 
 
 def _each(harmless: Callable[[str], str], value: Any) -> Any:

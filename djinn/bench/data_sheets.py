@@ -24,6 +24,8 @@ class DataSheet:
 
     memory: float
     """Bytes/s of device memory."""
+    memory_bytes: int
+    """Of device memory; what sheets call a GB of it is 2^30 bytes."""
     flops: float
     """Dense bfloat16 with sums in float32, FLOP/s."""
     link: float = _GEN4_X16
@@ -38,13 +40,13 @@ class DataSheet:
 
 
 DATA_SHEETS: Mapping[str, DataSheet] = {
-    # NVIDIA L4 Tensor Core GPU, datasheet: 300 GB/s, 242 TFLOPS with sparsity, which are 121 without.
-    "L4": DataSheet(memory=300e9, flops=121e12),
-    # NVIDIA Ada GPU Architecture, whitepaper, appendix A, GeForce RTX 4090: 1008 GB/s, 165.2 TFLOPS.
-    "4090": DataSheet(memory=1008e9, flops=165.2e12),
+    # NVIDIA L4 Tensor Core GPU, datasheet: 24 GB, 300 GB/s, 242 TFLOPS with sparsity, which are 121 without.
+    "L4": DataSheet(memory=300e9, memory_bytes=24 * 2**30, flops=121e12),
+    # NVIDIA Ada GPU Architecture, whitepaper, appendix A, GeForce RTX 4090: 24 GB, 1008 GB/s, 165.2 TFLOPS.
+    "4090": DataSheet(memory=1008e9, memory_bytes=24 * 2**30, flops=165.2e12),
     # NVIDIA A100 Tensor Core GPU, datasheet 1758950 r4: the cards of 80 GB, 312 TFLOPS.
-    "A100-PCIe": DataSheet(memory=1935e9, flops=312e12),
-    "A100-SXM": DataSheet(memory=2039e9, flops=312e12),
+    "A100-PCIe": DataSheet(memory=1935e9, memory_bytes=80 * 2**30, flops=312e12),
+    "A100-SXM": DataSheet(memory=2039e9, memory_bytes=80 * 2**30, flops=312e12),
 }
 
 

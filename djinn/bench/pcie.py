@@ -1,8 +1,9 @@
-"""What crosses PCIe while something runs, as the GPU itself counts it.
+"""What crosses PCIe while something runs, as each GPU itself counts it.
 
 Two sources side by side: ``nvidia-smi dmon`` once a second (its text is kept beside the trace), and NVML's counters
-as often as they answer, about every 50 ms (each of the two calls watches the link for 20 ms). Received is host to
-device. Without an NVIDIA GPU nothing is traced and nothing is written; the trace says why.
+as often as they answer: each of the two calls watches one GPU's link for 20 ms, so that a GPU's turn comes about every
+50 ms for each GPU that is traced. Received is host to device. Without an NVIDIA GPU nothing is traced and nothing is
+written; the trace says why.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,19 +22,21 @@ from typing import IO, Any, Literal
 from djinn import gpus
 from djinn.files import unfinished
 
-COLUMNS = ("time_s", "rx_gbps", "tx_gbps", "source")
+COLUMNS = ("time_s", "rx_gbps", "tx_gbps", "source", "gpu")
 _DMON = ("nvidia-smi", "dmon", "-s", "pct", "-d", "1", "-o", "T")
 _DAY_S = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rates at one moment, 10^9 bytes/s; ``time_s`` counts from the start of the trace. None is a missing value."""
+    """Rates of one GPU at one moment, 10^9 bytes/s; ``time_s`` counts from the start of the trace. None is missing."""
 
     time_s: float
     rx_gbps: float | None
     tx_gbps: float | None
     source: Literal["nvml", "dmon"]
+    gpu: int
+    """As torch counts."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,24 @@ class Trace:
 
 
 @contextmanager
-def trace(path: Path, gpu: int = 0) -> Iterator[Trace]:
-    """Trace the PCIe traffic of a GPU (torch's index) while the block runs, also if it raises or is interrupted.
+def trace(path: Path, count: int = 1) -> Iterator[Trace]:
+    """Trace the PCIe traffic of the first ``count`` GPUs while the block runs, also if it raises or is interrupted.
 
-    Afterwards ``path`` is a CSV file with :data:`COLUMNS`, in order of time within each source, and what dmon printed
-    lies beside it as ``.dmon.txt``. Without an NVIDIA GPU neither is written and the trace says why.
+    Afterwards ``path`` is a CSV file with :data:`COLUMNS`, in order of time within each source and GPU, and what dmon
+    printed lies beside it as ``.dmon.txt``. A GPU that is not here is left out; without any NVIDIA GPU neither file is
+    written and the trace says why.
     """
     with gpus.nvml() as library:
-        handle = library and gpus.nvml_handle(library, gpu)
-        if library is None or handle is None:
+        found = {gpu: gpus.nvml_handle(library, gpu) for gpu in range(count if library else 0)}
+        handles = {gpu: handle for gpu, handle in found.items() if handle is not None}
+        if library is None or not handles:
             yield Trace(available=False, reason="no NVIDIA GPU, or its management library (nvidia-ml-py) is missing")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         running = Trace(available=True)
         began_clock_s = _seconds_of_day(time.strftime("%H:%M:%S"))
         stop, samples = threading.Event(), list[Sample]()
-        sampler = threading.Thread(target=_sample, args=(library, handle, running.began_s, stop, samples), daemon=True)
+        sampler = threading.Thread(target=_sample, args=(library, handles, running.began_s, stop, samples), daemon=True)
         sampler.start()
         try:
             with _dmon(path.with_suffix(".dmon.txt"), running):
@@ -80,7 +85,8 @@ def trace(path: Path, gpu: int = 0) -> Iterator[Trace]:
             stop.set()
             sampler.join()
             text = _text(path.with_suffix(".dmon.txt"))
-            samples += dmon_samples(parse_dmon(text), library.nvmlDeviceGetIndex(handle), began_clock_s)
+            numbers = {library.nvmlDeviceGetIndex(handle): gpu for gpu, handle in handles.items()}
+            samples += dmon_samples(parse_dmon(text), numbers, began_clock_s)
             _write_csv(path, samples)
 
 
@@ -105,16 +111,17 @@ def parse_dmon(text: str) -> list[DmonRow]:
     return rows
 
 
-def dmon_samples(rows: list[DmonRow], gpu: int, began_clock_s: int) -> list[Sample]:
-    """Return the samples of one GPU (dmon's index), timed from ``began_clock_s``, seconds since midnight.
+def dmon_samples(rows: list[DmonRow], numbers: Mapping[int, int], began_clock_s: int) -> list[Sample]:
+    """Return the samples of some GPUs, timed from ``began_clock_s``, seconds since midnight.
 
-    dmon tells the time of day to the second, so these times are right to a second; a trace may pass midnight.
+    ``numbers`` holds torch's number of each GPU by dmon's. dmon tells the time of day to the second, so these times are
+    right to a second; a trace may pass midnight.
     """
     half = _DAY_S // 2
     return [
-        Sample((row.clock_s - began_clock_s + half) % _DAY_S - half, row.rx_gbps, row.tx_gbps, "dmon")
+        Sample((row.clock_s - began_clock_s + half) % _DAY_S - half, row.rx_gbps, row.tx_gbps, "dmon", numbers[row.gpu])
         for row in rows
-        if row.gpu == gpu
+        if row.gpu in numbers
     ]
 
 
@@ -127,17 +134,22 @@ def _seconds_of_day(clock: str) -> int:
     return hours * 3600 + minutes * 60 + seconds
 
 
-def _sample(library: Any, handle: Any, began_s: float, stop: threading.Event, samples: list[Sample]) -> None:
-    """Ask NVML for both directions until told to stop; each answer is an average over the 20 ms of the call."""
-    while not stop.wait(0.01):
-        begun = time.perf_counter()
-        try:
-            rx = library.nvmlDeviceGetPcieThroughput(handle, library.NVML_PCIE_UTIL_RX_BYTES)
-            tx = library.nvmlDeviceGetPcieThroughput(handle, library.NVML_PCIE_UTIL_TX_BYTES)
-        except library.NVMLError:
-            return  # this GPU does not count its link (virtual GPUs do not); dmon shows the same
-        middle = (begun + time.perf_counter()) / 2
-        samples.append(Sample(middle - began_s, rx / 1e6, tx / 1e6, "nvml"))  # NVML answers in KB/s
+def _sample(
+    library: Any, handles: Mapping[int, Any], began_s: float, stop: threading.Event, samples: list[Sample]
+) -> None:
+    """Ask NVML about each GPU in turn until told to stop; each answer is an average over the 20 ms of the call."""
+    counting = dict(handles)
+    while counting and not stop.wait(0.01):
+        for gpu, handle in list(counting.items()):
+            begun = time.perf_counter()
+            try:
+                rx = library.nvmlDeviceGetPcieThroughput(handle, library.NVML_PCIE_UTIL_RX_BYTES)
+                tx = library.nvmlDeviceGetPcieThroughput(handle, library.NVML_PCIE_UTIL_TX_BYTES)
+            except library.NVMLError:
+                del counting[gpu]  # it does not count its link (virtual GPUs do not); dmon shows the same
+                continue
+            middle = (begun + time.perf_counter()) / 2
+            samples.append(Sample(middle - began_s, rx / 1e6, tx / 1e6, "nvml", gpu))  # NVML answers in KB/s
 
 
 @contextmanager
@@ -180,4 +192,4 @@ def _write_csv(path: Path, samples: list[Sample]) -> None:
     with unfinished(path) as part, part.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
-        table.writerows((f"{s.time_s:.4f}", s.rx_gbps, s.tx_gbps, s.source) for s in samples)
+        table.writerows((f"{s.time_s:.4f}", s.rx_gbps, s.tx_gbps, s.source, s.gpu) for s in samples)

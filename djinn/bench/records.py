@@ -147,6 +147,11 @@ class Record(BaseModel):
         return self.by_rank or (self,)
 
     @property
+    def total_ceiling_gbps(self) -> float | None:
+        """``ceiling_gbps`` of the links of all GPUs; None where one process held several and measured one's alone."""
+        return self.ceiling_gbps if len(self.each_rank) == self.gpus else None
+
+    @property
     def bare_gbps(self) -> float | None:
         """The higher rate of the bare copies before and after this run; None where they were not measured."""
         return max(bare_looks(self), default=None)

@@ -24,7 +24,8 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
 
     The first run of the point with the profile's own chunk (else of the first point) also writes
     ``results/timeline.jsonl``, an :class:`djinn.transport.stats.Interval` per line, and that of the coded point
-    ``results/timeline_coded.jsonl``. Where there is an NVIDIA GPU, the whole sweep is traced to ``results/pcie.csv``.
+    ``results/timeline_coded.jsonl``. Of several GPUs the second one's is ``results/timeline_1.jsonl``, and so on. Where
+    there is an NVIDIA GPU, the whole sweep is traced to ``results/pcie.csv``.
     Runs that are already ``ok`` are not repeated.
 
     Raises:
@@ -37,7 +38,7 @@ def run_sweep(profile: Profile, run_dir: Path) -> list[Record]:
     order: Order = "by run" if profile.interleave else "by lane"
     with Bench("sweep", profile, run_dir, keep=_fit_together(lanes, profile)) as bench:
         missing = bench.missing(lanes, runs=profile.sweep.runs, order=order)
-        with trace(run_dir / "results" / "pcie.csv") if missing else nullcontext():
+        with trace(run_dir / "results" / "pcie.csv", profile.gpus) if missing else nullcontext():
             return bench.measure(lanes, runs=profile.sweep.runs, order=order)
 
 

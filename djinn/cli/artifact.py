@@ -33,12 +33,18 @@ def report(run_dir: RunDir) -> None:
     """Write the report of a run: systems side by side, claims, machine."""
     from djinn.artifact.claims import claims_frame, read_claims
     from djinn.artifact.closing import verdict_of
+    from djinn.artifact.reference import measured, run_of
     from djinn.artifact.report import write_report
+    from djinn.bench.run import Run
 
     page = write_report(run_dir)
-    outcomes = read_claims(run_dir)
-    frame = claims_frame(outcomes)[["claim", "verdict", "text", "target", "measured"]]
-    print_table(list(frame.columns), frame.to_numpy().tolist())
+    outcomes, run = read_claims(run_dir), Run(run_dir)
+    reference = None if run.replayed else run_of(run.profile.name)
+    columns = ["claim", "verdict", "text", "target", "measured", *(["reference"] if reference else [])]
+    frame = claims_frame(outcomes, measured(reference) if reference else None)
+    print_table(columns, frame[columns].to_numpy().tolist())
+    if reference is not None:
+        say(f"reference: {reference.name}, a run of the same profile")
     print_paths([page])
     say(verdict_of(run_dir))
     exit_unless(all(outcome.verdict != "FAIL" for outcome in outcomes))

@@ -15,6 +15,7 @@ from djinn.cli.options import (
     Chunk,
     CodingOption,
     Device,
+    Figure,
     Gpus,
     HitRate,
     HostCompute,
@@ -23,12 +24,14 @@ from djinn.cli.options import (
     Json,
     Model,
     NewTokens,
+    OtherDevice,
     OtherDisk,
     OtherLink,
     OtherMachine,
     OtherRam,
     PromptTokens,
     Ring,
+    RunDevice,
 )
 from djinn.cli.ranks import is_first, is_rank, run_as_ranks
 from djinn.cli.show import print_generated, print_json, print_paths, print_tensor_sizes, say, working
@@ -56,12 +59,12 @@ def plan(
     host_threads: HostThreads = None,
     hit_rate: HitRate = None,
     gpus: Gpus = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda, here or not.  [default: the machine's]")] = None,
+    device: OtherDevice = None,
     machine: OtherMachine = None,
     link: OtherLink = None,
     disk: OtherDisk = None,
     ram: OtherRam = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw it too, as .png, .pdf and .csv of this name.")] = None,
+    figure: Figure = None,
     as_json: Json = False,
 ) -> None:
     """Say where the weights would be, and how fast that is, without loading anything."""
@@ -121,7 +124,7 @@ def generate(
     coding: CodingOption = None,
     host_compute: HostCompute = False,
     host_threads: HostThreads = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: a GPU where there is one]")] = None,
+    device: RunDevice = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     gpus: Gpus = 1,

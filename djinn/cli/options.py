@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from djinn.errors import ConfigError
+from djinn.names import coding_name, device_name
 from djinn.sizes import parse_bytes, parse_rate
 
 
@@ -34,9 +36,36 @@ def _machine(value: str | None) -> str | None:
     return value
 
 
+def _model(value: str | None) -> str | None:
+    """Refuse what no model can be called, as early."""
+    from djinn.weights.called import require_known
+
+    if value is not None:
+        require_known(value)
+    return value
+
+
+def _device(value: str | None) -> str | None:
+    return None if value is None else device_name(value)
+
+
+def _coding(value: str | None) -> str | None:
+    return None if value is None else coding_name(value)
+
+
+def _figure(value: Path | None) -> Path | None:
+    """Refuse a kind of picture that is not drawn, before anything is planned."""
+    if value is not None and value.suffix not in (".pdf", ".png"):
+        raise ConfigError(f"figure {str(value)!r}: figures are .pdf and .png")
+    return value
+
+
 ProfileName = Annotated[str, typer.Option("--profile", help="A name that `djinn profiles` lists, or a .yaml file.")]
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, hub id (org/name@revision) or synthetic:<name>.")]
-OtherModel = Annotated[str | None, typer.Option("--model", help="Another model than the profile's.")]
+Model = Annotated[
+    str,
+    typer.Argument(callback=_model, help="Checkpoint folder, hub id (org/name@revision) or synthetic:<name>."),
+]
+OtherModel = Annotated[str | None, typer.Option("--model", callback=_model, help="Another model than the profile's.")]
 Budget = Annotated[str, typer.Option(callback=_size, help="The most device memory to use: '4 GB', '24 GiB'.")]
 OtherBudget = Annotated[str | None, typer.Option("--budget", callback=_size, help="Another budget than the profile's.")]
 Ring = Annotated[str | None, typer.Option(callback=_size, help="Device ring; the plan chooses by default.")]
@@ -73,8 +102,22 @@ OtherGpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Another nu
 RunDir = Annotated[Path, typer.Argument(help="A run directory with results.")]
 Runs = Annotated[int | None, typer.Option(min=1, help="Runs of each point.  [default: the profile's]")]
 CodingOption = Annotated[
-    str | None, typer.Option("--coding", help="lossless or none; by default weights stay as they are stored.")
+    str | None,
+    typer.Option("--coding", callback=_coding, help="lossless or none; by default weights stay as they are stored."),
 ]
-ProfileCoding = Annotated[str | None, typer.Option("--coding", help="lossless or none; the profile's by default.")]
-Device = Annotated[str | None, typer.Option(help="Where tensors are coded.  [default: a GPU where there is one]")]
+ProfileCoding = Annotated[
+    str | None, typer.Option("--coding", callback=_coding, help="lossless or none; the profile's by default.")
+]
+Device = Annotated[
+    str | None, typer.Option(callback=_device, help="Where tensors are coded.  [default: a GPU where there is one]")
+]
+RunDevice = Annotated[
+    str | None, typer.Option("--device", callback=_device, help="cpu or cuda.  [default: a GPU where there is one]")
+]
+OtherDevice = Annotated[
+    str | None, typer.Option("--device", callback=_device, help="cpu or cuda, here or not.  [default: the machine's]")
+]
+Figure = Annotated[
+    Path | None, typer.Option(callback=_figure, help="Draw it too, as .png, .pdf and .csv of this name.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]

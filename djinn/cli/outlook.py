@@ -36,6 +36,8 @@ class Machine:
     """Host memory that is free there, bytes; None for what is free here."""
     cores: int | None = None
     """Cores there that can be spared; None for those here."""
+    memory_bytes: int | None = None
+    """Of its GPU's memory; None where there is none, or nobody knows."""
     note: str = ""
     """What a reader of the plan has to know."""
     elsewhere: Machine | None = None
@@ -52,7 +54,10 @@ def machine(
     """
     from djinn.planning.rates import Rates
 
-    found = _found(name, "cuda" if link and name is None and device is None else device, asked=link is not None)
+    if name is not None:
+        found = _named(name, device)
+    else:
+        found = _here("cuda" if link and device is None else device, asked=link is not None)
     if link is not None or disk is not None:
         rates = found.rates or Rates(device="cpu" if found.device == "cpu" else "cuda")
         rates = rates if link is None else replace(rates, link=parse_rate(link))
@@ -61,26 +66,39 @@ def machine(
     return found if ram is None else replace(found, free=parse_bytes(ram), note="", elsewhere=None)
 
 
-def _found(name: str | None, device: str | None, *, asked: bool) -> Machine:
+def _named(name: str, device: str | None) -> Machine:
+    """Return the machine of reference records, of a certified run or of a data sheet that was named."""
     from djinn.bench.data_sheets import sheet_of
-    from djinn.bench.machines import certified_here, machine_of
+    from djinn.bench.machines import machine_of
     from djinn.devices import device_of
     from djinn.host.cores import KEPT
 
-    if name is not None:
-        cores: int | None = None
-        if (sheet := sheet_of(name)) is not None:
-            rates, free, note = sheet.rates(), _ENOUGH_BYTES, _TAKEN
-            name = f"{name} (data sheet, not measured)"
-        else:
-            measured = machine_of(name)
-            rates, free, note = measured.rates, measured.machine.available_bytes, ""
-            cores = measured.machine.cores or measured.machine.threads
-            cores = None if cores is None else max(cores - KEPT, 1)
-        if device is not None and device_of(device).type != rates.device:
-            raise ConfigError(f"device {device!r}: the rates of {name} are those of device {rates.device}")
-        return Machine(name=name, device=rates.device, rates=rates, free=free, note=note, cores=cores)
+    if (sheet := sheet_of(name)) is not None:
+        rates = sheet.rates()
+        found = Machine(
+            name=f"{name} (data sheet, not measured)", device=rates.device, rates=rates, free=_ENOUGH_BYTES,
+            note=_TAKEN, memory_bytes=sheet.memory_bytes,
+        )  # fmt: skip
+    else:
+        certified = machine_of(name)
+        rates, there = certified.rates, certified.machine
+        cores = there.cores or there.threads
+        found = Machine(
+            name=name, device=rates.device, rates=rates, free=there.available_bytes,
+            cores=None if cores is None else max(cores - KEPT, 1),
+            memory_bytes=there.gpu_bytes if rates.device == "cuda" else None,
+        )  # fmt: skip
+    if device is not None and device_of(device).type != rates.device:
+        raise ConfigError(f"device {device!r}: the rates of {found.name} are those of device {rates.device}")
+    return found
+
+
+def _here(device: str | None, *, asked: bool) -> Machine:
+    """Return this machine; its link is not measured where another's rate is ``asked`` for."""
     import torch
+
+    from djinn.bench.machines import certified_here
+    from djinn.devices import device_of
 
     where = device_of(device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -92,7 +110,9 @@ def _found(name: str | None, device: str | None, *, asked: bool) -> Machine:
     else:
         measured_now = _link_here() if where.type == "cuda" and not asked else None
         own = Machine(name="this machine, not certified", device=str(where), rates=measured_now, free=None)
-    if device is not None or where.type == "cuda":
+    if where.type == "cuda":
+        return replace(own, memory_bytes=torch.cuda.get_device_properties(where).total_memory)
+    if device is not None:
         return own
     note = f"this machine has no GPU and too little memory for that budget: planned for a GPU elsewhere; {_TAKEN}"
     other = Machine(name="a GPU elsewhere", device="cuda", rates=None, free=_ENOUGH_BYTES, note=note)
@@ -161,15 +181,12 @@ def draw(forecast: Forecast, there: Machine, model: str, path: Path) -> list[Pat
     """Draw a forecast as PDF, PNG and CSV, named as ``path`` is; return where they are.
 
     Raises:
-        ConfigError: another kind of picture.
         UnavailableError: nothing was predicted.
     """
-    if path.suffix not in (".pdf", ".png"):
-        raise ConfigError(f"figure {str(path)!r}: figures are .pdf and .png")
     from djinn.figures import forecast as picture
     from djinn.figures.draw import save
 
-    figure = picture.draw(forecast, f"{model} on {there.name}")
+    figure = picture.draw(forecast, f"{model} on {there.name}", there.memory_bytes)
     return save(figure, picture.budgets_frame(forecast), path.with_suffix(""))
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from djinn.bench.records import Record
     from djinn.weights.pack import TensorSize
 
+_VERDICTS = {"PASS": "green", "FAIL": "bold red", "WARN": "yellow", "NOT RUN": "dim"}
+"""Of claims and, in small letters, of certification."""
+
 
 def working(on: str) -> Status:
     """Return a line that says on standard error, on a terminal alone, what goes on inside its ``with``.
@@ -108,10 +111,14 @@ def _size_row(tensors: str, dtype: str, sizes: Sequence[TensorSize]) -> list[str
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table for people; a missing number is an empty cell."""
+    """Print a table for people; a missing number is an empty cell, and a verdict has its colour on a terminal."""
     table = Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        cells = [_cell(value) for value in row]
+        for name, cell in zip(columns, cells, strict=True):
+            if name == "verdict":
+                cell.stylize(_VERDICTS.get(cell.plain.upper(), ""))
+        table.add_row(*cells)
     Console().print(table)
 
 

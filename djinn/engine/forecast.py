@@ -13,12 +13,13 @@ from djinn.engine.opened import outlined
 from djinn.errors import ConfigError, UnavailableError
 from djinn.hardware import usable_ram
 from djinn.host.cores import choose_cpus
+from djinn.names import Coding
 from djinn.planning.host import assumed_rates
 from djinn.planning.outlook import MOST_TOKENS, Forecast, outlook
 from djinn.planning.placement import Plan
 from djinn.planning.prediction import Prediction, predict
 from djinn.planning.rates import Rates
-from djinn.planning.request import Coding, Request
+from djinn.planning.request import Request
 from djinn.planning.work import work_of
 from djinn.planning.workspace import Workload
 

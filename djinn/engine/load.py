@@ -22,9 +22,10 @@ from djinn.engine.opened import opened
 from djinn.engine.ranks import ranks_of
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
+from djinn.names import Coding
 from djinn.planning.memory import require_device_memory
 from djinn.planning.placement import Plan
-from djinn.planning.request import Coding, Experts, Request
+from djinn.planning.request import Experts, Request
 from djinn.planning.workspace import Workload
 from djinn.sizes import format_bytes
 from djinn.spill import remove_leftovers, spill_folder

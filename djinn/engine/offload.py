@@ -21,8 +21,9 @@ from djinn.engine.opened import opened
 from djinn.engine.ranks import ranks_holding
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
+from djinn.names import Coding
 from djinn.planning.memory import require_device_memory
-from djinn.planning.request import Coding, Request
+from djinn.planning.request import Request
 from djinn.sizes import format_bytes, parse_bytes
 from djinn.weights.index import WeightIndex
 from djinn.weights.models import held_here

@@ -19,10 +19,11 @@ from djinn.errors import ConfigError, PlanError
 from djinn.gpus import gpus as gpus_here
 from djinn.hardware import usable_ram
 from djinn.host.cores import choose_cpus
+from djinn.names import Coding
 from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, Tier, place_on
-from djinn.planning.request import Coding, Experts, Request
+from djinn.planning.request import Experts, Request
 from djinn.planning.workspace import (
     COLLECTIVES_BYTES,
     CUDA_OVERHEAD_BYTES,

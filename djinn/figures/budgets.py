@@ -13,8 +13,8 @@ from djinn.figures import frames
 from djinn.figures.bars import cut_at, digits
 from djinn.figures.headline import SMALL_BYTES
 from djinn.figures.plots import require
-from djinn.figures.style import GREY, SMALLEST_PT, canvas, explain, figure_of, house_style, look_of
-from djinn.planning.request import Coding
+from djinn.figures.style import GREY, SMALLEST_PT, beyond, canvas, explain, figure_of, house_style, look_of
+from djinn.names import Coding
 
 _CODINGS: dict[str, Coding] = {"djinn": "none", "djinn:lossless": "lossless"}
 
@@ -56,9 +56,17 @@ def measured(run: Run) -> pd.DataFrame:
     return rows.groupby(["name", "budget_bytes"], sort=False)["token_s"].median().dropna().reset_index()
 
 
+def gpu_bytes(run: Run) -> int | None:
+    """Return the memory of the GPU that a run was measured on; None without one, and where nobody knows."""
+    on_gpu = run.has_profile and run.profile.device == "cuda"
+    return run.machine.gpu_bytes if on_gpu and run.machine else None
+
+
 @house_style()
-def draw(lines: pd.DataFrame, points: pd.DataFrame, ax: Axes | None = None) -> Figure:
+def draw(lines: pd.DataFrame, points: pd.DataFrame, memory_bytes: int | None = None, ax: Axes | None = None) -> Figure:
     """Draw predicted ``lines`` and measured ``points`` (see :func:`predicted` and :func:`measured`).
+
+    Budgets beyond ``memory_bytes``, the memory of the GPU where there is one, are shaded.
 
     Raises:
         DjinnError: no points, or neither a line nor a second budget: that is no figure.
@@ -84,7 +92,11 @@ def draw(lines: pd.DataFrame, points: pd.DataFrame, ax: Axes | None = None) -> F
                 textcoords="offset points", ha="left", va="top", fontsize=SMALLEST_PT, style="italic",
             )  # fmt: skip
     ax.set(xlabel="budget (GB)", ylabel="time per token (s)", xlim=(0, None), ylim=(0, highest))
+    shaded = beyond(ax, memory_bytes)
     words = "Lines: what djinn's plans are predicted to take with the rates that were measured on this machine; steep "
     words += "where weights do not fit host memory either and come from disk, flat once all of them are resident. "
-    explain(ax, "Time per token by budget", words + "Marks: medians of what was measured.", key)
+    words += "Marks: medians of what was measured."
+    if shaded:
+        words += " Shaded: budgets beyond the GPU's memory."
+    explain(ax, "Time per token by budget", words, [*key, *shaded])
     return figure_of(ax)

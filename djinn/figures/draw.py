@@ -14,7 +14,19 @@ from matplotlib.figure import Figure
 
 from djinn.bench.run import Run
 from djinn.errors import DjinnError
-from djinn.figures import across, budgets, experts, frames, headline, plots, scaling, sweeps, timelines
+from djinn.figures import (
+    across,
+    budgets,
+    counters,
+    experts,
+    frames,
+    headline,
+    per_gpu,
+    plots,
+    scaling,
+    sweeps,
+    timelines,
+)
 from djinn.figures.perfetto import trace_events
 from djinn.figures.style import LOOKS, caption_of, house_style, mark, strip
 from djinn.files import write_bytes, write_text
@@ -101,19 +113,19 @@ def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFram
     # In one order on every page, whatever a profile's.
     systems = [name for name in LOOKS if name in run.profile.systems] if records and run.has_profile else []
     runs, points = frames.runs(records, systems), frames.sweep(run.sweep)
-    traced = {"djinn": frames.read_timeline(run.folder)}
-    traced["djinn:lossless"] = frames.read_timeline(run.folder, "timeline_coded")
-    ceilings = pd.concat([runs["ceiling_gbps"], points["ceiling_gbps"]]).dropna()
-    ceiling = float(ceilings.median()) if len(ceilings) else None
+    traced = per_gpu.read_timelines(run.folder)
+    ceilings = per_gpu.ceilings([*records, *run.sweep])
     fastest = headline.rows_of(records)
     words = "" if fastest.empty else headline.about(records, fastest)
-    yield "headline", fastest, partial(headline.draw, title=_headline_title(run), caption=words)
+    picture = partial(headline.draw, title=_headline_title(run), caption=words)
+    yield "headline", fastest, picture
+    yield "headline_narrow", fastest, partial(picture, narrow=True)
     yield "bandwidth", runs, partial(plots.bandwidth, reference=runs_before)
     yield "ttft", runs, partial(plots.ttft, reference=runs_before)
     yield "time_per_token", frames.tokens(records, systems), partial(plots.time_per_token, reference=tokens_before)
     yield "device_memory", runs, plots.device_memory
     yield "loading", runs, plots.loading
-    yield "token_parts", timelines.parts_frame(traced), timelines.where_time_goes
+    yield "token_parts", timelines.parts_frame(traced[0]), timelines.where_time_goes
     yield "bits_per_weight", frames.bits(records), plots.bits_per_weight
     yield "chunk_sweep", points[points["axis"] == "chunk"], partial(sweeps.sweep, axis="chunk")
     yield "ring_sweep", points[points["axis"] == "ring"], partial(sweeps.sweep, axis="ring")
@@ -121,9 +133,12 @@ def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFram
     yield "batch_sweep", points[points["axis"] == "batch"], sweeps.by_batch
     yield "prompt_sweep", points[points["axis"] == "prompt"], sweeps.by_prompt
     if not run.replayed:  # what is replayed measures nothing, and a prediction takes as long as all else
-        yield "budgets", budgets.measured(run), lambda points: budgets.draw(budgets.predicted(run), points)
+        memory = budgets.gpu_bytes(run)
+        yield "budgets", budgets.measured(run), lambda rows: budgets.draw(budgets.predicted(run), rows, memory)
     yield "predictions", across.read_predictions([run.folder]), across.predictions
-    yield "copy_rates", timelines.rates_frame(traced), partial(timelines.copy_rates, ceiling_gbps=ceiling)
-    yield "timeline", traced["djinn"], timelines.timeline
-    yield "timeline_coded", traced["djinn:lossless"], timelines.timeline
-    yield "pcie", frames.read_pcie(run.folder), partial(timelines.counters, ceiling_gbps=ceiling)
+    yield "copy_rates", timelines.rates_frame(*traced), partial(timelines.copy_rates, ceilings_gbps=ceilings)
+    for gpu, own in enumerate(traced):
+        drawn = partial(timelines.timeline, gpu=gpu if len(traced) > 1 else None)
+        for system, name in per_gpu.TIMELINES.items():
+            yield f"{name}_{gpu}" if gpu else name, own[system], drawn
+    yield "pcie", frames.read_pcie(run.folder), partial(counters.counters, ceilings_gbps=ceilings)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from djinn.errors import UnavailableError
-from djinn.figures.style import GREY, LIMITS, PAGE_IN, explain, house_style
+from djinn.figures.style import GREY, LIMITS, PAGE_IN, beyond, explain, house_style
 from djinn.planning.outlook import Forecast
 from djinn.planning.placement import Plan, Tier
 from djinn.sizes import format_bytes
@@ -34,8 +35,8 @@ def budgets_frame(forecast: Forecast) -> pd.DataFrame:
 
 
 @house_style()
-def draw(forecast: Forecast, title: str) -> Figure:
-    """Draw a forecast.
+def draw(forecast: Forecast, title: str, gpu_bytes: int | None = None) -> Figure:
+    """Draw a forecast; budgets beyond ``gpu_bytes``, the memory of the GPU where that is known, are shaded.
 
     Raises:
         UnavailableError: nothing was predicted.
@@ -45,7 +46,8 @@ def draw(forecast: Forecast, title: str) -> Figure:
     figure = Figure(figsize=(PAGE_IN, 3.1), layout="constrained")
     curve, strip = figure.subplots(2, 1, height_ratios=[5, 1])
     frame = budgets_frame(forecast)
-    key = curve.plot(frame["budget_bytes"] / 1e9, frame["token_s"], color="#BBBBBB", label="predicted")
+    curve.plot(frame["budget_bytes"] / 1e9, frame["token_s"], color="#BBBBBB")
+    key: list[Artist] = []
     for limit, points in frame.groupby("limit", sort=False):
         look = {"color": LIMITS[str(limit)], "label": f"limited by {limit}", "markersize": 4, "linestyle": ""}
         key += curve.plot(points["budget_bytes"] / 1e9, points["token_s"], marker="o", **look)
@@ -55,12 +57,13 @@ def draw(forecast: Forecast, title: str) -> Figure:
         [x], [y], marker="o", mfc="white", mec="black", markersize=7, linestyle="", zorder=1.9, label=chosen
     )
     curve.set(xlabel="budget (GB)", ylabel="time per token (s)", xlim=(0, None), ylim=(0, None))
+    key += beyond(curve, gpu_bytes)
     explain(
         curve,
         title,
         "Time per token as predicted from measured rates, and what limits it: the disk where weights do not fit host "
-        "memory, the link where they stream, compute once all are resident. Budgets may be larger than the GPU. Below: "
-        "the units of the chosen plan in execution order.",
+        "memory, the link where they stream, compute once all are resident. Shaded: budgets beyond the GPU's memory, "
+        "where that is known. Below: the units of the chosen plan in execution order.",
         key,
         columns=len(key),
     )

@@ -14,7 +14,7 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     generate_s       ttft_s plus every per-token time: what the passes of the run took
     link_gbps        bytes that crossed the link / wall_s, 10^9 bytes/s
     effective_gbps   weight bytes the model consumed / wall_s, 10^9 bytes/s
-    ceiling_gbps     the link's raw rate beside this run, 10^9 bytes/s
+    ceiling_gbps     the raw rate beside this run of all GPUs' links, 10^9 bytes/s; NaN where not all were measured
     bare_gbps        the rate of bare copies of the same weights, the higher of those before and after this run
     bound_s          the least seconds that a pass over raw weights can take: bytes of the model beyond the budget of
                      all GPUs / ceiling; NaN where only those experts cross the link that routers pick, and
@@ -31,7 +31,7 @@ why ("OOM", "not run"); nothing is dropped and nothing becomes zero.
     size_bytes       the point: bytes, of "batch" sequences, of "prompt" tokens; NaN for "coding"
 ``bits``: one row per kind of coded tensor and run of djinn: name, run, kind, bits (stored for every 16 of the weights).
 ``timeline``: one row per interval of the copy engine: lane, unit, start_s, end_s, nbytes, cause.
-``pcie``: the trace of the GPU's link: time_s, rx_gbps, tx_gbps, source.
+``pcie``: the trace of each GPU's link: time_s, rx_gbps, tx_gbps, source, gpu.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ class _Sample(_Line):
     rx_gbps: _Number | None
     tx_gbps: _Number | None
     source: Literal["nvml", "dmon"]
+    gpu: Count = 0
+    """Older traces are of the first GPU and do not say so."""
 
 
 TIMELINE_COLUMNS = ["lane", "unit", "start_s", "end_s", "nbytes", "cause"]
@@ -261,9 +263,10 @@ def _row(record: Record) -> dict[str, object]:
         row["generate_s"] = record.ttft_s + sum(record.per_token_s)
     if record.link_bytes is not None and record.wall_s is not None:
         row["link_gbps"] = record.link_bytes / record.wall_s / 1e9
-    if record.link == "pcie" and record.model_bytes and record.ceiling_gbps and record.expert_hits is None:
+    row["ceiling_gbps"] = ceiling = record.total_ceiling_gbps
+    if record.link == "pcie" and record.model_bytes and ceiling and record.expert_hits is None:
         beyond = max(0, record.model_bytes - record.gpus * record.budget_bytes)
-        row["bound_s"] = beyond / record.ceiling_gbps / 1e9
+        row["bound_s"] = beyond / ceiling / 1e9
     return row
 
 

@@ -6,6 +6,7 @@ the model's bytes beyond the budget. Coded weights are fewer bytes, so that djin
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,16 @@ from djinn.bench.records import Record
 from djinn.bench.statistics import summary_frame
 from djinn.errors import DjinnError, UnavailableError
 from djinn.figures.bars import break_marks, cut_at
-from djinn.figures.style import LOOKS, PAGE_IN, SMALLEST_PT, beside, canvas, explain, figure_of, house_style
+from djinn.figures.style import COLUMN_IN, LOOKS, PAGE_IN, SMALLEST_PT, beside, canvas, explain, figure_of, house_style
 
 SMALL_BYTES = 10**9
 """A smaller model's times and rates mean nothing: fixed costs outweigh its copies."""
 OURS = ("djinn", "djinn:lossless")
 _OTHERS = "#B8B8B8"
+_GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+"""Of words that stand on a line."""
+_TITLE_LETTERS = 44
+"""In a line of the narrow picture's title."""
 
 
 def medians(records: Sequence[Record]) -> pd.DataFrame:
@@ -33,7 +38,7 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
         label: its display name.
         runs: how many runs finished.
         token_s: median of all times from one token to the next, seconds.
-        ceiling_gbps: median of the link's ceilings beside the runs of all systems, 10^9 bytes/s.
+        ceiling_gbps: median of the ceilings of all GPUs' links beside the runs of all systems, 10^9 bytes/s.
         model_bytes, budget_bytes: as recorded.
         bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds; NaN where the link is the disk, of which
             host memory may keep a part, and where only those experts cross it that routers pick.
@@ -49,7 +54,8 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
     times = frame.set_index("label")["token_s_median"]
     if OURS[0] not in times:
         raise UnavailableError("no finished run of djinn to compare with")
-    ceiling = pd.Series([each.ceiling_gbps for each in records if each.ceiling_gbps is not None]).median()
+    ceilings = [each.total_ceiling_gbps for each in records]
+    ceiling = pd.Series([each for each in ceilings if each is not None], dtype=float).median()
     rows = pd.DataFrame(
         {
             "name": frame["label"],
@@ -103,7 +109,7 @@ def faster(ratio: float) -> str:
 
 
 @house_style()
-def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None) -> Figure:
+def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None, *, narrow: bool = False) -> Figure:
     """Draw ``rows`` (see :func:`medians`): a bar for each system, its time, and how much faster djinn is.
 
     Args:
@@ -111,18 +117,20 @@ def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None) -
         title: what is compared.
         caption: machine, runs and weights (see :func:`about`).
         ax: an axes to draw into instead of a figure of its own.
+        narrow: as wide as one column, or a phone: words stand above the bars instead of beside them.
 
     Raises:
         DjinnError: no rows.
     """
     if rows.empty:
         raise DjinnError("no finished run of djinn with more than one token")
-    ax = canvas(ax, 0.9 + 0.25 * len(rows), PAGE_IN)
+    thick = 0.36 if narrow else 0.7
+    ax = canvas(ax, *((1.4 + 0.5 * len(rows), COLUMN_IN) if narrow else (0.9 + 0.25 * len(rows), PAGE_IN)))
     bound, longest = rows["bound_s"].iloc[0], cut_at(rows["token_s"].tolist())
     for row, system in enumerate(rows.to_dict("records")):
         name, seconds = str(system["name"]), float(system["token_s"])
         ours, drawn = name in OURS, min(seconds, longest)
-        ax.barh(row, drawn, height=0.7, color=LOOKS[name].colour if ours else _OTHERS, linewidth=0)
+        ax.barh(row, drawn, height=thick, color=LOOKS[name].colour if ours else _OTHERS, linewidth=0)
         if seconds > longest:
             break_marks(ax, row, longest)
         ax.annotate(
@@ -133,24 +141,36 @@ def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None) -
             va="center",
             fontweight="bold" if ours else "normal",
             zorder=6,
+            bbox=_GROUND if narrow else None,
         )
-        if not ours:
-            beside(ax, "; ".join(f"{LOOKS[each].label} {faster(system[each])}" for each in _measured(system)), row)
+        gains = [] if ours else [f"{LOOKS[each].label} {faster(system[each])}" for each in _measured(system)]
+        if narrow:
+            _above(ax, row - thick / 2, "\n".join([str(system["label"]), *filter(None, ["; ".join(gains)])]))
+        elif gains:
+            beside(ax, "; ".join(gains), row)
     if bound > 0:
         ax.axvline(bound, color="black", linestyle="--", zorder=5)
         late = bound > 0.6 * rows["token_s"].clip(upper=longest).max()
-        words = f"the link's bound for raw weights, {bound:#.3g} s"
+        words = f"the link's bound{'' if narrow else ' for raw weights'}, {bound:#.3g} s"
         ax.annotate(
             words, (bound, len(rows) - 0.2), xytext=(-4 if late else 4, 0), textcoords="offset points", va="center",
             ha="right" if late else "left", fontsize=SMALLEST_PT,
         )  # fmt: skip
-    ax.set_yticks(range(len(rows)), list(rows["label"]))
-    ax.set_ylim(len(rows) + 0.1, -0.5)
-    ax.margins(x=0.12)  # room for the numbers
+    ax.set_yticks([] if narrow else range(len(rows)), [] if narrow else list(rows["label"]))
+    ax.set_ylim(len(rows) + 0.1, -0.8 if narrow else -0.5)
+    ax.margins(x=0.18 if narrow else 0.12)  # room for the numbers
     ax.grid(False, axis="y")
     ax.set_xlabel("time per token (s)")
-    explain(ax, title, caption)
+    explain(ax, textwrap.fill(title, _TITLE_LETTERS) if narrow else title, caption)
     return figure_of(ax)
+
+
+def _above(ax: Axes, row: float, words: str) -> None:
+    """Write ``words`` above a bar, from the left edge of the axes on; they cover the line of the bound."""
+    ax.annotate(
+        words, (0, row), xytext=(2, 1.5), textcoords="offset points", va="bottom", fontsize=SMALLEST_PT, zorder=6,
+        linespacing=1.05, bbox=_GROUND,
+    )  # fmt: skip
 
 
 def _measured(system: Mapping[Any, Any]) -> list[str]:

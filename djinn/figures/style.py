@@ -22,6 +22,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from djinn.sizes import format_bytes
+
 COLUMN_IN = 3.33
 """Width of one USENIX column, in inches."""
 PAGE_IN = 7.0
@@ -149,6 +151,15 @@ def explain(ax: Axes, title: str, caption: str, key: Sequence[Artist] = (), colu
             labelspacing=0.2,
         )  # fmt: skip
     ax.set_label(caption)
+
+
+def beyond(ax: Axes, gpu_bytes: int | None) -> list[Artist]:
+    """Shade what lies beyond a GPU's memory on an axis of budgets in GB; return it for the key, or nothing."""
+    most = ax.get_xlim()[1]
+    if gpu_bytes is None or gpu_bytes / 1e9 >= most:
+        return []
+    words = f"beyond this GPU's {format_bytes(gpu_bytes)}"
+    return [ax.axvspan(gpu_bytes / 1e9, most, color="#E8E8E8", linewidth=0, zorder=0, label=words)]
 
 
 def caption_of(figure: Figure) -> str:

@@ -1,8 +1,9 @@
-"""What a copy engine did when: the timeline, where a token's time goes, how fast each copy was, the GPU's counters."""
+"""What a copy engine did when: the timeline, where a token's time goes, how fast each copy was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from djinn.errors import DjinnError
 from djinn.figures import frames
 from djinn.figures.bars import digits
 from djinn.figures.plots import require
-from djinn.figures.style import GREY, LANES, PAGE_IN, beside, canvas, explain, figure_of, house_style, look_of
+from djinn.figures.style import LANES, PAGE_IN, beside, canvas, explain, figure_of, house_style, look_of
 
 _ENLARGED = 40
 """Intervals in the enlarged part of a timeline."""
@@ -24,8 +25,6 @@ _BOUND_FROM = 0.9
 """The link is what bounds a run in which copies take at least this share of the time."""
 _LEAST_BYTES = 10**7
 """Of a copy whose rate is drawn: shorter ones are mostly the cost of a command."""
-_GAP_S = 1.0
-"""Between samples of the counters that belong to one stretch of work."""
 
 _STATES = {"compute": LANES["compute"], "decode": LANES["decode"], "stall": LANES["stall"], "rest": "#DDCC77"}
 _STATE_WORDS = {
@@ -37,8 +36,11 @@ _STATE_WORDS = {
 
 
 @house_style()
-def timeline(intervals: pd.DataFrame, ax: Axes | None = None) -> Figure:
-    """Copies, decoding, compute and waiting over time, and a part of them enlarged; ``ax`` takes the whole alone."""
+def timeline(intervals: pd.DataFrame, ax: Axes | None = None, gpu: int | None = None) -> Figure:
+    """Copies, decoding, compute and waiting over time, and a part of them enlarged; ``ax`` takes the whole alone.
+
+    The title names the ``gpu``, where there are several.
+    """
     require(intervals, "no timeline")
     starts = intervals["start_s"].sort_values().tolist()
     enlarged = ax is None and len(starts) > 2 * _ENLARGED
@@ -57,7 +59,8 @@ def timeline(intervals: pd.DataFrame, ax: Axes | None = None) -> Figure:
     shown = ["Copies", *(each for lane, each in (("decode", "decoding"), ("compute", "compute")) if lane in lanes)]
     if "compute" not in lanes:
         words += " Compute was not recorded in this run."
-    explain(ax, " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown), words)
+    title = " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    explain(ax, title if gpu is None else f"{title}, GPU {gpu}", words)
     return figure
 
 
@@ -186,37 +189,43 @@ def parts_frame(timelines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 @house_style()
-def copy_rates(rates: pd.DataFrame, ceiling_gbps: float | None = None, ax: Axes | None = None) -> Figure:
-    """Draw the share of copies that ran at a rate or slower, from a frame with name and gbps (see rates_frame)."""
+def copy_rates(rates: pd.DataFrame, ceilings_gbps: Sequence[float] = (), ax: Axes | None = None) -> Figure:
+    """Draw the share of copies that ran at a rate or slower, from a frame with name and gbps (see rates_frame).
+
+    ``ceilings_gbps`` are the raw rates of each GPU's link (see :func:`djinn.figures.per_gpu.ceilings`).
+    """
     require(rates, "no timeline of copies over a GPU's link")
     ax = canvas(ax, 2.2)
     for name in frames.names(rates):
         look, own = look_of(name), np.sort(rates.loc[rates["name"] == name, "gbps"])
         ax.ecdf(own, color=look.colour, label=f"{look.label} ({len(own)} copies)")
     handles = [*ax.get_lines()]
-    if ceiling_gbps:
-        words = f"small buffer {digits(ceiling_gbps)} GB/s"
-        handles.append(ax.axvline(ceiling_gbps, color="black", linestyle="--", label=words))
+    if ceilings_gbps:
+        ceiling = median(ceilings_gbps)
+        words = f"small buffer {digits(ceiling)} GB/s"
+        handles.append(ax.axvline(ceiling, color="black", linestyle="--", label=words))
     ax.set(xlabel="rate of a copy (GB/s)", ylabel="share of copies")
+    several = ", the median of the GPUs' own" if len(ceilings_gbps) > 1 else ""
     explain(
         ax,
         "How fast each copy was",
         f"Share of the traced copies of {_LEAST_BYTES // 10**6} MB and more that ran at this rate or slower. Dashed: "
-        "the rate of a small buffer beside the runs. Copies vary with the place in host memory and with the minute; "
-        "this figure does not tell the two apart.",
+        f"the rate of a small buffer beside the runs{several}. Copies vary with the place in host memory and with the "
+        "minute; this figure does not tell the two apart.",
         handles,
         columns=1,
     )
     return figure_of(ax)
 
 
-def rates_frame(timelines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def rates_frame(*traced: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Return name and gbps (10^9 bytes/s) of each larger copy over a GPU's link, by the name of its system.
 
-    Copies from disk overlap, so that no single one has a rate; a timeline with any has no rows.
+    ``traced`` are the timelines of each GPU. Copies from disk overlap, so that no single one has a rate; a timeline
+    with any has no rows.
     """
     rows = [pd.DataFrame({"name": [], "gbps": []}).astype({"name": str, "gbps": float})]
-    for name, intervals in timelines.items():
+    for name, intervals in (timeline for own in traced for timeline in own.items()):
         copies = intervals[intervals["lane"] == "copy"].sort_values("start_s")
         if (copies["start_s"] < copies["end_s"].shift(fill_value=-np.inf) - 1e-6).any():
             continue
@@ -224,46 +233,3 @@ def rates_frame(timelines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         rates = copies["nbytes"] / (copies["end_s"] - copies["start_s"]) / 1e9
         rows.append(pd.DataFrame({"name": name, "gbps": rates}))
     return pd.concat([each for each in rows if len(each)] or rows, ignore_index=True)
-
-
-@house_style()
-def counters(pcie: pd.DataFrame, ceiling_gbps: float | None = None, ax: Axes | None = None) -> Figure:
-    """Draw what the GPU counts on its link, in both directions, over the longest stretch of work in the trace."""
-    require(pcie, "no trace of the GPU's link")
-    ax = canvas(ax, 2.0, PAGE_IN)
-    begin, end = longest_stretch(pcie)
-    shown = pcie[pcie["time_s"].between(begin - _GAP_S, end + _GAP_S)]
-    handles = []
-    for source, rows in shown.groupby("source"):
-        line = "-" if source == "nvml" else ":"
-        for column, colour, words in (("rx_gbps", "black", "to the GPU"), ("tx_gbps", "#999999", "from it")):
-            label = f"{words} ({source})"
-            handles += ax.plot(rows["time_s"] - begin, rows[column], line, color=colour, linewidth=0.8, label=label)
-    if ceiling_gbps:
-        words = f"ceiling {digits(ceiling_gbps)} GB/s"
-        handles.append(ax.axhline(ceiling_gbps, color=GREY, linestyle="--", label=words))
-    ax.set(xlabel="time (s)", ylabel="rate (GB/s)", ylim=(0, None))
-    explain(
-        ax,
-        "The GPU's own counters of its link",
-        "Bytes on the link as the GPU counts them, over the longest stretch of the sweep in which it is busy. They are "
-        "bytes of the protocol, headers and requests included: so they may exceed the ceiling, which counts bytes of "
-        "weights alone, and there is some traffic back. They have a clock of their own.",
-        handles,
-        columns=len(handles),
-    )
-    return figure_of(ax)
-
-
-def longest_stretch(pcie: pd.DataFrame) -> tuple[float, float]:
-    """Return begin and end, seconds, of the longest time in which the link carries more than half of its most.
-
-    Samples less than a second apart belong together.
-    """
-    busy = pcie.loc[pcie["rx_gbps"] > pcie["rx_gbps"].max() / 2, "time_s"].sort_values()
-    if busy.empty:
-        return float(pcie["time_s"].min()), float(pcie["time_s"].max())
-    stretch = (busy.diff() > _GAP_S).cumsum()
-    bounds = busy.groupby(stretch).agg(["min", "max"])
-    first, last = bounds.loc[(bounds["max"] - bounds["min"]).idxmax()]
-    return float(first), float(last)

@@ -9,11 +9,11 @@ import torch
 
 from djinn.devices import device_of
 from djinn.errors import ConfigError
+from djinn.names import Coding, coding_name
 from djinn.planning.host import HostCompute, HostRates
 from djinn.planning.workspace import Workload
 from djinn.sizes import parse_bytes
 
-Coding = Literal["none", "lossless"]
 Experts = Literal["routed", "whole"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HOST_SHARE = 0.8
@@ -59,8 +59,8 @@ class Request:
         """
         if dtype not in (*DTYPES, None):
             raise ConfigError(f"dtype {dtype}: it is {', '.join(map(str, DTYPES))}, or None for the checkpoint's own")
-        if coding not in (*get_args(Coding), None):
-            raise ConfigError(f"coding {coding!r}: it is none or lossless")
+        if coding is not None:
+            coding_name(coding)
         if experts not in get_args(Experts):
             raise ConfigError(f"experts {experts!r}: it is {' or '.join(get_args(Experts))}")
         if isinstance(keep, Workload):

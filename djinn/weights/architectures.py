@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING
 
 from djinn.errors import ConfigError
 from djinn.places import ARCHITECTURE_DIR
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def architecture_names() -> list[str]:
@@ -32,4 +34,7 @@ def load_architecture(name: str) -> PretrainedConfig:
     Raises:
         ConfigError: no such architecture; the message lists those there are.
     """
-    return AutoConfig.from_pretrained(str(architecture_path(name)))
+    from transformers import AutoConfig  # takes seconds; a list of names does not
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(str(architecture_path(name)))
+    return config

@@ -8,11 +8,12 @@ import torch
 
 from djinn.errors import CheckpointError
 from djinn.weights.architectures import load_architecture
+from djinn.weights.called import SYNTHETIC
 from djinn.weights.header_index import header_index
 from djinn.weights.index import WeightIndex, checkpoint_index, synthetic_index
 from djinn.weights.models import empty_model
 from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
-from djinn.weights.resolve import SYNTHETIC, outline, resolve
+from djinn.weights.resolve import outline, resolve
 
 
 def index_of(

@@ -19,15 +19,13 @@ from huggingface_hub.errors import (
 
 from djinn.errors import CheckpointError, DjinnError, UnavailableError
 from djinn.places import CHECKPOINT_DIR
+from djinn.weights.called import HUB_ID, SYNTHETIC, require_known
 from djinn.weights.header import read_header
 from djinn.weights.models import ADAPTER
 from djinn.weights.packed_format import is_packed
 from djinn.weights.shards import read_checkpoint
 from djinn.weights.synthetic_checkpoint import read_manifest, synthesise, verify
 
-SYNTHETIC = "synthetic:"
-
-_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _READ_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.tokenizer", "*.model", "*.tiktoken", "*.codes", "*.txt"]
 """Weights, configs and every kind of vocabulary that transformers' tokenizers read."""
@@ -58,6 +56,7 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
         UnavailableError: the hub cannot be reached, or there is no room on the disk.
         ConfigError: an unknown synthetic architecture.
     """
+    require_known(model)
     if model.startswith(SYNTHETIC):
         name = model.removeprefix(SYNTHETIC)
         return synthesise(name, synthetic_folder(name, seed=seed, dtype=dtype), seed=seed, dtype=dtype)
@@ -67,12 +66,8 @@ def resolve(model: str, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
         if is_synthetic(folder) and not is_packed(read_header(_shards(folder)[0])):
             verify(folder)  # what is packed has other sizes, and checksums of its own
         return folder
-    if match := _HUB_ID.fullmatch(model):
-        return _checked(_fetched(match["repo"], match["revision"]))
-    raise CheckpointError(
-        f"no folder {model!r}, and not a hub id either; a model is a checkpoint folder, org/name@revision, "
-        f"or {SYNTHETIC}<architecture>"
-    )
+    repo, _, revision = model.partition("@")
+    return _checked(_fetched(repo, revision or None))
 
 
 def outline(model: str, into: Path) -> str:
@@ -84,7 +79,7 @@ def outline(model: str, into: Path) -> str:
     Raises:
         CheckpointError, UnavailableError: as :func:`resolve`.
     """
-    match = _HUB_ID.fullmatch(model)
+    match = HUB_ID.fullmatch(model)
     if match is None or Path(model).expanduser().is_dir():
         return model
     repo, revision = match["repo"], match["revision"]

@@ -22,10 +22,15 @@ SYSTEMS = ("djinn", "accelerate:disk", "deepspeed:nvme")
 
 
 def evidence(
-    records: list[Record], profile: Profile = SMOKE, timeline: Sequence[tuple[str, float, float]] = ()
+    records: list[Record],
+    profile: Profile = SMOKE,
+    timeline: Sequence[tuple[str, float, float]] = (),
+    more: Sequence[Sequence[tuple[str, float, float]]] = (),
 ) -> Evidence:
-    spans = pd.DataFrame(timeline, columns=["lane", "start_s", "end_s"])
-    return Evidence(profile=profile, records=records, proof=None, timeline=spans, coded_timeline=spans)
+    """Evidence with the same ``timeline`` of each system; of several GPUs ``more`` are the others'."""
+    gpus = [pd.DataFrame(spans, columns=["lane", "start_s", "end_s"]) for spans in (timeline, *more)]
+    timelines = [dict.fromkeys(("djinn", "djinn:lossless"), spans) for spans in gpus]
+    return Evidence(profile=profile, records=records, proof=None, timelines=timelines)
 
 
 def smoke(**changes: object) -> list[Record]:
@@ -320,3 +325,12 @@ def test_the_copy_engines_share_is_that_of_the_traced_time(gap_s: float, verdict
     spans = [("copy", 0.0, 5.0), ("compute", 1.0, 5.2), ("copy", 5.0 + gap_s, 10.0)]
     outcome = evaluate(CLAIMS["C18"], evidence(streamed((50, 50, 49)), profile=PAPER, timeline=spans))
     assert (outcome.verdict, outcome.measured) == (verdict, pytest.approx(1 - gap_s / 10))
+
+
+def test_of_several_gpus_the_least_busy_copies_and_the_one_that_decodes_most_count() -> None:
+    busy = [("copy", 0.0, 10.0), ("decode", 0.0, 0.1)]
+    idle = [("copy", 0.0, 9.0), ("decode", 8.0, 10.0)]
+    for first, other in ((busy, idle), (idle, busy)):
+        found = evidence([], timeline=first, more=[other, ()])
+        assert METRICS["copy_share"](found) == pytest.approx(0.9)
+        assert METRICS["decode_share"](found) == pytest.approx(0.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import pytest
 from fabricated import fabricated, failed
 
@@ -17,9 +16,7 @@ SMOKE, TINY = load_profile("smoke_13b"), load_profile("smoke_tiny")
 
 
 def evidence(*records: Record) -> Evidence:
-    return Evidence(
-        profile=SMOKE, records=list(records), proof=None, timeline=pd.DataFrame(), coded_timeline=pd.DataFrame()
-    )
+    return Evidence(profile=SMOKE, records=list(records), proof=None, timelines=[])
 
 
 def outcome(claim: str, verdict: str, **more: str) -> Outcome:

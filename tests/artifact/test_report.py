@@ -42,7 +42,8 @@ def test_report(fabricated_run: Path):
         assert words in html
         assert words in text
     missing = [name for name in FIGURES if not (fabricated_run / "figures" / f"{name}.png").is_file()]
-    assert html.count("data:image/png;base64,") == len(FIGURES) - len(missing)
+    assert html.count("data:image/png;base64,") == len(FIGURES) - len(missing) + 1  # the headline also for a phone
+    assert re.search(r'<picture><source media="[^"]*" srcset="data:image[^"]*"><img [^>]*></picture>', html)
     without = {"token_parts", "budgets", "predictions", "ring_sweep", "batch_sweep", "prompt_sweep", "pcie"}
     assert set(missing) == without
     assert all(FIGURES[name] in unescape(html) for name in missing)
@@ -58,6 +59,17 @@ def test_a_mixture_has_a_row_for_its_hit_rate_and_no_other_model_has():
     row = systems_frame(records, []).loc["picked experts found in the pool"]
     assert row.tolist() == ["35% (30 to 40)", ""]
     assert row.name not in systems_frame(records[2:], []).index
+
+
+def test_timelines_of_other_gpus_follow_the_first_ones(fabricated_run: Path):
+    figures = fabricated_run / "figures"
+    figures.mkdir()
+    for name in ("timeline", "timeline_1", "timeline_2", "timeline_coded"):
+        (figures / f"{name}.png").write_bytes(b"drawn elsewhere")
+    text = write_report(fabricated_run).with_name("report.md").read_text()
+    drawn = re.findall(r"\(figures/(timeline\w*)\.png\)", text)
+    assert drawn == ["timeline", "timeline_1", "timeline_2", "timeline_coded"]
+    assert f"[![{FIGURES['timeline']}, on GPU 2]" in text
 
 
 @pytest.mark.slow

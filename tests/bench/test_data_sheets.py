@@ -18,6 +18,7 @@ def test_a_sheet_gives_rates_in_order_and_nothing_that_it_does_not_say(card: str
     assert many.tokens > one.tokens
     assert many.rate * many.tokens == pytest.approx(sheet.flops)
     assert sheet.link < sheet.memory < sheet.flops
+    assert 10**10 < sheet.memory_bytes < sheet.memory
 
 
 def test_a_card_is_found_however_it_is_written_and_is_no_machine_that_was_measured() -> None:

@@ -82,6 +82,13 @@ def test_a_record_of_one_process_says_nothing_of_ranks():
     assert Record.model_validate_json(two.model_dump_json()) == two
 
 
+def test_a_process_of_several_gpus_has_measured_one_link_and_not_all():
+    one = GOOD | {"ceiling_gbps": 25.0}
+    ranks = {"gpus": 2, "ceiling_gbps": 50.0, "by_rank": [{"ceiling_gbps": 25.0}, {"ceiling_gbps": 25.0}]}
+    found = [Record(**GOOD | changes).total_ceiling_gbps for changes in (one, one | {"gpus": 2}, ranks)]
+    assert found == [25.0, None, 50.0]
+
+
 def test_link_rate_is_bytes_over_wall_time():
     assert Record(**GOOD | {"link_bytes": 4 * 10**9, "wall_s": 2.0}).link_gbps == 2.0
 

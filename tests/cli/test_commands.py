@@ -48,17 +48,33 @@ def test_help_groups_the_commands() -> None:
     "arguments",
     [
         ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--machine", "l5"],
+        ["plan", "synthetic:llama-tinny", "--budget", "5 MB"],
+        ["plan", "nowhere", "--budget", "5 MB"],
+        ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--device", "tpu"],
+        ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--coding", "losless"],
+        ["plan", "synthetic:llama-tiny", "--budget", "5 MB", "--figure", "plan.jpg"],
         ["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5"],
+        ["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5 MB", "--device", "gpu"],
+        ["pack", "synthetic:llama-tinny", "--dry-run"],
+        ["baseline", "djinn", "--model", "synthetic:llama-tinny"],
         ["reproduce", "--profile", "smoke_huge"],
         ["certify", "--profile", "smoke_huge"],
     ],
-    ids=lambda arguments: arguments[0],
+    ids=" ".join,
 )
 def test_bad_input_is_refused_before_torch_is_imported(arguments: list[str]) -> None:
     code = f"import sys; from djinn.cli import main; main({arguments}, standalone_mode=False); print(*sys.modules)"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert finished.stderr.startswith("djinn: ")
     assert not {"torch", "transformers", "pandas", "papermill"} & set(finished.stdout.split())
+
+
+def test_a_named_machines_gpu_has_its_memory() -> None:
+    from djinn.cli import outlook
+
+    names = ("L4", "a100-sxm", "h100-70b_2026-11-25", "2-cores_2026-11-25")
+    found = [outlook.machine(name, None).memory_bytes for name in names]
+    assert found == [24 * 2**30, 80 * 2**30, 85_017_493_504, None]
 
 
 def test_profiles_as_json() -> None:
@@ -97,7 +113,7 @@ def test_profiles_for_people() -> None:
         (["generate", "nowhere", "--prompt", "x", "--budget", "5 MB"], "no folder 'nowhere'"),
         (["generate", "synthetic:llama-tiny", "--prompt", "x", "--budget", "5 MB", "--coding", "zip"], "coding 'zip'"),
         (["pack", "nowhere", "--dry-run"], "no folder 'nowhere'"),
-        (["pack", "nowhere"], "name the folder to write, or say --dry-run"),
+        (["pack", "synthetic:llama-tiny"], "name the folder to write, or say --dry-run"),
         (["baseline"], "Missing argument"),
         (["baseline", "djinn", "--runs", "0"], "--runs"),
         (["sing"], "No such command"),
@@ -462,6 +478,19 @@ def test_a_report_evaluates_the_claims_once(fabricated_run: Path, monkeypatch: p
         monkeypatch.setattr(module, "write_claims", counted)
     assert djinn("report", str(fabricated_run)).exit_code in (0, 1)
     assert written == [fabricated_run]
+
+
+def test_a_report_shows_what_the_reference_run_of_the_profile_measured(fabricated_run: Path) -> None:
+    from djinn.artifact.reference import measured, run_of
+
+    reference = run_of("smoke_13b")
+    assert reference is not None
+    shown = djinn("report", str(fabricated_run)).stdout
+    assert f"reference: {reference.name}, a run of the same profile" in shown
+    (row,) = [line.split() for line in shown.splitlines() if line.startswith("C9 ")]
+    assert row[-1] == measured(reference)["C9"]
+    (fabricated_run / "replayed.json").write_text('{"machine": "another", "date": "then"}')
+    assert "reference" not in djinn("report", str(fabricated_run)).stdout
 
 
 def test_report_of_something_else_is_bad_input(tmp_path: Path) -> None:

@@ -123,3 +123,15 @@ def test_a_report_of_hostile_records_is_clean_on_the_terminal(fabricated_run: Pa
     refused = djinn("report", str(fabricated_run))
     assert refused.exit_code == 2
     assert not {"\x1b", "\x07", "\u202e"} & set(refused.output)
+
+
+@pytest.mark.parametrize(("force", "cell"), [("1", "\x1b[32mPASS\x1b[0m"), ("", "PASS")])
+def test_verdicts_have_colours_on_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, force: str, cell: str
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", force)
+    show.print_table(["claim", "verdict", "text"], [["C1", "PASS", "PASS"], ["C2", "odd", "x"]])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "C1" in line]
+    assert line.split()[1:] == [cell, "PASS"]

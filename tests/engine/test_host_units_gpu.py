@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 import djinn
 from djinn.engine.load import load_requested, placement
+from djinn.names import Coding
 from djinn.planning.host import HostCompute, HostRates
-from djinn.planning.request import Coding, Request
+from djinn.planning.request import Request
 from djinn.planning.workspace import Workload
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

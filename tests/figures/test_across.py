@@ -94,6 +94,9 @@ def test_a_line_is_drawn_under_the_points_and_one_budget_alone_is_no_figure(run:
         budgets.draw(budgets.predicted(run), points)
     line = pd.DataFrame({"name": "djinn", "budget_bytes": [10**10, 2 * 10**10], "token_s": [2.0, 1.0]})
     (ax,) = budgets.draw(line, points).axes
+    assert not ax.patches
+    (ax,) = budgets.draw(line, points, round(line["budget_bytes"].max() / 2)).axes
+    assert [patch.get_x() for patch in ax.patches] == [line["budget_bytes"].max() / 2e9]  # type: ignore[attr-defined]
     assert ax.get_lines()[0].get_ydata().tolist() == [2.0, 1.0]  # type: ignore[union-attr]
     assert "Accelerate: 30.0 s" in [text.get_text() for text in ax.texts]
 

@@ -37,7 +37,7 @@ def runs(fabricated_run: Path) -> pd.DataFrame:
 def test_every_figure_is_written_as_pdf_png_csv_and_caption(fabricated_run: Path, capsys: pytest.CaptureFixture[str]):
     written = draw_all(fabricated_run)
     names = {"headline", "bandwidth", "ttft", "time_per_token", "device_memory", "loading", "bits_per_weight"}
-    names |= {"chunk_sweep", "budget_sweep", "copy_rates", "timeline", "timeline_coded"}
+    names |= {"headline_narrow", "chunk_sweep", "budget_sweep", "copy_rates", "timeline", "timeline_coded"}
     expected = {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv", "caption.txt")}
     expected |= {"timeline.trace.json", "timeline_coded.trace.json"}
     assert {path.name for path in written} == expected

@@ -36,6 +36,21 @@ def test_the_curve_holds_every_budget_and_marks_the_chosen_one(found: Forecast) 
     assert chosen.resident_bytes + chosen.pinned_bytes + chosen.disk_bytes >= found.plan.model_bytes
 
 
+def test_budgets_beyond_the_gpus_memory_are_shaded(found: Forecast) -> None:
+    budgets = budgets_frame(found)["budget_bytes"]
+    inside = round(budgets.quantile(0.5))
+    curve = draw(found, "llama-tiny", inside).axes[0]
+    (shaded,) = curve.patches
+    assert (shaded.get_x(), shaded.get_x() + shaded.get_width()) == (inside / 1e9, curve.get_xlim()[1])  # type: ignore[attr-defined]
+    assert curve.get_xlim()[0] == 0
+    assert curve.get_xlim()[1] > budgets.max() / 1e9
+    legend = curve.get_legend()
+    assert legend is not None
+    assert legend.get_texts()[-1].get_text().startswith("beyond this GPU's")
+    for all_of_it in (None, 2 * budgets.max()):
+        assert not draw(found, "llama-tiny", all_of_it).axes[0].patches
+
+
 def test_the_strip_shows_every_unit_where_it_lies(found: Forecast) -> None:
     strip = draw(found, "llama-tiny").axes[1]
     bars = [(bar.get_width(), to_hex(bar.get_facecolor())) for bar in strip.patches]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a copy engine did: shares of every moment, a pass's time by state, rates of copies, the stretch of counters."""
+"""What a copy engine did: shares of every moment, a pass's time by state, rates of copies."""
 
 from __future__ import annotations
 
@@ -90,18 +90,9 @@ def test_every_larger_copy_has_its_rate_and_copies_that_overlap_have_none():
     assert rates["gbps"].tolist() == pytest.approx([0.025, 0.025])
     overlapping = spans(("copy", "a", 0.0, 2.0), ("copy", "b", 1.0, 3.0))
     assert timelines.rates_frame({"djinn": overlapping}).empty
+    assert len(timelines.rates_frame({"djinn": PASSES}, {"djinn": PASSES})) == 4  # of two GPUs, whose copies overlap
     with pytest.raises(DjinnError, match="no timeline of copies"):
         timelines.copy_rates(timelines.rates_frame({}))
-    (ax,) = timelines.copy_rates(rates, ceiling_gbps=0.03).axes
+    (ax,) = timelines.copy_rates(rates, [0.03, 0.05]).axes
+    assert "small buffer 0.0400 GB/s" in [line.get_label() for line in ax.get_lines()]
     assert ax.get_ylim() == (0, 1) or ax.get_ylim()[1] >= 1
-
-
-def test_counters_are_cut_to_the_longest_stretch_of_work():
-    times = [0.0, 0.5, 10.0, 10.5, 11.0, 11.5, 30.0, 31.0]
-    rates = [50.0, 50.0, 40.0, 50.0, 40.0, 50.0, 1.0, 0.0]
-    pcie = pd.DataFrame({"time_s": times, "rx_gbps": rates, "tx_gbps": 0.1, "source": "nvml"})
-    assert timelines.longest_stretch(pcie) == (10.0, 11.5)
-    (ax,) = timelines.counters(pcie, 55.0).axes
-    assert ax.get_lines()[0].get_xdata().max() == 1.5  # type: ignore[union-attr]
-    idle = pcie.assign(rx_gbps=0.0)
-    assert timelines.longest_stretch(idle) == (0.0, 31.0)

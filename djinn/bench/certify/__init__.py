@@ -33,7 +33,8 @@ from djinn.hardware import Machine
 from djinn.places import CERTIFICATION, CHECKPOINT_DIR
 from djinn.planning.placement import Plan
 from djinn.profiles import Profile, load_profile, profile_names
-from djinn.weights.resolve import SYNTHETIC, synthetic_folder
+from djinn.weights.called import SYNTHETIC
+from djinn.weights.resolve import synthetic_folder
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 _Result = TypeVar("_Result")
