@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from djinn.engine.load import cool, detach, load, stats
     from djinn.engine.offload import offload
     from djinn.engine.opened import plan
-    from djinn.weights.pack import pack, unpack
+    from djinn.engine.rank_packing import pack
+    from djinn.weights.pack import unpack
     from djinn.weights.resolve import resolve
 
     __version__: str
@@ -31,7 +32,7 @@ _HOMES = {
     "trace_experts": "djinn.engine.expert_trace",
     "plan": "djinn.engine.opened",
     "resolve": "djinn.weights.resolve",
-    "pack": "djinn.weights.pack",
+    "pack": "djinn.engine.rank_packing",
     "unpack": "djinn.weights.pack",
 }
 

@@ -24,6 +24,7 @@ from djinn.bench.systems.common import synthetic_weight
 from djinn.engine.load import placement
 from djinn.engine.sharding import filled
 from djinn.errors import DjinnError
+from djinn.planning.placement import Tier
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, kv_cache_bytes
 from djinn.weights.models import empty_model
 
@@ -153,6 +154,7 @@ def each_way(folder: Path) -> None:
     ):
         compare(name, model, big)
         say(WORDS, f"{name}: is coded", any(unit.coded for unit in placement(model).away))
+    each_cut(big)
     wide = resident(folder, dtype=torch.float32)
     compare("converted", streamed(folder, dtype=torch.float32), wide)
     whole = resident(CHECKPOINTS / "synthetic")
@@ -182,6 +184,17 @@ def offloaded(folder: Path) -> None:
 
 def split_parameters(model: PreTrainedModel) -> list[tuple[str, DTensor]]:
     return [(name, each) for name, each in model.named_parameters() if isinstance(each, DTensor)]
+
+
+def each_cut(big: PreTrainedModel) -> None:
+    """Checkpoints of which each rank has a file of its own."""
+    on_disk = streamed(CHECKPOINTS / "cut", host_memory="64 KB")
+    compare("cut", streamed(CHECKPOINTS / "cut"), big)
+    compare("cut, on disk", on_disk, big)
+    columns = [unit for unit in placement(on_disk).at(Tier.DISK) if unit.name.endswith(("o_proj", "down_proj"))]
+    say(WORDS, "columns are on disk", bool(columns))
+    for name in ("qwen2", "mixtral"):
+        compare(f"cut {name}", streamed(CHECKPOINTS / f"cut {name}"), resident(CHECKPOINTS / "families" / name))
 
 
 def each_refusal(folder: Path) -> None:

@@ -205,17 +205,21 @@ def pack(
     model: Model,
     out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what coding would save, and write nothing.")] = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Cut for so many GPUs: a file for each, which only as many can load.")
+    ] = 1,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Code a checkpoint without loss, once; an interrupted packing is continued."""
-    from djinn.weights import pack as packing
+    import djinn
+    from djinn.weights.pack import survey
 
     if not dry_run:
         if out is None:
             raise ConfigError("pack: name the folder to write, or say --dry-run")
-        model = str(packing.pack(model, out, device=device, progress=True))
-    print_tensor_sizes(list(packing.survey(model, device=device)), as_json)
+        model = str(djinn.pack(model, out, ranks=ranks, device=device, progress=True))
+    print_tensor_sizes(list(survey(model, device=device)), as_json)
 
 
 def unpack(

@@ -180,9 +180,10 @@ def outlined(model: str | Path, request: Request, gpus: int = 1) -> Opened:
     with ExitStack() as undo:
         reader = Reader(PAGE, threads=1)
         undo.callback(reader.close)
+        config = undo.enter_context(pretended(gpus)) if gpus > 1 else None
         index = outline_of(model, undo.enter_context(spill_folder()), request.device, request.dtype)
-        if gpus > 1:
-            index = sharded(index, undo.enter_context(pretended(gpus)))
+        if config is not None:
+            index = sharded(index, config)
         estimate = Coder(reader, torch.device("cpu")).estimate
         return opened(index, request.shared_by(gpus), estimate, experts_alike=True)
 

@@ -21,13 +21,14 @@ from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from djinn.errors import ConfigError, UnavailableError
+from djinn.errors import CheckpointError, ConfigError, UnavailableError
 from djinn.weights.index import Reads, WeightIndex
-from djinn.weights.models import owners
+from djinn.weights.models import held_here, owners
 from djinn.weights.tensors import TensorEntry
 from djinn.weights.ties import untie
 from djinn.weights.units import readers_of
@@ -53,13 +54,14 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
     readers, tensors = readers_of(index)
     _distribute(model, config)
     heads_are_split = _has_split_heads(model, ranks)
-    shards = {name: _shard(tensors[name], parameter) for name, parameter in model.named_parameters()}
+    cut = _held if index.is_cut else _shard
+    shards = {name: cut(tensors[name], parameter) for name, parameter in model.named_parameters()}
     reads: Reads = [(name, (reader,)) for name, by in readers.items() if name in shards for reader in by]
     sums = sum(map(_is_summed, model.modules()))
     found = replace(index, tensors=shards, reads=reads, ranks=ranks if heads_are_split else 1, sums=sums)
     if not sums:
         raise ConfigError(f"distributed_config: transformers splits nothing of this {type(model).__name__}")
-    if found.nbytes * ranks > _LITTLE * index.nbytes:
+    if not index.is_cut and found.nbytes * ranks > _LITTLE * index.nbytes:
         warnings.warn(
             f"each of {ranks} ranks holds {found.nbytes / index.nbytes:.0%} of this {type(model).__name__}: the plan "
             "that transformers has for it splits little; ep_size divides the experts of a mixture",
@@ -150,8 +152,8 @@ def _meshes_of(_: Any) -> dict[tuple[int, ...], Any]:
 
 
 @contextmanager
-def pretended(ranks: int) -> Iterator[DistributedConfig]:
-    """Let this process be the first of ``ranks`` that nobody has started, to see what it would hold.
+def pretended(ranks: int, rank: int = 0) -> Iterator[DistributedConfig]:
+    """Let this process be one of ``ranks`` that nobody has started, to see what it would hold.
 
     The first holds the most, where a weight cannot be divided evenly. torch's ``fake`` group sends nothing.
 
@@ -160,12 +162,13 @@ def pretended(ranks: int) -> Iterator[DistributedConfig]:
     """
     if dist.is_initialized():
         raise ConfigError(f"{ranks} GPUs are planned for in a process that is no rank itself")
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     local, os.environ["LOCAL_RANK"] = os.environ.get("LOCAL_RANK"), "0"  # transformers asks for it
     try:
         yield DistributedConfig(tp_size=ranks, tp_plan="auto")
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it would give the next one's tensors this one's place among the ranks
         del os.environ["LOCAL_RANK"]
         if local is not None:
             os.environ["LOCAL_RANK"] = local
@@ -229,6 +232,21 @@ def _shard(entry: TensorEntry, parameter: nn.Parameter) -> TensorEntry:
         if not placement.is_replicate():
             dim: int = placement.dim  # type: ignore[attr-defined]  # of every placement that is a shard
             entry = entry.kept(dim, _stretches(entry.shape[dim], placement, parameter.device_mesh, mesh_dim))
+    return entry
+
+
+def _held(entry: TensorEntry, parameter: nn.Parameter) -> TensorEntry:
+    """Return a tensor that was cut for this rank as it is.
+
+    Raises:
+        CheckpointError: it was cut in another way than this configuration cuts.
+    """
+    shape = tuple(held_here(parameter).shape)
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"distributed_config: a rank holds {list(shape)} of a tensor of which {list(entry.shape)} was cut for it; "
+            "load with the configuration that djinn.pack cuts for, DistributedConfig(tp_plan='auto')"
+        )
     return entry
 
 

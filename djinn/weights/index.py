@@ -56,6 +56,8 @@ class WeightIndex(Generic[Model]):
     """Of what the weights need beside them on the device: scales of quantised ones, and one of them dequantised."""
     ranks: int = 1
     """Processes among which heads and MLPs are divided; ``tensors`` are then what this one holds."""
+    is_cut: bool = False
+    """Whether ``tensors`` are one rank's already, of a model that is still to be distributed."""
     sums: int = 0
     """Times in a pass that what ranks have computed is added up."""
 

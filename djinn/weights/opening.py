@@ -13,6 +13,7 @@ from djinn.weights.header_index import header_index
 from djinn.weights.index import WeightIndex, checkpoint_index, synthetic_index
 from djinn.weights.models import empty_model
 from djinn.weights.quantised import IN_MEMORY, quantisation_of, quantised_index, require_streamable
+from djinn.weights.rank_files import rank_index, ranks_of
 from djinn.weights.resolve import outline, resolve
 
 
@@ -29,6 +30,9 @@ def index_of(
         config = load_architecture(name.removeprefix(SYNTHETIC))
         return synthetic_index(empty_model(config, dtype or torch.bfloat16), seed)
     folder = resolve(name)
+    ranks = ranks_of(folder)
+    if ranks is not None:
+        return rank_index(folder, ranks, dtype)
     method = quantisation_of(folder)
     if method is not None:
         require_streamable(folder, method)
@@ -51,6 +55,9 @@ def outline_of(model: str | Path, spill: Path, device: torch.device, dtype: torc
     found = outline(str(model), headers)
     fetched = headers.is_dir()
     folder = headers if fetched else resolve(found)
+    ranks = ranks_of(folder)
+    if ranks is not None:
+        return rank_index(folder, ranks, dtype)
     method = quantisation_of(folder)
     if method is None:
         return header_index(folder, dtype)

@@ -8,35 +8,29 @@ followed within its folder and into the hub's cache, and an unfinished folder th
 from __future__ import annotations
 
 import filecmp
-import json
-import shutil
-import stat
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from djinn.codec.encode import layout_of
 from djinn.devices import device_here
-from djinn.errors import CheckpointError, ConfigError, UnavailableError
-from djinn.files import write_text
+from djinn.errors import CheckpointError, ConfigError
 from djinn.weights import packed_format
+from djinn.weights.converted_folder import STATE, Convert, Work, written
 from djinn.weights.experts import fused_experts
-from djinn.weights.foreign import parse_object, require_file
+from djinn.weights.foreign import require_file
 from djinn.weights.header import read_header
 from djinn.weights.packed_format import original_of
 from djinn.weights.packed_shard import is_candidate, pack_shard, read_tensor, unpack_shard, unpacked, weights_by_expert
+from djinn.weights.rank_files import rank_tensors, ranks_of, refuse_cut
 from djinn.weights.resolve import resolve
 from djinn.weights.shards import read_checkpoint, read_shard, shard_files
-from djinn.weights.synthetic_checkpoint import DISK_FULL, PARTIAL, locked
 from djinn.weights.tensors import kind_of
 
-_STATE = "packing.json"
 _Convert = Callable[[Path, Path, Callable[[int], object]], None]
 
 
@@ -98,8 +92,9 @@ def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSi
         CheckpointError: a checkpoint that is missing or damaged.
     """
     where, folder = device_here(device), resolve(str(model))
-    experts = fused_experts(folder)
-    for name, entry in read_checkpoint(folder).items():
+    is_cut = ranks_of(folder) is not None
+    experts = {} if is_cut else fused_experts(folder)
+    for name, entry in rank_tensors(folder) if is_cut else read_checkpoint(folder).items():
         layouts = [part.layout for part in entry.stored_parts]
         if not entry.is_packed and is_candidate(entry, experts.get(name, 1)):
             layouts = [layout_of(part.to(where)) for part in weights_by_expert(entry, experts.get(name, 1))]
@@ -109,10 +104,25 @@ def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSi
         yield TensorSize(name, dtype, entry.raw_bytes, stored_bytes, is_coded)
 
 
+def cut(source: Path, out: Path, names: list[str], convert: Convert, progress: bool) -> Path:
+    """Write files of these ``names``, by ``convert``, and the other files of a whole checkpoint to folder ``out``.
+
+    Raises:
+        CheckpointError, ConfigError, UnavailableError: as for :func:`pack`.
+    """
+    source, out = _apart(source, out, "pack")
+    shards = _shards(source)
+    _require(shards, source, packed_already=False)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: is there already; choose a folder that is empty or not there yet")
+    others = [path for path in _others(source, shards) if not path.name.endswith(".safetensors.index.json")]
+    raw_bytes = sum(entry.raw_bytes for entry in read_checkpoint(source).values())
+    work = Work(f"pack for {len(names)} ranks", source, out, dict.fromkeys(names, raw_bytes // len(names)), others)
+    return out if written(work, convert, progress) else cut(source, out, names, convert, progress)
+
+
 def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: bool) -> Path:
-    source, out = source.resolve(), out.expanduser().resolve()
-    if out.is_relative_to(source) or source.is_relative_to(out):
-        raise ConfigError(f"{out}: {what} writes beside the source, not into {source}; choose another folder")
+    source, out = _apart(source, out, what)
     shards = _shards(source)
     _require(shards, source, packed_already=what == "unpack")
     others = _others(source, shards)
@@ -123,41 +133,20 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
         warnings.warn(f"{out}: is finished already, from this source; nothing was written", stacklevel=3)
         return out
     sizes = {name: sum(entry.raw_bytes for entry in read_shard(source / name).values()) for name in shards}
-    unfinished = out.with_name(out.name + PARTIAL)
-    try:
-        if unfinished.is_symlink():
-            raise CheckpointError(f"{unfinished}: is a link; remove it")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with locked(unfinished) as is_there:
-            if not is_there:  # another process had it, and has ended
-                return _converted(source, out, what, convert, progress)
-            _claim(unfinished, {"what": what, "version": packed_format.VERSIONS[-1], "source": _identity(source)})
-            try:
-                with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
-                    for name in shards:
-                        if (unfinished / name).exists():
-                            bar.update(sizes[name])
-                        else:
-                            _write_whole(unfinished / name, partial(convert, source / name), bar.update)
-                for path in others:
-                    shutil.copy2(path, unfinished / path.name)
-                (unfinished / _STATE).unlink()
-                if out.exists():
-                    out.rmdir()
-                unfinished.rename(out)
-            except Exception:
-                if not any((unfinished / name).exists() for name in shards):
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                raise
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            done = sum((unfinished / name).exists() for name in shards)
-            raise UnavailableError(
-                f"{unfinished}: the disk is full; {done} of {len(shards)} files are finished and kept: free some space "
-                "and run the same command again, it continues there"
-            ) from error
-        raise UnavailableError(f"{unfinished}: cannot be written: {error}") from error
-    return out
+
+    def convert_one(name: str, target: Path, on_done: Callable[[int], object]) -> None:
+        convert(source / name, target, on_done)
+
+    if written(Work(what, source, out, sizes, others), convert_one, progress):
+        return out
+    return _converted(source, out, what, convert, progress)
+
+
+def _apart(source: Path, out: Path, what: str) -> tuple[Path, Path]:
+    source, out = source.resolve(), out.expanduser().resolve()
+    if out.is_relative_to(source) or source.is_relative_to(out):
+        raise ConfigError(f"{out}: {what} writes beside the source, not into {source}; choose another folder")
+    return source, out
 
 
 def _is_made_of(out: Path, source: Path, others: list[Path]) -> bool:
@@ -189,23 +178,13 @@ def _require(shards: list[str], source: Path, *, packed_already: bool) -> None:
             raise CheckpointError(f"{source / name}: is not packed, so there is nothing to unpack")
 
 
-def _write_whole(
-    path: Path, convert: Callable[[Path, Callable[[int], object]], None], on_done: Callable[[int], object]
-) -> None:
-    part = path.with_name(path.name + PARTIAL)
-    try:
-        convert(part, on_done)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _shards(source: Path) -> list[str]:
     """Return the names of the files that hold the checkpoint's tensors, each of which is read once.
 
     Raises:
         CheckpointError: a checkpoint that is damaged, or has its files in folders of their own.
     """
+    refuse_cut(source)
     read_checkpoint(source)
     shards = shard_files(source)
     for shard in shards:
@@ -225,7 +204,7 @@ def _others(source: Path, shards: list[str]) -> list[Path]:
     for path in sorted(source.iterdir()):
         if path.is_dir():
             left_out.append(path.name)
-        elif path.name == _STATE:
+        elif path.name == STATE:
             raise CheckpointError(f"{path}: has the name of the note that djinn writes while it packs; rename it")
         elif path.name not in shards:
             require_file(path)
@@ -236,34 +215,3 @@ def _others(source: Path, shards: list[str]) -> list[Path]:
     if left_out:
         warnings.warn(f"{source}: folders are left out: {', '.join(left_out)}", stacklevel=4)
     return others
-
-
-def _identity(source: Path) -> dict[str, Any]:
-    """Return what says that the source is still the same: each file's size and time of change."""
-    files = (path for path in sorted(source.iterdir()) if path.is_file())
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-
-
-def _claim(unfinished: Path, state: dict[str, Any]) -> None:
-    """Note whose the unfinished folder is.
-
-    Raises:
-        CheckpointError: it is of another source, or was begun by something else.
-    """
-    path = unfinished / _STATE
-    for held in unfinished.iterdir():
-        status = held.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise CheckpointError(f"{held}: is a link, or no file; djinn has not made it, so remove {unfinished}")
-    try:
-        begun = parse_object(path.read_bytes())
-    except Exception:  # not there, or cut off: then nothing was begun
-        begun = None
-    if begun is None and any(not held.name.startswith((_STATE, f".{_STATE}")) for held in unfinished.iterdir()):
-        raise CheckpointError(f"{unfinished}: holds files that djinn has not begun; remove it")
-    if begun not in (None, state):
-        raise CheckpointError(f"{unfinished}: was begun from another source, or from this one as it was; remove it")
-    if begun is None:
-        for part in unfinished.glob(f".{_STATE}*"):  # of a process that was killed while it wrote the note
-            part.unlink()
-        write_text(path, json.dumps(state))

@@ -50,6 +50,21 @@ def pack_shard(
     """
     original = read_header(source)
     _require_no_gaps(original)
+    write_packed(original, lambda name: read_tensor(original.tensors[name]), target, on_done, device, experts)
+
+
+def write_packed(
+    original: Header,
+    read: Callable[[str], torch.Tensor],
+    target: Path,
+    on_done: Callable[[int], object],
+    device: torch.device,
+    experts: Mapping[str, int],
+) -> None:
+    """Write the packed form of a file with this header; ``read`` gives a tensor's bytes (uint8, on the host).
+
+    Otherwise as :func:`pack_shard`.
+    """
     # Of a tensor that several files hold, each may have another shape.
     tensors = original.tensors
     experts = {name: count for name, count in experts.items() if name in tensors and tensors[name].is_stack_of(count)}
@@ -58,7 +73,7 @@ def pack_shard(
 
     def coded(name: str) -> tuple[str, list[torch.Tensor], list[Stored]] | None:
         blobs, parts = [], []
-        for weights in weights_by_expert(original.tensors[name], experts.get(name, 1)):
+        for weights in read(name).view(tensors[name].dtype).chunk(experts.get(name, 1)):
             made = encode(weights.to(device))
             if made is None:
                 return None
@@ -79,7 +94,7 @@ def pack_shard(
                 on_done(original.tensors[name].raw_bytes)
         for name, entry in original.tensors.items():
             if name not in stored:
-                raw = read_tensor(entry)
+                raw = read(name)
                 stored[name] = [Stored(None, checksums(part, None)) for part in raw.chunk(experts.get(name, 1))]
                 file.write(raw.numpy().data)
                 on_done(entry.raw_bytes)

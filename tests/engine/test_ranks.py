@@ -16,9 +16,9 @@ from tiny_models import TINY, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 import djinn
+from djinn.engine.rank_packing import pack
 from djinn.engine.sharding import LEAST
 from djinn.errors import ConfigError
-from djinn.weights.pack import pack
 from djinn.weights.synthetic_checkpoint import synthesise
 
 pytestmark = [
@@ -49,7 +49,10 @@ WAYS = (
     "greedy", "sampled", "beams", "static cache", "prompt lookup", "padded", "several sequences", "with gradients",
     "read while away", "synthetic", "made where it stays", "while an error is handled", "cache", "host memory",
 )  # fmt: skip
-STORED = ("offloaded", "a plan of its own on each rank", "coded", "packed", "packed, decoded", "converted")
+STORED = (
+    "offloaded", "a plan of its own on each rank", "coded", "packed", "packed, decoded", "converted", "cut",
+    "cut, on disk", "cut qwen2", "cut mixtral",
+)  # fmt: skip
 
 
 def save(config: PretrainedConfig, name: str, folder: Path, shard: str = "200KB") -> Path:
@@ -68,6 +71,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wide = LlamaConfig(**SMALL | {"hidden_size": 512, "intermediate_size": 2816, "num_hidden_layers": 2})
     save(wide, "wide", folder / "wide", "4MB")
     pack(folder / "wide", folder / "packed")
+    pack(folder / "wide", folder / "cut", ranks=RANKS)
+    for name in ("qwen2", "mixtral"):
+        pack(folder / "families" / name, folder / f"cut {name}", ranks=RANKS)
     synthesise("llama-tiny", folder / "synthetic", progress=False)
     return folder
 
@@ -95,6 +101,10 @@ def test_ranks_give_what_the_model_resident_on_them_gives(said: Ended, case: str
 def test_every_way_of_generating_gives_the_same(said: Ended, case: str) -> None:
     assert all(words[case] for words in said.said.values())
     assert not any(words["control"] for words in said.said.values())
+
+
+def test_columns_of_what_was_cut_for_ranks_may_stay_on_disk(said: Ended) -> None:
+    assert all(words["columns are on disk"] for words in said.said.values())
 
 
 def test_ranks_may_follow_plans_of_their_own(said: Ended) -> None:

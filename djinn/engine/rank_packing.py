@@ -1,0 +1,110 @@
+"""``pack``: code a checkpoint once, whole or cut for ranks, each of which then reads a file of its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from djinn.devices import device_here
+from djinn.engine.coding import Coder
+from djinn.engine.sharding import pretended, sharded
+from djinn.errors import ConfigError
+from djinn.spill import spill_folder
+from djinn.transport.reader import allocate, settle
+from djinn.weights import pack as whole
+from djinn.weights.experts import by_expert
+from djinn.weights.header import Header, parse_header
+from djinn.weights.opening import index_of
+from djinn.weights.packed_shard import write_packed
+from djinn.weights.rank_files import file_name, rank_of
+from djinn.weights.resolve import resolve
+from djinn.weights.tensors import DTYPES, PAGE, InMemory, TensorEntry
+from djinn.weights.units import PlacedTensor, Unit, find_units
+
+_CHUNK = 64 * 2**20
+
+
+def pack(
+    model: str | Path, out: str | Path, *, ranks: int = 1, device: str | None = None, progress: bool = False
+) -> Path:
+    """Write the packed form of a checkpoint to folder ``out`` and return it; continues where it was interrupted.
+
+    Args:
+        model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``.
+        out: a folder that is not there yet, or empty. A whole checkpoint that is there already, from this source, is
+            left as it is.
+        ranks: of several, each gets a file with what transformers' tensor parallelism gives it, in the order in which a
+            pass reads it. Only as many ranks can load that.
+        device: where tensors are coded; by default a GPU where there is one.
+        progress: show a bar of the bytes coded.
+
+    Raises:
+        CheckpointError: a checkpoint that is missing, damaged or packed already, or an ``out`` that holds something.
+        ConfigError: an ``out`` that is, holds or is in the source; or a model that cannot be split over ``ranks``.
+        UnavailableError: the disk is full; what was finished is kept.
+    """
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise ConfigError(f"ranks {ranks!r}: it is a whole number of at least 1")
+    if ranks == 1:
+        return whole.pack(model, out, device=device, progress=progress)
+    source = resolve(str(model))
+    names = [file_name(rank, ranks) for rank in range(ranks)]
+    convert = partial(_write_rank, source, ranks, device_here(device))
+    return whole.cut(source, Path(out), names, convert, progress)
+
+
+def _write_rank(
+    source: Path, ranks: int, device: torch.device, name: str, target: Path, on_done: Callable[[int], object]
+) -> None:
+    """Write what a rank, that of the file's ``name``, holds of a checkpoint, packed."""
+    here = torch.device("cpu")
+    with ExitStack() as undo, torch.inference_mode(False):
+        config = undo.enter_context(pretended(ranks, rank_of(name)))
+        index = sharded(index_of(source, undo.enter_context(spill_folder()), here), config)
+        units = by_expert(find_units(index), index.model)
+        tensors = {tensor.name: tensor.entry.raw for unit in units for tensor in unit.tensors}
+        counts = {tensor.name: len(unit.experts) for unit in units if unit.experts for tensor in unit.tensors}
+        buffers = _kept_buffers(index.model)
+        coder = Coder.on(here, _CHUNK, undo)
+        one_at_a_time = threading.Lock()  # the coder has one set of buffers
+
+        def read(name: str) -> torch.Tensor:
+            if name in buffers:
+                return buffers[name].reshape(-1).view(torch.uint8)
+            unit = Unit("", (), (PlacedTensor(name, tensors[name], 0),))
+            made = allocate(unit.image_bytes + PAGE)
+            with one_at_a_time:
+                settle(coder.fill(unit, made))
+            return torch.from_numpy(made[: tensors[name].nbytes])
+
+        kept = {name: TensorEntry(value.dtype, tuple(value.shape), InMemory(value)) for name, value in buffers.items()}
+        write_packed(_header(target, tensors | kept), read, target, on_done, device, counts)
+
+
+def _kept_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the buffers that a checkpoint of the model has, contiguous."""
+    saved = model.state_dict().keys()
+    return {name: buffer.contiguous() for name, buffer in model.named_buffers() if name in saved}
+
+
+def _header(path: Path, tensors: Mapping[str, TensorEntry]) -> Header:
+    """Return the header of a plain file with these tensors, one behind the other."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in tensors.items():
+        described[name] = {
+            "dtype": names[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.nbytes],
+        }
+        end += entry.nbytes
+    text = json.dumps(described).encode()
+    return parse_header(path, text, 8 + len(text) + end)

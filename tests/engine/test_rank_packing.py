@@ -1,0 +1,155 @@
+"""Checkpoints that are cut for ranks: all parts together are the checkpoint, and only as many ranks may have it.
+
+That what ranks load is what they hold of the whole checkpoint, tests/engine/test_ranks.py says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_config
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+import djinn
+from djinn.cli import main
+from djinn.engine import rank_packing
+from djinn.errors import CheckpointError, ConfigError
+from djinn.weights.packed_shard import original_bytes, read_tensor
+from djinn.weights.rank_files import file_name, rank_tensors, ranks_of
+from djinn.weights.shards import read_checkpoint, read_shard
+
+CPU = torch.device("cpu")
+WIDE = LlamaConfig(
+    hidden_size=512, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=256,
+)  # fmt: skip
+"""Of which a shard of an MLP has a MiB and more, and is worth coding."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_config(WIDE, "wide", tmp_path_factory.mktemp("source") / "wide", shard="4MB")
+
+
+@pytest.fixture(scope="module")
+def cut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return djinn.pack(source, tmp_path_factory.mktemp("cut") / "cut", ranks=2, device="cpu")
+
+
+def parts(folder: Path, rank: int, ranks: int = 2) -> dict[str, torch.Tensor]:
+    held = read_shard(folder / file_name(rank, ranks))
+    return {name: original_bytes(name, entry, CPU).view(entry.dtype).view(entry.shape) for name, entry in held.items()}
+
+
+def test_all_parts_together_are_the_checkpoint(source: Path, cut: Path) -> None:
+    first, second = parts(cut, 0), parts(cut, 1)
+    whole = read_checkpoint(source)
+    assert first.keys() == second.keys() == whole.keys()
+    for name, entry in whole.items():
+        wanted = read_tensor(entry).view(entry.dtype).view(entry.shape)
+        if first[name].shape == wanted.shape:
+            assert torch.equal(first[name], wanted)
+            assert torch.equal(second[name], wanted)
+            continue
+        (dim,) = [dim for dim in (0, 1) if first[name].shape[dim] != wanted.shape[dim]]
+        assert torch.equal(torch.cat([first[name], second[name]], dim), wanted), name
+        assert (dim == 1) == name.endswith(("o_proj.weight", "down_proj.weight"))
+
+
+def test_a_file_has_what_a_pass_reads_in_its_order_and_coded_where_that_gains(cut: Path) -> None:
+    held = read_shard(cut / file_name(0, 2))
+    coded = [name for name, entry in held.items() if entry.layout is not None]
+    assert coded == [f"model.layers.{k}.mlp.{name}_proj.weight" for k in (0, 1) for name in ("gate", "up", "down")]
+    raw = [name for name in held if name not in coded]
+    assert raw[0] == "model.embed_tokens.weight"
+    assert raw[-1] == "lm_head.weight"
+    files = sorted(path.name for path in cut.iterdir() if path.suffix == ".safetensors")
+    assert files == [file_name(0, 2), file_name(1, 2)]
+    assert ranks_of(cut) == 2
+
+
+def test_plans_for_as_many_gpus_are_those_of_the_whole_checkpoint(source: Path, cut: Path) -> None:
+    sizes = [
+        djinn.plan(folder, budget="12 MB", device="cpu", coding="none", gpus=2, prompt_tokens=8, new_tokens=2, batch=1)
+        for folder in (source, cut)
+    ]
+    assert sizes[0].model_bytes == sizes[1].model_bytes
+    assert [unit.name for unit in sizes[0].units] == [unit.name for unit in sizes[1].units]
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda cut, _: djinn.load(cut, budget="20 MB", device="cpu"), "was cut for 2 ranks, and here is 1"),
+        (lambda cut, _: djinn.plan(cut, budget="20 MB", device="cpu", gpus=4), "was cut for 2 ranks, and here are 4"),
+        (lambda cut, out: djinn.unpack(cut, out), "was cut for 2 ranks; give the checkpoint that it was made of"),
+        (lambda cut, out: djinn.pack(cut, out), "was cut for 2 ranks; give the checkpoint"),
+        (lambda cut, out: djinn.pack(cut, out, ranks=2), "was cut for 2 ranks; give the checkpoint"),
+        (lambda cut, _: djinn.plan(cut, budget="20 MB", device="cpu", gpus=2, dtype=torch.float32), "leave dtype away"),
+        (lambda cut, out: djinn.pack(cut, out, ranks=0), "ranks 0: it is a whole number"),
+    ],
+)
+def test_others_are_refused(cut: Path, tmp_path: Path, act: Callable[[Path, Path], object], said: str) -> None:
+    with pytest.raises((CheckpointError, ConfigError), match=said):
+        act(cut, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_split_is_refused_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_key_value_heads 2 .* does not divide by 4 ranks"):
+        djinn.pack(source, tmp_path / "out", ranks=4, device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_left_alone(source: Path, cut: Path) -> None:
+    with pytest.raises(CheckpointError, match="is there already"):
+        djinn.pack(source, cut, ranks=2)
+
+
+def test_an_interrupted_cut_is_continued(
+    source: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = rank_packing.write_packed
+
+    def interrupted(*args: object) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(1)
+        write(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rank_packing, "write_packed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            djinn.pack(source, tmp_path / "out", ranks=2, device="cpu")
+    (unfinished,) = tmp_path.iterdir()
+    first = (unfinished / file_name(0, 2)).stat().st_mtime_ns
+    out = djinn.pack(source, tmp_path / "out", ranks=2, device="cpu")
+    assert (out / file_name(0, 2)).stat().st_mtime_ns == first
+    for rank in (0, 1):
+        assert (out / file_name(rank, 2)).read_bytes() == (cut / file_name(rank, 2)).read_bytes()
+
+
+def test_a_damaged_part_is_named(cut: Path, tmp_path: Path) -> None:
+    name, entry = next((name, entry) for name, entry in rank_tensors(cut) if entry.layout is not None)
+    path = tmp_path / file_name(0, 2)
+    held = bytearray((cut / path.name).read_bytes())
+    held[entry.source.offset + 5000] ^= 1  # type: ignore[union-attr]
+    path.write_bytes(held)
+    (tmp_path / file_name(1, 2)).write_bytes((cut / file_name(1, 2)).read_bytes())
+    damaged = dict(rank_tensors(tmp_path))[name]
+    with pytest.raises(CheckpointError, match=r"rank-0-of-2\.safetensors: tensor .*gate_proj"):
+        original_bytes(name, damaged, CPU)
+
+
+def test_the_command_says_what_each_rank_got(source: Path, tmp_path: Path) -> None:
+    told = ["pack", str(source), str(tmp_path / "out"), "--ranks", "2", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(main, told)
+    assert done.exit_code == 0, done.stderr
+    names = {size["name"] for size in json.loads(done.stdout)}
+    assert {"rank 0: model.norm.weight", "rank 1: model.norm.weight"} <= names
