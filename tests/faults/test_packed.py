@@ -25,6 +25,7 @@ from djinn.codec.checksums import checksums, verify
 from djinn.codec.encode import encode
 from djinn.codec.layout import TILE, Layout, sections
 from djinn.errors import CheckpointError, DjinnError, UnavailableError
+from djinn.weights import converted_folder
 from djinn.weights import pack as packing
 from djinn.weights.pack import pack, unpack
 
@@ -227,7 +228,7 @@ def test_a_full_disk_while_the_note_is_written(plain: Path, tmp_path: Path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "write_text", full)
+        patch.setattr(converted_folder, "write_text", full)
         with pytest.raises(UnavailableError, match="the disk is full; 0 of 2"):
             pack(plain, tmp_path / "out", device="cpu")
     pack(plain, tmp_path / "out", device="cpu")
@@ -342,7 +343,7 @@ def test_an_unfinished_folder_with_links_is_not_written_through(plain: Path, tmp
         partial.symlink_to(tmp_path / "elsewhere")
     else:
         partial.mkdir()
-        state = {"what": "pack", "version": 1, "source": packing._identity(plain)}
+        state = {"what": "pack", "version": 1, "source": converted_folder._identity(plain)}
         (partial / "packing.json").write_text(json.dumps(state))
     if planted == "link":
         (partial / "config.json").symlink_to(victim)
