@@ -20,6 +20,7 @@ from djinn.engine.offload import offload
 from djinn.engine.sharding import filled, pretended
 from djinn.errors import UnavailableError
 from djinn.planning.rates import Rates
+from djinn.planning.workspace import CUDA_OVERHEAD_BYTES
 from djinn.weights.models import empty_model, owners
 
 _CODED = 2**25
@@ -75,9 +76,10 @@ def _unit_s(device: torch.device) -> float:
     resident_s, _ = times_of_host(model, device)
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
     ids = torch.ones(1, 1, dtype=torch.int64, device=device)
+    libraries_bytes = CUDA_OVERHEAD_BYTES if device.type == "cuda" else 0
     offload(
         model,
-        budget=_WORKSPACE_BYTES + round(_SHARE * nbytes),
+        budget=_WORKSPACE_BYTES + libraries_bytes + round(_SHARE * nbytes),
         workspace=_WORKSPACE_BYTES,
         example={"input_ids": ids},
         device=str(device),
