@@ -49,6 +49,11 @@ def sharded(index: WeightIndex[PreTrainedModel], config: DistributedConfig) -> W
     """
     model, ranks = index.model, dist.get_world_size()
     _require_tensor_parallel(config, ranks)
+    if index.is_cut and config.tp_plan != "auto":
+        raise ConfigError(
+            "distributed_config: this checkpoint was cut for ranks by the model's own plan; load it with "
+            "tp_plan='auto', or give the checkpoint that it was made of"
+        )
     if index.reads is not None:
         raise ConfigError(f"distributed_config: this {type(model).__name__} is quantised, and stays on one GPU")
     readers, tensors = readers_of(index)

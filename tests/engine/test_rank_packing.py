@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 import djinn
 from djinn.cli import main
 from djinn.engine import rank_packing
+from djinn.engine.sharding import pretended, sharded
 from djinn.errors import CheckpointError, ConfigError
+from djinn.weights.opening import index_of
 from djinn.weights.packed_shard import original_bytes, read_tensor
 from djinn.weights.rank_files import file_name, rank_tensors, ranks_of
 from djinn.weights.shards import read_checkpoint, read_shard
@@ -98,6 +100,15 @@ def test_others_are_refused(cut: Path, tmp_path: Path, act: Callable[[Path, Path
     with pytest.raises((CheckpointError, ConfigError), match=said):
         act(cut, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_another_plan_of_tensors_is_refused(cut: Path, tmp_path: Path) -> None:
+    """Its parts could have the same shapes, and other weights."""
+    with pretended(2) as config:
+        index = index_of(cut, tmp_path, CPU)
+        config.tp_plan = {"model.layers.*.mlp.down_proj": "rowwise"}
+        with pytest.raises(ConfigError, match="was cut for ranks by the model's own plan"):
+            sharded(index, config)
 
 
 def test_what_cannot_be_split_is_refused_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
