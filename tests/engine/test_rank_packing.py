@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import save_config
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from typer.testing import CliRunner
 
 import djinn
@@ -109,6 +110,32 @@ def test_another_plan_of_tensors_is_refused(cut: Path, tmp_path: Path) -> None:
         config.tp_plan = {"model.layers.*.mlp.down_proj": "rowwise"}
         with pytest.raises(ConfigError, match="was cut for ranks by the model's own plan"):
             sharded(index, config)
+
+
+def test_parts_of_other_shapes_are_refused(cut: Path, tmp_path: Path) -> None:
+    with pretended(2) as config:
+        index = index_of(cut, tmp_path, CPU)
+        name = "model.layers.0.mlp.down_proj.weight"
+        odd = replace(index, tensors=index.tensors | {name: index.tensors["model.norm.weight"]})
+        with pytest.raises(CheckpointError, match=r"a rank holds \[512, 1408\] of a tensor of which \[512\] was cut"):
+            sharded(odd, config)
+
+
+def test_buffers_that_a_checkpoint_keeps_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = LlamaModel.__init__
+
+    def with_buffer(self: LlamaModel, config: LlamaConfig) -> None:
+        make(self, config)
+        self.register_buffer("kept", torch.zeros(3))
+
+    monkeypatch.setattr(LlamaModel, "__init__", with_buffer)
+    model = LlamaForCausalLM(WIDE).to(torch.bfloat16)
+    model.model.kept = torch.tensor([1.0, 2.0, 3.0])
+    model.save_pretrained(tmp_path / "source")
+    folder = djinn.pack(tmp_path / "source", tmp_path / "cut", ranks=2, device="cpu")
+    with pretended(2, 1):
+        found = index_of(folder, tmp_path, CPU).model
+    assert found.model.kept.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_what_cannot_be_split_is_refused_and_nothing_is_left(source: Path, tmp_path: Path) -> None:
