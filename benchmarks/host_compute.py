@@ -163,10 +163,10 @@ def measure(options: argparse.Namespace, coding: str, computing: HostCompute | N
         **predicted(model, rates),
     }  # fmt: skip
     if planned.host is not None:
-        rates, host_units = planned.host.rates, engine_of(model).host
+        together, host_units = planned.host.rates, engine_of(model).host
         shared |= {
-            "host_units": len(planned.host.units), "planned_link_gbps": rates.link / 1e9,
-            "planned_cores_gbps": rates.cores / 1e9, "rates_assumed": rates.assumed,
+            "host_units": len(planned.host.units), "planned_link_gbps": together.link / 1e9,
+            "planned_cores_gbps": together.cores / 1e9, "rates_assumed": together.assumed,
             "kernel": host_units.products.name, "threads": host_units.products.threads,
         }  # fmt: skip
     prompt = prompt_ids(model.config, batch=1, tokens=options.prompt, seed=0).to(model.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,19 @@ def read_json_lines(path: Path, kind: type[_Kind], *, growing: bool = False) -> 
     data = data.removesuffix(b"\n")
     lines = data.split(b"\n") if data else []
     return [_as(adapter, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+@contextmanager
+def samples(path: Path, script: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the lines that a script of ours wrote, each an object; what they lack inside the ``with`` is refused, too.
+
+    Raises:
+        ConfigError: they cannot be read, or are not what the script writes.
+    """
+    try:
+        yield read_json_lines(path, dict[str, Any])
+    except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError, ConfigError) as error:
+        raise ConfigError(f"{path}: no records of {script}: {error}") from error
 
 
 def read_csv(path: Path, kind: type[_Kind]) -> list[_Kind]:

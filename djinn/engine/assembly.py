@@ -28,7 +28,6 @@ from djinn.engine.saving import save_from_store
 from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
 from djinn.host.products import HostProducts
-from djinn.planning.host_experts import computed_experts
 from djinn.planning.placement import Plan, Tier
 from djinn.transport.arena import Arena
 from djinn.transport.copier import Copier, Source
@@ -164,7 +163,7 @@ def start(
         computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
         rates = planned.host.rates
         host = HostUnits(computed, weights.images, products, device, rates.tokens, stats, lambda: streamer.orders.few)
-        if computed_experts(planned):
+        if planned.computed_experts:
             host_experts = HostExperts(products, exchange_with(device), rates, stats)
         undo.callback(host.detach)
         host.attach(model)

@@ -42,11 +42,11 @@ class HostExperts:
 
         At least one expert stays with the device, to stand in for those that do not.
         """
-        if not lacking or not _can_multiply(asked.module, layer) or not self._can_take(asked.named):
-            return None
-        nbytes = layer.sources[lacking[0]].unit.raw_bytes
+        nbytes = layer.sources[0].unit.raw_bytes
         count = min(misses_to_compute(len(lacking), nbytes, self._rates), len(call.wanted) - 1)
-        return HostPart.of(self, layer, asked, call, lacking[len(lacking) - count :]) if count else None
+        if not count or not self._can_take(asked.named) or not _can_multiply(asked.module, layer):
+            return None
+        return HostPart.of(self, layer, asked, call, lacking[-count:])
 
     def _can_take(self, named: Mapping[str, Any]) -> bool:
         """Return whether a call is one for the host: of few tokens in bfloat16, with a weight for each pick."""

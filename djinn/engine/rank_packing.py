@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,12 @@ from djinn.spill import spill_folder
 from djinn.transport.reader import allocate, settle
 from djinn.weights import pack as whole
 from djinn.weights.experts import by_expert
-from djinn.weights.header import Header, parse_header
+from djinn.weights.header import plain_header
 from djinn.weights.opening import index_of
 from djinn.weights.packed_shard import write_packed
 from djinn.weights.rank_files import file_name, rank_of
 from djinn.weights.resolve import resolve
-from djinn.weights.tensors import DTYPES, PAGE, InMemory, TensorEntry
+from djinn.weights.tensors import PAGE, InMemory, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit, find_units
 
 _CHUNK = 64 * 2**20
@@ -85,26 +84,10 @@ def _write_rank(
             return torch.from_numpy(made[: tensors[name].nbytes])
 
         kept = {name: TensorEntry(value.dtype, tuple(value.shape), InMemory(value)) for name, value in buffers.items()}
-        write_packed(_header(target, tensors | kept), read, target, on_done, device, counts)
+        write_packed(plain_header(target, tensors | kept), read, target, on_done, device, counts)
 
 
 def _kept_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the buffers that a checkpoint of the model has, contiguous."""
     saved = model.state_dict().keys()
     return {name: buffer.contiguous() for name, buffer in model.named_buffers() if name in saved}
-
-
-def _header(path: Path, tensors: Mapping[str, TensorEntry]) -> Header:
-    """Return the header of a plain file with these tensors, one behind the other."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, entry in tensors.items():
-        described[name] = {
-            "dtype": names[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [end, end + entry.nbytes],
-        }
-        end += entry.nbytes
-    text = json.dumps(described).encode()
-    return parse_header(path, text, 8 + len(text) + end)

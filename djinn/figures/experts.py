@@ -3,7 +3,6 @@ rate of runs with steered routing, which ``benchmarks/experts.py`` measures."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from djinn.errors import ConfigError, DjinnError
 from djinn.figures.bars import SPREAD
 from djinn.figures.style import COLUMN_IN, GREY, LOOKS, explain, house_style
 from djinn.figures.sweeps import over_sizes
+from djinn.reading import samples
 
 _LOOKS = {"routed": LOOKS["djinn"], "coded": LOOKS["djinn:lossless"]}
 _LINES = {"whole": (LOOKS["djinn:whole"], "whole layers"), "resident": (LOOKS["resident"], "resident")}
@@ -64,8 +64,7 @@ def read(paths: Iterable[Path]) -> pd.DataFrame:
     """
     rows = []
     for path in paths:
-        try:
-            records = [json.loads(line) for line in path.read_text().splitlines()]
+        with samples(path, "benchmarks/experts.py") as records:
             for record in records:
                 if "times" not in record:  # what a traced run adds has none
                     continue
@@ -79,8 +78,6 @@ def read(paths: Iterable[Path]) -> pd.DataFrame:
                         "moved_gb": record["link_bytes"] / len(record["times"]) / 1e9,
                     }
                 )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: no records of benchmarks/experts.py: {error}") from error
     return pd.DataFrame(rows)
 
 

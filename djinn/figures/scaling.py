@@ -3,7 +3,6 @@ what their links carried, from samples of ``benchmarks/ranks.py``."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from djinn.bench.records import Record, system_label
-from djinn.errors import ConfigError, DjinnError
+from djinn.errors import DjinnError
 from djinn.figures.style import COLUMN_IN, LOOKS, canvas, explain, figure_of, house_style
+from djinn.reading import samples
 
 _SAME = ("model", "budget_bytes", "prompt_tokens", "batch")
 """What runs have to have in common to be drawn together. A budget is each GPU's."""
@@ -96,9 +96,8 @@ def read_links(paths: Iterable[Path]) -> pd.DataFrame:
     """
     rows = []
     for path in paths:
-        try:
-            records = [json.loads(line) for line in path.read_text().splitlines()]
-            bare = [records[0]["bare_gbps_before"], *(each["bare_gbps_after"] for each in records[-1:])]
+        with samples(path, "benchmarks/ranks.py") as records:
+            bare = [records[0]["bare_gbps_before"], records[-1]["bare_gbps_after"]]
             by_gpu = [statistics.mean(rates) for rates in zip(*bare, strict=True)]
             for record in records:
                 carried = [each["link_bytes"] / sum(record["times"]) / 1e9 for each in record["by_rank"]]
@@ -114,8 +113,6 @@ def read_links(paths: Iterable[Path]) -> pd.DataFrame:
                         "bound_s": max(nbytes / rate / 1e9 for nbytes, rate in streamed),
                     }
                 )
-        except (OSError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-            raise ConfigError(f"{path}: no records of benchmarks/ranks.py: {error}") from error
     return pd.DataFrame(rows)
 
 

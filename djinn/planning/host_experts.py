@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from djinn.planning.experts import HOST_S
 from djinn.planning.host import HostRates
-from djinn.planning.placement import Plan, Tier
-from djinn.weights.units import Unit
-
-
-def computed_experts(plan: Plan) -> tuple[Unit, ...]:
-    """Return the units with experts that the cores can compute with, in passes of few tokens: raw, in host memory."""
-    if plan.host is None:
-        return ()
-    return tuple(unit for unit in plan.at(Tier.PINNED) if unit.experts and not unit.coded)
+from djinn.planning.placement import Plan
 
 
 def whole_from(plan: Plan, link: float) -> int | None:
@@ -21,7 +13,7 @@ def whole_from(plan: Plan, link: float) -> int | None:
     In a pass of fewer tokens the cores take a part of the experts, which makes it the faster one.
     """
     found = plan.pool.whole_from(link)
-    if found is None or plan.host is None or not computed_experts(plan):
+    if found is None or plan.host is None or not plan.computed_experts:
         return found
     return max(found, plan.host.rates.tokens + 1)
 

@@ -79,6 +79,13 @@ class Plan:
         return self.streamed + self.second
 
     @property
+    def computed_experts(self) -> tuple[Unit, ...]:
+        """The units with experts that the cores can compute with, in passes of few tokens: raw, in host memory."""
+        if self.host is None:
+            return ()
+        return tuple(unit for unit in self.at(Tier.PINNED) if unit.experts and not unit.coded)
+
+    @property
     def routed(self) -> tuple[Unit, ...]:
         """The units of which passes fetch the experts that routers pick, in order."""
         return tuple(unit for unit in self.away if unit.experts)
@@ -151,8 +158,7 @@ class Plan:
         if self.host is None:
             return []
         computed = [unit for unit in self.streamed if unit.name in self.host.units]
-        of_experts = any(unit.experts and not unit.coded for unit in self.at(Tier.PINNED))
-        these = "some of the experts that the pool lacks" if of_experts else f"{len(computed)} of them"
+        these = "some of the experts that the pool lacks" if self.computed_experts else f"{len(computed)} of them"
         words = f"{these}: the host's cores compute with these in passes of up to {self.host.rates.tokens} tokens"
         return [("  computed", total_bytes(computed), words)]
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from djinn.errors import UnavailableError
 from djinn.planning.experts import LAYER_IDLE_S, mean_rate
-from djinn.planning.host_experts import computed_experts, mean_computed, whole_from
+from djinn.planning.host_experts import mean_computed, whole_from
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.rates import ComputeRate, Rates
 from djinn.planning.work import Work
@@ -148,7 +148,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
     on_cpu = rates.device == "cpu"
     host = plan.host if plan.host is not None and tokens <= plan.host.rates.tokens else None
     link = rates.link if host is None or (is_whole and not host.units) else host.rates.link
-    computable = computed_experts(plan)
+    computable = plan.computed_experts
     slots = iter(range(len(plan.slots)) if host is None else range(len(plan.streamed), len(plan.slots)))
     for unit, tier in zip(plan.units, plan.tiers, strict=True):
         rows = work.workload.batch if unit.name in work.head else tokens
@@ -158,7 +158,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
             compute_s = rows * unit.raw_bytes / rates.last_token
         product_s = host.rates.product_s(unit.raw_bytes) if host is not None and unit.name in host.units else 0.0
         if unit.coded and rates.decode and not product_s:
-            read = 1.0 if is_whole else _touched(work.shares.get(unit.name, 1.0), tokens) if unit.experts else 1.0
+            read = 1.0 if is_whole or not unit.experts else _touched(work.shares.get(unit.name, 1.0), tokens)
             compute_s += read * unit.raw_bytes / rates.decode
         nbytes = unit.image_bytes
         experts_s = 0.0

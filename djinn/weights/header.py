@@ -5,6 +5,7 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from djinn.errors import CheckpointError
 from djinn.weights.foreign import parse_object, refusing, require_file
-from djinn.weights.tensors import DTYPES, FileSpan, TensorEntry
+from djinn.weights.tensors import DTYPE_NAMES, DTYPES, FileSpan, TensorEntry
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format (its Rust reader refuses larger headers)."""
@@ -32,6 +33,11 @@ class Header:
     """Bytes of the file."""
 
     @property
+    def lead(self) -> bytes:
+        """The file's first bytes: the header's length, and the header."""
+        return len(self.text).to_bytes(8, "little") + self.text
+
+    @property
     def start(self) -> int:
         """Byte of the file at which tensors begin."""
         return 8 + len(self.text)
@@ -40,6 +46,12 @@ class Header:
     def end(self) -> int:
         """Byte of the file after the last tensor."""
         return self.start + sum(entry.nbytes for entry in self.tensors.values())
+
+    def offset(self, name: str) -> int:
+        """Return the byte of the file at which a tensor begins."""
+        source = self.tensors[name].source
+        assert isinstance(source, FileSpan)
+        return source.offset
 
 
 def read_header(path: Path) -> Header:
@@ -56,6 +68,18 @@ def read_header(path: Path) -> Header:
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(f"{path}: not a safetensors file, or cut off inside its header ({size} bytes)")
         return parse_header(path, file.read(length), size)
+
+
+def plain_header(path: Path, tensors: Mapping[str, TensorEntry]) -> Header:
+    """Return the header of a plain file ``path`` that is to hold ``tensors``, raw, one behind the other."""
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in tensors.items():
+        offsets = [end, end + entry.raw_bytes]
+        described[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets}
+        end += entry.raw_bytes
+    text = json.dumps(described).encode()
+    return parse_header(path, text, 8 + len(text) + end)
 
 
 def parse_header(path: Path, text: bytes, size: int) -> Header:

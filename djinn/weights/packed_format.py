@@ -37,7 +37,7 @@ from djinn.errors import CheckpointError
 from djinn.weights.foreign import parse_object, refusing
 from djinn.weights.header import Header, parse_header
 from djinn.weights.synthetic_shard import PAGE_BYTES
-from djinn.weights.tensors import DTYPES, FileSpan, Stacked, TensorEntry
+from djinn.weights.tensors import DTYPE_NAMES, FileSpan, Stacked, TensorEntry
 
 VERSIONS = (1, 2)
 """Those that are read. A file is written in the first that can describe it."""
@@ -155,12 +155,11 @@ def _body(original: Header, tensors: Mapping[str, Sequence[Stored]]) -> bytes:
     text = json.dumps(description, separators=(",", ":"))
     metadata = {**original.metadata, _KEY: text, _KEY_CRC32: f"{zlib.crc32(text.encode()):08x}"}
     header: dict[str, Any] = {"__metadata__": metadata}
-    names = {dtype: name for name, dtype in DTYPES.items()}
     end = 0
     for name, parts in tensors.items():
         entry = original.tensors[name]
         nbytes = stored_bytes(entry, [part.layout for part in parts])
-        dtype, shape = (names[entry.dtype], list(entry.shape)) if parts[0].layout is None else ("U8", [nbytes])
+        dtype, shape = (DTYPE_NAMES[entry.dtype], list(entry.shape)) if parts[0].layout is None else ("U8", [nbytes])
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
         end += nbytes
     return json.dumps(header, separators=(",", ":")).encode()

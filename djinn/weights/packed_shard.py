@@ -125,10 +125,10 @@ def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], d
     """
     original = original_of(read_header(source))
     with _whole_file(target) as file:
-        file.write(len(original.text).to_bytes(8, "little") + original.text)
+        file.write(original.lead)
         file.truncate(original.end)
         for name, weights in unpacked(source, device):
-            file.seek(_offset(original.tensors[name]))
+            file.seek(original.offset(name))
             file.write(weights.numpy().data)
             on_done(len(weights))
 
@@ -173,16 +173,13 @@ def original_bytes(name: str, entry: TensorEntry, device: torch.device) -> torch
 def _require_no_gaps(header: Header) -> None:
     end = header.start
     for name, entry in header.tensors.items():
-        if _offset(entry) != end:
-            raise CheckpointError(f"{header.path}: {_offset(entry) - end} bytes before tensor {name} belong to none")
+        if header.offset(name) != end:
+            raise CheckpointError(
+                f"{header.path}: {header.offset(name) - end} bytes before tensor {name} belong to none"
+            )
         end += entry.raw_bytes
     if end != header.path.stat().st_size:
         raise CheckpointError(f"{header.path}: {header.path.stat().st_size - end} bytes after its tensors")
-
-
-def _offset(entry: TensorEntry) -> int:
-    assert isinstance(entry.source, FileSpan)
-    return entry.source.offset
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 
 from djinn.weights.foreign import parse_object
+from djinn.weights.header import plain_header
 from djinn.weights.packed_shard import original_bytes
 from djinn.weights.shards import named_file
-from djinn.weights.tensors import DTYPES, TensorEntry
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from djinn.weights.tensors import TensorEntry
 
 
 def with_stacks(folder: Path, made: Path, entries: Mapping[str, TensorEntry], wanted: Collection[str]) -> Path:
@@ -34,19 +33,12 @@ def with_stacks(folder: Path, made: Path, entries: Mapping[str, TensorEntry], wa
         index, path = path, path.with_name("stacked.safetensors")  # not a name that transformers looks for first
         stored = parse_object(named.read_bytes())  # as it is in all else: transformers refuses one without metadata
         index.write_text(json.dumps(stored | {"weight_map": dict.fromkeys(entries, path.name)}))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    ends = 0
-    begins = {}
-    for name, entry in entries.items():
-        begins[name] = ends
-        ends += entry.raw_bytes
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begins[name], ends]}
-    text = json.dumps(header).encode()
+    header = plain_header(path, entries)
     with path.open("wb") as file:
-        start = file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(start + ends)
+        file.write(header.lead)
+        file.truncate(header.size)
         for name in entries.keys() & set(wanted):
-            file.seek(start + begins[name])
+            file.seek(header.offset(name))
             file.write(original_bytes(name, entries[name], torch.device("cpu")).numpy().data)
     _link_documents(folder, made)
     return made

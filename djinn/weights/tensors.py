@@ -31,6 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """safetensors' names of the dtypes that torch has."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def kind_of(name: str) -> str:

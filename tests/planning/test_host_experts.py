@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from djinn.planning.experts import HOST_S, LAYER_IDLE_S
 from djinn.planning.host import HostRates, HostShare
-from djinn.planning.host_experts import computed_experts, mean_computed, misses_to_compute, whole_from
+from djinn.planning.host_experts import mean_computed, misses_to_compute, whole_from
 from djinn.planning.placement import Plan, make_plan
 from djinn.planning.prediction import predict
 from djinn.planning.rates import Rates
@@ -70,11 +70,11 @@ def test_even_rates_share_evenly_and_small_experts_come_over_the_link() -> None:
 
 
 def test_only_raw_experts_in_host_memory_are_computed() -> None:
-    assert len(computed_experts(planned())) == 4
-    assert computed_experts(planned(None)) == ()
+    assert len(planned().computed_experts) == 4
+    assert planned(None).computed_experts == ()
     on_disk = planned(host_bytes=0, made=False)
     assert on_disk.disk_bytes
-    assert computed_experts(on_disk) == ()
+    assert on_disk.computed_experts == ()
 
 
 def test_passes_of_few_tokens_are_routed() -> None:

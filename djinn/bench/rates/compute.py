@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 from torch.nn.functional import linear
 
 from djinn.planning import rates as planned
@@ -127,7 +128,7 @@ def _host_s(device: torch.device) -> tuple[float, float, float]:
     From generations that are overhead alone: by a small model with few layers and one with many.
     """
     models = [small_model(layers, device) for layers in _LAYERS]
-    counts = [len({id(module) for _, module, _, _ in owners(model)}) for model in models]
+    counts = [modules_of(model) for model in models]
     (few_s, few_call_s), (many_s, many_call_s) = (times_of_host(model, device) for model in models)
     module_s = max((many_s - few_s) / (counts[1] - counts[0]), 0.0)
     return module_s, max(few_s - module_s * counts[0], 0.0), statistics.mean([few_call_s, many_call_s])
@@ -140,6 +141,11 @@ def small_model(layers: int, device: torch.device) -> Any:
     config = load_architecture(_SMALL)
     config.num_hidden_layers = layers
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device).eval()
+
+
+def modules_of(model: nn.Module) -> int:
+    """Return how many modules have weights of their own."""
+    return len({id(module) for _, module, _, _ in owners(model)})
 
 
 def times_of_host(model: Any, device: torch.device) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from djinn.bench.rates.compute import median_s, small_model, times_of_host
+from djinn.bench.rates.compute import median_s, modules_of, small_model, times_of_host
 from djinn.codec.decode import Decoder
 from djinn.codec.encode import encode
 from djinn.engine.load import detach, placement
@@ -21,7 +21,7 @@ from djinn.engine.sharding import filled, pretended
 from djinn.errors import UnavailableError
 from djinn.planning.rates import Rates
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES
-from djinn.weights.models import empty_model, owners
+from djinn.weights.models import empty_model
 
 _CODED = 2**25
 """Weights of the tensor that is decoded: as many as a matrix of a model of 7 billion has."""
@@ -96,8 +96,7 @@ def _split_s(device: torch.device) -> float:
     whole = small_model(_LAYERS, device)
     resident_s, _ = times_of_host(whole, device)
     weights = {name: parameter.cpu() for name, parameter in whole.named_parameters()}
-    modules = len({id(module) for _, module, _, _ in owners(whole)})
     with pretended(2) as config:
         split = filled(empty_model(whole.config, torch.bfloat16), config, device, lambda name, _: weights[name])
         split_s, _ = times_of_host(split.eval(), device)
-    return max(split_s - resident_s, 0.0) / modules
+    return max(split_s - resident_s, 0.0) / modules_of(whole)
