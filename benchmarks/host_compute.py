@@ -31,6 +31,7 @@ import djinn
 from djinn.bench.measure import TokenTimes, prompt_ids
 from djinn.bench.rates import compute, host, streaming
 from djinn.bench.rates.link import pinned_h2d_rate
+from djinn.bench.systems.common import deterministic_attention
 from djinn.engine.load import engine_of, load_requested, placement
 from djinn.errors import UnavailableError
 from djinn.host.cores import choose_cpus
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the script out: its times say nothing.")
     parser.add_argument("--output", type=Path, default=Path("host_compute.jsonl"))
     options = parser.parse_args()
+    deterministic_attention()
     exact = None
     asked = host_compute(options) if "host" in options.modes else None
     rates = device_rates(options.device)

@@ -24,6 +24,7 @@ from djinn.devices import cpus_near
 from djinn.host.products import HostProducts
 from djinn.planning.rates import Rates
 from djinn.sizes import Count
+from djinn.transport.exchange import exchange_with
 
 TOKENS = (1, 2, 4, 8, 16)
 SHAPE = (28672, 8192)
@@ -110,7 +111,7 @@ def measure(device: torch.device, shape: tuple[int, int] = SHAPE) -> HostCores:
 
     Raises:
         PlanError: the driver refuses to page-lock host memory.
-        UnavailableError: the system starts no more threads.
+        UnavailableError: the system starts no more threads, or a GPU without Triton.
     """
     with ExitStack() as undo:
         products = HostProducts(near=cpus_near(device))
@@ -174,18 +175,16 @@ def _window(multiply: Multiply, calls: Calls, vectors: Tensor, lane: Lane | None
 
 def _round_trip_s(lane: Lane, rows: int, columns: int) -> float:
     """Return the median seconds in which one product's inputs come to the host and two matrices' outputs go back."""
-    inputs = torch.ones(columns, dtype=torch.bfloat16, device=lane.device)
-    there = torch.empty(columns, dtype=torch.bfloat16, pin_memory=True)
-    back = torch.ones(2 * rows, dtype=torch.bfloat16, pin_memory=True)
-    outputs = torch.empty(2 * rows, dtype=torch.bfloat16, device=lane.device)
-    several.start([lane])
+    exchange = exchange_with(lane.device)
+    inputs = torch.ones(1, columns, dtype=torch.bfloat16, device=lane.device)
     seconds: list[float] = []
     with torch.cuda.device(lane.device):
+        exchange.to_device(exchange.room(1, [rows, rows]))  # allocates
+        several.start([lane])
         while lane.busy or not seconds:
             begun = time.perf_counter()
-            there.copy_(inputs, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            outputs.copy_(back, non_blocking=True)
+            exchange.to_host(inputs)
+            exchange.to_device(exchange.room(1, [rows, rows]))
             torch.cuda.current_stream().synchronize()
             seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds)
