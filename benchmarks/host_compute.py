@@ -29,11 +29,12 @@ import torch
 
 import djinn
 from djinn.bench.measure import TokenTimes, prompt_ids
-from djinn.bench.rates import compute, host, streaming
+from djinn.bench.rates import compute, streaming
 from djinn.bench.rates.link import pinned_h2d_rate
 from djinn.bench.systems.common import deterministic_attention
 from djinn.engine.load import engine_of, load_requested, placement
 from djinn.errors import UnavailableError
+from djinn.host import rates as host
 from djinn.host.cores import choose_cpus
 from djinn.planning.host import HostCompute, HostRates, assumed_rates
 from djinn.planning.prediction import predict

@@ -18,10 +18,10 @@ ASSUMED_LINK = 48e9
 BUSY_SHARE = 0.94
 """What is left of a link's own rate beside busy cores: 49 of 52 GB/s, on hosts of 16 cores with an H100."""
 ASSUMED_CORE = 3.5e9
-CORE_MOST = 4.8e9
+CORE_MOST = 11.2e9
 ASSUMED_CORES = 50e9
-"""Bytes/s of weights that one core multiplies while all do, the most that one does alone, and of all together. On those
-hosts one core had 4.8, and 16 had 48 to 66 beside a busy link."""
+"""Bytes/s of weights that one core multiplies while all do, the most that one does while few do, and of all together.
+On one host with an H100 8 cores had 90, and 14 had 107 beside a busy link; on others 16 had 48 to 66."""
 
 
 @dataclass(frozen=True, kw_only=True)
