@@ -121,9 +121,10 @@ class Opened:
         # Raw units make the ring larger, at the most by as much as it has: that may push residents into the arena.
         room = arena_bytes - planned.pinned_bytes - planned.ring_bytes
         streamed = {unit.name for unit in planned.streamed}
-        chosen = host_units(planned.units, streamed, able, rates, room)
+        chosen = host_units(planned.units, streamed, able, rates, room, planned.ring_bytes)
         units = [unit.raw() if unit.name in chosen else unit for unit in self.units]
-        return place(units, host=HostShare(units=chosen, rates=rates))
+        made = place(units, host=HostShare(units=chosen, rates=rates))
+        return made if chosen or made.computed_experts else planned
 
     def _arena_bytes(self, request: Request, free: int) -> int:
         streams = 1 + any(unit.experts for unit in self.units) if request.device.type == "cuda" else 0

@@ -32,6 +32,8 @@ class HostRates:
     """Bytes/s over the link."""
     cores: float
     """Bytes/s of weights that the cores multiply."""
+    alone: float | None = None
+    """Bytes/s over the link while the cores are idle; None where nobody knows: then as beside busy ones."""
     wait_s: float = 60e-6
     """Seconds that a product takes beside the multiplication: its inputs go to the host, and its outputs come back."""
     device: float | None = None
@@ -40,6 +42,11 @@ class HostRates:
     """The most tokens of a pass in which the cores compute: with more, a product takes much longer than with one."""
     assumed: bool = False
     """Whether nobody has measured them on this machine."""
+
+    @property
+    def idle_link(self) -> float:
+        """Bytes/s over the link while the cores are idle."""
+        return self.alone or self.link
 
     def product_s(self, nbytes: int) -> float:
         """Return the seconds that a product with ``nbytes`` of weights takes."""
@@ -56,8 +63,10 @@ def assumed_rates(threads: int, link: float | None = None, device: float | None 
     ``link`` is what its link carries while the cores are idle, bytes/s, and ``device`` as in :class:`HostRates`, where
     these are known.
     """
+    alone = ASSUMED_LINK / BUSY_SHARE if link is None else link
     return HostRates(
-        link=ASSUMED_LINK if link is None else BUSY_SHARE * link,
+        link=BUSY_SHARE * alone,
+        alone=alone,
         cores=min(threads * ASSUMED_CORE, ASSUMED_CORES),
         device=device,
         assumed=True,
@@ -83,33 +92,46 @@ class HostShare:
 
 
 def host_units(
-    units: Sequence[Unit], streamed: Collection[str], able: Collection[str], rates: HostRates, room_bytes: int
+    units: Sequence[Unit],
+    streamed: Collection[str],
+    able: Collection[str],
+    rates: HostRates,
+    room_bytes: int,
+    ring_bytes: int,
 ) -> frozenset[str]:
     """Return the names of the units that become host units, of those that the host is ``able`` to compute with.
 
     Each unit that streams goes, in order, to whichever of link and cores will be done with it first, after all that it
     has been given before. So both are done at about the same time, at the end as at any point before it. While the
-    device computes, the cores wait for it and the link does not.
+    device computes, the cores wait for it and the link does not. While the cores compute, the link fills the ring: a
+    product that takes longer than that would leave it idle, and is not made. None is if the link alone is as fast.
 
     Args:
         units: all of them, in order.
         streamed: names of those that cross the link.
         room_bytes: how much the arena may grow by: the cores need weights raw, and the link may carry them coded.
+        ring_bytes: size of the ring.
     """
     chosen = set()
-    link_s = cores_s = 0.0
+    link_s = cores_s = alone_s = 0.0
+    ahead_s = 0.0  # what the ring holds that the device has still to compute with, in seconds of copies
+    ring_s = ring_bytes / rates.link
     for unit in units:
         computed_s = cores_s + (unit.raw_bytes / rates.device if rates.device else 0.0)
         if unit.name not in streamed:
             cores_s = computed_s
             continue
-        copied_s = link_s + unit.weight_bytes / rates.link
-        multiplied_s = cores_s + rates.product_s(unit.raw_bytes)
+        copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes)
+        alone_s += unit.weight_bytes / rates.idle_link
+        copied_s, multiplied_s = link_s + copy_s, cores_s + product_s
         growth = unit.raw().image_bytes - unit.image_bytes if unit.coded else 0
-        if unit.name in able and multiplied_s < copied_s and growth <= max(room_bytes, 0):
+        keeps_up = multiplied_s < copied_s and ahead_s + product_s <= ring_s
+        if unit.name in able and keeps_up and growth <= max(room_bytes, 0):
             chosen.add(unit.name)
             cores_s = multiplied_s
+            ahead_s += product_s
             room_bytes -= growth
         else:
             link_s, cores_s = copied_s, computed_s
-    return frozenset(chosen)
+            ahead_s = max(ahead_s - copy_s, 0.0)
+    return frozenset(chosen) if max(link_s, cores_s) < alone_s else frozenset()

@@ -26,7 +26,9 @@ def misses_to_compute(lacking: int, nbytes: int, rates: HostRates) -> int:
     """
 
     def seconds(computed: int) -> float:
-        cores_s = rates.wait_s + computed * nbytes / rates.cores if computed else 0.0
+        if not computed:
+            return max(lacking * nbytes / rates.idle_link, HOST_S)
+        cores_s = rates.wait_s + computed * nbytes / rates.cores
         return max((lacking - computed) * nbytes / rates.link, cores_s + HOST_S)
 
     return min(range(lacking + 1), key=seconds)

@@ -147,7 +147,6 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
     visits: list[_Visit] = []
     on_cpu = rates.device == "cpu"
     host = plan.host if plan.host is not None and tokens <= plan.host.rates.tokens else None
-    link = rates.link if host is None or (is_whole and not host.units) else host.rates.link
     computable = plan.computed_experts
     slots = iter(range(len(plan.slots)) if host is None else range(len(plan.streamed), len(plan.slots)))
     for unit, tier in zip(plan.units, plan.tiers, strict=True):
@@ -173,6 +172,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
         host_s = rates.module_s + (0.0 if visits else rates.pass_s) + (rates.split_s if work.sums else 0.0)
         if tier is not Tier.RESIDENT or unit.coded:
             host_s += rates.unit_s
+        link = host.rates.link if host is not None and (host.units or experts_s) else rates.link
         over_link = not product_s and (tier is Tier.PINNED or (on_disk and not on_cpu))
         visits.append(
             _Visit(

@@ -66,6 +66,6 @@ class Rates:
         if not self.cores_beside_link or not self.link_beside_cores:
             return None
         return HostRates(
-            link=self.link_beside_cores, cores=self.cores_beside_link, wait_s=self.cores_round_trip_s,
+            link=self.link_beside_cores, cores=self.cores_beside_link, alone=self.link, wait_s=self.cores_round_trip_s,
             device=self.compute[0].rate if self.compute else None, tokens=self.cores_tokens,
         )  # fmt: skip

@@ -25,6 +25,8 @@ from djinn.weights.units import PlacedTensor, Unit
 WORK = Workload(prompt_tokens=64, new_tokens=8, batch=1)
 PLAIN = Work(shares={}, head=frozenset(), attention_flops=0.0, cache_bytes=0, workload=WORK)
 rate = st.floats(1e9, 1e11)
+LARGE = 10**12
+"""A ring that holds whatever comes while the cores compute."""
 
 
 def unit(number: int, nbytes: int, *, made: bool = True) -> Unit:
@@ -55,7 +57,7 @@ def seconds(units: list[Unit], chosen: frozenset[str], rates: HostRates) -> tupl
 
 @given(models(), host_rates())
 def test_link_and_cores_end_together_at_every_point_of_a_pass(units: list[Unit], rates: HostRates) -> None:
-    chosen = host_units(units, names(units), names(units), rates, 0)
+    chosen = host_units(units, names(units), names(units), rates, 0, LARGE)
     for end in range(1, len(units) + 1):
         link_s, cores_s = seconds(units[:end], chosen, rates)
         longest = max(max(each.weight_bytes / rates.link, rates.product_s(each.raw_bytes)) for each in units[:end])
@@ -67,14 +69,30 @@ def test_the_slower_of_both_is_never_slower_than_the_link_alone(
     units: list[Unit], rates: HostRates, data: st.DataObject
 ) -> None:
     able = data.draw(st.sets(st.sampled_from([each.name for each in units])))
-    chosen = host_units(units, names(units), able, rates, 0)
+    chosen = host_units(units, names(units), able, rates, 0, LARGE)
     assert chosen <= able
     assert max(seconds(units, chosen, rates)) <= seconds(units, frozenset(), rates)[0] * 1.000001
 
 
 def test_a_product_that_waits_longer_than_it_saves_is_left_to_the_link() -> None:
     units = [unit(number, 10 * PAGE) for number in range(10)]
-    assert not host_units(units, names(units), names(units), HostRates(link=50e9, cores=50e9, wait_s=1e-3), 0)
+    rates = HostRates(link=50e9, cores=50e9, wait_s=1e-3)
+    assert not host_units(units, names(units), names(units), rates, 0, LARGE)
+
+
+def test_a_product_during_which_the_ring_would_be_full_is_left_to_the_link() -> None:
+    """Two units fit the ring: cores a third as fast as the link would leave it idle, however many units there are."""
+    units = [unit(number, 10 * PAGE) for number in range(100)]
+    rates = HostRates(link=3e9, cores=1e9, wait_s=0.0)
+    assert not host_units(units, names(units), names(units), rates, 0, 20 * PAGE)
+    assert len(host_units(units, names(units), names(units), rates, 0, 30 * PAGE)) == 25
+
+
+def test_products_that_save_less_than_busy_cores_take_from_the_link_are_not_made() -> None:
+    units = [unit(number, 10 * PAGE) for number in range(100)]
+    for alone, some in ((10.5e9, True), (12e9, False), (None, True)):
+        rates = HostRates(link=10e9, cores=1e9, alone=alone, wait_s=0.0)
+        assert bool(host_units(units, names(units), names(units), rates, 0, LARGE)) is some
 
 
 @given(models(), host_rates(), st.integers(0, 40), st.integers(0, 100))
@@ -86,7 +104,8 @@ def test_a_plan_keeps_its_host_units_in_host_memory(
     budget = least + sum(each.image_bytes for each in units) * percent // 100
     host_bytes = sum(each.image_bytes for each in units)
     before = make_plan(units, budget=budget, workspace_bytes=0, host_bytes=host_bytes)
-    chosen = host_units(units, names(before.streamed), {each.name for each in units[: len(units) - more % 3]}, rates, 0)
+    able = {each.name for each in units[: len(units) - more % 3]}
+    chosen = host_units(units, names(before.streamed), able, rates, 0, LARGE)
     made = make_plan(
         units, budget=budget, workspace_bytes=0, host_bytes=host_bytes, host=HostShare(units=chosen, rates=rates)
     )
@@ -121,7 +140,7 @@ def planned(rates: HostRates | None) -> tuple[float, float]:
     units = [unit(number, 100 * PAGE) for number in range(40)]
     before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9)
     if rates is not None:
-        chosen = host_units(units, names(before.streamed), names(units), rates, 0)
+        chosen = host_units(units, names(before.streamed), names(units), rates, 0, LARGE)
         share = HostShare(units=chosen, rates=rates)
         before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9, host=share)
     times = predict(before, Rates(device="cuda", link=1e9), PLAIN)

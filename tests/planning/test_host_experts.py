@@ -69,6 +69,17 @@ def test_even_rates_share_evenly_and_small_experts_come_over_the_link() -> None:
     assert mean_computed(3.5, 10**9, EVEN) == (three + four) / 2
 
 
+def test_experts_that_the_cores_leave_alone_come_over_an_idle_link() -> None:
+    """Beside cores that are far slower than the link none is computed, and the link is as fast as without them."""
+    slow = HostRates(link=1e9, cores=1e6, alone=1.1e9, wait_s=0.0)
+    assert misses_to_compute(8, 10**9, slow) == 0
+    known = Rates(device="cuda", link=1.1e9)
+    assert predict(planned(slow), known, WORK, 0.0).token_s == predict(planned(None), known, WORK, 0.0).token_s
+    nearly = HostRates(link=1e9, cores=1.15e8, wait_s=0.0)
+    assert misses_to_compute(10, 10**9, nearly) == 1
+    assert misses_to_compute(10, 10**9, replace(nearly, alone=1.2e9)) == 0
+
+
 def test_only_raw_experts_in_host_memory_are_computed() -> None:
     assert len(planned().computed_experts) == 4
     assert planned(None).computed_experts == ()
