@@ -61,7 +61,7 @@ def requested(options: argparse.Namespace, coding: str, computing: HostCompute |
     return replace(request, host=computing)
 
 
-def host_compute(options: argparse.Namespace) -> HostCompute:
+def host_compute(options: argparse.Namespace, known: Rates) -> HostCompute:
     """Return what is asked of the cores, with the rates that were given, or are measured; on a CPU they are assumed."""
     rates: HostRates | None
     if options.link_gbps and options.cores_gbps:
@@ -71,7 +71,7 @@ def host_compute(options: argparse.Namespace) -> HostCompute:
     else:
         cores = host.measure(torch.device("cuda"))
         print(cores.model_dump_json(), flush=True)
-        rates = cores.added_to(Rates(device="cuda")).host
+        rates = cores.added_to(known).host
     return HostCompute(threads=options.threads, rates=rates)
 
 
@@ -213,8 +213,8 @@ def main() -> None:
     options = parser.parse_args()
     deterministic_attention()
     exact = None
-    asked = host_compute(options) if "host" in options.modes else None
     rates = device_rates(options.device)
+    asked = host_compute(options, rates) if "host" in options.modes else None
     for coding in options.coding:
         for mode in options.modes:
             found = measure(options, coding, asked if mode == "host" else None, exact, rates)
