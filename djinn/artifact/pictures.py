@@ -26,10 +26,15 @@ def picture_frame() -> pd.DataFrame:
     return headline.medians(_pictured().baselines)
 
 
+def models_frame() -> pd.DataFrame:
+    """Return the systems of all runs over their models (see :func:`djinn.figures.across.by_model`)."""
+    return across.by_model([Run(folder).baselines for folder in runs()])
+
+
 def figure_frames() -> dict[str, pd.DataFrame]:
     """Return what the figures of several runs show, by their names: systems over models, predictions, budgets, GPUs."""
     return {
-        "models": across.by_model([Run(folder).baselines for folder in runs()]),
+        "models": models_frame(),
         "predictions": across.read_predictions(folders()),
         "budgets": budgets.measured(_pictured()),
         "gpus": scaling.read_links(_RANKS / f"l16_{count}.jsonl" for count in (1, 2, 4)),
@@ -47,11 +52,13 @@ def write_picture(stem: Path = PICTURE) -> list[Path]:
 
 def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
     """Draw the figures of several runs that the pages show, in the form of README's picture; return the paths."""
-    found = figure_frames()
+    found, run = figure_frames(), _pictured()
     figures = {
         "models": across.models(found["models"]),
         "predictions": across.predictions(found["predictions"]),
-        "budgets": budgets.draw(budgets.predicted(_pictured()), found["budgets"], budgets.gpu_bytes(_pictured())),
+        "budgets": budgets.draw(
+            budgets.predicted(run), found["budgets"], budgets.gpu_bytes(run), budgets.model_of(run)
+        ),
         "gpus": scaling.links(found["gpus"]),
     }
     return [path for name, figure in figures.items() for path in save(figure, found[name], folder / name)]
