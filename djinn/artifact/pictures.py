@@ -8,7 +8,7 @@ import pandas as pd
 
 from djinn.artifact.reference import folders, read_manifest, run_of, runs
 from djinn.bench.run import Run
-from djinn.figures import across, budgets, headline, scaling
+from djinn.figures import across, budgets, experts, headline, scaling
 from djinn.figures.draw import save
 from djinn.places import ROOT
 from djinn.sizes import format_bytes
@@ -19,6 +19,8 @@ PICTURED = "compare_70b"
 """The profile whose newest reference run README's picture shows."""
 _RANKS = ROOT / "data" / "benchmarks" / "ranks_h100_2026-11-28"
 """Samples of one host with four GPUs."""
+_EXPERTS = ROOT / "data" / "benchmarks" / "experts_h100_2026-11-27"
+"""Samples of two mixtures of experts."""
 
 
 def picture_frame() -> pd.DataFrame:
@@ -32,12 +34,14 @@ def models_frame() -> pd.DataFrame:
 
 
 def figure_frames() -> dict[str, pd.DataFrame]:
-    """Return what the figures of several runs show, by their names: systems over models, predictions, budgets, GPUs."""
+    """Return what the figures of several runs show, by their names: systems over models, predictions, budgets, GPUs,
+    experts."""
     return {
         "models": models_frame(),
         "predictions": across.read_predictions(folders()),
         "budgets": budgets.measured(_pictured()),
         "gpus": scaling.read_links(_RANKS / f"l16_{count}.jsonl" for count in (1, 2, 4)),
+        "experts": experts.read(sorted(_EXPERTS.glob("*.jsonl"))),
     }
 
 
@@ -60,6 +64,7 @@ def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
             budgets.predicted(run), found["budgets"], budgets.gpu_bytes(run), budgets.model_of(run)
         ),
         "gpus": scaling.links(found["gpus"]),
+        "experts": experts.draw(found["experts"]),
     }
     return [path for name, figure in figures.items() for path in save(figure, found[name], folder / name)]
 
