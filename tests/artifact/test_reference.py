@@ -39,7 +39,11 @@ def test_generated_pages_show_records_and_claims(name: str) -> None:
 def test_verdicts_beside_the_records_are_those_of_todays_claims(folder: Path) -> None:
     """After new claims: python -m djinn.artifact.pages."""
     evidence = read_evidence(Run(folder))
-    assert read_claims(folder) == [evaluate(claim, evidence) for claim in load_claims()]
+    written, today = read_claims(folder), [evaluate(claim, evidence) for claim in load_claims()]
+    for one, other in zip(written, today, strict=True):
+        assert one.model_copy(update={"measured": None}) == other.model_copy(update={"measured": None})
+        # Processors add up in different orders.
+        assert one.measured == (None if other.measured is None else pytest.approx(other.measured))
 
 
 def test_the_newest_record_of_a_machine_and_model_stands_first() -> None:
