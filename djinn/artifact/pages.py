@@ -49,8 +49,8 @@ and model stands first; older and partial records stand below the line. The word
 - All weights are synthetic: seeded random numbers in the shape of the model.
 - Versions of torch and transformers are given where they were recorded. On GPUs they are those of the machine's image,
   older than those of `requirements.lock`.
-- **device memory** is what a system took of its budget, as a peak. **host memory** is anonymous memory: what the kernel
-  cannot take back by itself.
+- **device memory** is the peak of what a system took of its budget. Without a GPU it is what the process grew by, less
+  weights kept in host memory. **host memory** is anonymous memory: what the kernel cannot take back by itself.
 - **of the ceiling** is the link's rate over its raw rate, which was measured beside each run: pinned copies of a small
   buffer to a GPU, direct reads from a disk. Where a run was faster than the raw rate by more than that itself
   varied, it says so: then it is no ceiling.
