@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from djinn.cli.show import print_json, print_table, say
 from djinn.errors import ConfigError
-from djinn.sizes import parse_bytes, parse_rate
+from djinn.sizes import format_bytes, parse_bytes, parse_rate
 
 if TYPE_CHECKING:
-    from djinn.planning.host import HostRates
     from djinn.planning.outlook import Choice, Forecast
     from djinn.planning.prediction import Prediction
     from djinn.planning.rates import Rates
@@ -35,7 +35,7 @@ class Machine:
     free: int | None
     """Host memory that is free there, bytes; None for what is free here."""
     cores: int | None = None
-    """Cores there that can be spared; None for those here."""
+    """Cores there that can be spared; None where nobody knows: then as many as here."""
     memory_bytes: int | None = None
     """Of its GPU's memory; None where there is none, or nobody knows."""
     note: str = ""
@@ -60,7 +60,7 @@ def machine(
         found = _here("cuda" if link and device is None else device, asked=link is not None)
     if link is not None or disk is not None:
         rates = found.rates or Rates(device="cpu" if found.device == "cpu" else "cuda")
-        rates = rates if link is None else replace(rates, link=parse_rate(link))
+        rates = rates if link is None else replace(rates, link=parse_rate(link), links=())
         rates = rates if disk is None else replace(rates, disk=parse_rate(disk))
         found = replace(found, name=f"{found.name}, with the given rates", rates=rates)
     return found if ram is None else replace(found, free=parse_bytes(ram), note="", elsewhere=None)
@@ -84,7 +84,7 @@ def _named(name: str, device: str | None) -> Machine:
         rates, there = certified.rates, certified.machine
         cores = there.cores or there.threads
         found = Machine(
-            name=name, device=rates.device, rates=rates, free=there.available_bytes,
+            name=name, device=rates.device, rates=rates, free=min(there.available_bytes, there.ram_limit_bytes),
             cores=None if cores is None else max(cores - KEPT, 1),
             memory_bytes=there.gpu_bytes if rates.device == "cuda" else None,
         )  # fmt: skip
@@ -132,44 +132,83 @@ def print_forecast(forecast: Forecast, there: Machine, as_json: bool) -> None:
     if as_json:
         print_json(_as_json(forecast, there))
         return
-    say(forecast.plan.table())
+    plan, asked = forecast.plan, forecast.asked
+    if asked.gpus > 1:
+        say(_several(forecast))
+    say(plan.table())
     fits = (
         f"the largest batch that fits is {forecast.largest_batch}, the longest prompt {forecast.longest_prompt} tokens"
     )
     if forecast.predicted is None:
         say(f"\n{fits}\nno times: {forecast.unknown}; {_CERTIFY}")
-        _say_note(there)
+        for line in _host(forecast, there):
+            say(line)
+        _say_memory(forecast, there)
         return
     predicted = forecast.predicted
-    say(f"\npredicted for {there.name}, {_rates(there.rates)}:")
+    say(f"\npredicted for {there.name}, {_rates(there.rates, asked.gpus)}:")
     print_table(
         ["batch", "first token s", "s per token", "tokens/s", "limit"],
         [_row(choice) for choice in forecast.batches],
     )
+    if forecast.unknown:
+        say(f"other batches and budgets have no times: {forecast.unknown}; --link and --disk say a rate")
     if forecast.gain_s is not None:
-        say(f"one more GB of budget saves {forecast.gain_s:.3g} s of the {predicted.token_s:.3g} s per token")
+        saved = f"{forecast.gain_s:.3g} s" if forecast.gain_s > 0 else "nothing"
+        say(f"one more GB of budget saves {saved} of the {predicted.token_s:.3g} s per token")
     say(fits)
-    if forecast.plan.pool.slots:
+    if plan.pool.slots:
         share = f"{predicted.hit_rate:.2f} of the experts that routers pick"
         say(f"{share} are taken to be in the pool{_assumed(forecast)}")
-    if forecast.plan.host is not None:
-        say(_host(forecast.plan.host.rates))
+        say("sequences of a batch are taken to pick independently; the pool's hits are no more than it can hold")
+    for line in _host(forecast, there):
+        say(line)
     if predicted.blind:
         say(f"not measured there, so taken to be free: {', '.join(predicted.blind)}")
-    _say_note(there)
+    _say_memory(forecast, there)
 
 
-def _say_note(there: Machine) -> None:
+def _several(forecast: Forecast) -> str:
+    """Return what the plan of one of several GPUs is a part of."""
+    asked, plan = forecast.asked, forecast.plan
+    return (
+        f"model {format_bytes(asked.whole_bytes)}, {format_bytes(plan.model_bytes)} on each of {asked.gpus} GPUs; "
+        f"pinned {format_bytes(asked.gpus * plan.pinned_bytes)} in all; of each GPU:\n"
+    )
+
+
+def _say_memory(forecast: Forecast, there: Machine) -> None:
+    """Say what the plan takes for granted of the memory there."""
+    plan, asked = forecast.plan, forecast.asked
+    if plan.away and asked.request.host_memory is None and there.free != _ENOUGH_BYTES:
+        most = format_bytes(asked.arena_bytes)
+        say(f"streamed weights may take {most} of the host memory there; --host-memory sets another limit")
+    if there.memory_bytes is not None and plan.budget > there.memory_bytes:
+        say(f"the GPU has {format_bytes(there.memory_bytes)}, less than the budget")
     if there.note:
         say(there.note)
 
 
-def _host(rates: HostRates) -> str:
-    """Return what a plan with host units is made from."""
+def _host(forecast: Forecast, there: Machine) -> Iterator[str]:
+    """Yield what a plan for which the host's cores were asked is made from, and what they bring."""
+    asked, predicted, without = forecast.asked, forecast.predicted, forecast.without_cores
+    host = asked.request.host
+    if host is None:
+        return
+    if host.rates is None or host.rates.assumed:
+        cores = f"{asked.threads} cores"
+        if host.threads is None and there.cores is None:
+            cores = f"cores of this machine: {asked.threads}; give --host-threads for another"
+        yield f"what the host's cores do is assumed, not measured by `djinn certify` ({cores})"
+    if forecast.plan.host is None:
+        yield "the host's cores are given nothing: they would bring nothing here"
+        return
+    rates = forecast.plan.host.rates
     speeds = f"{_three_digits(rates.cores / 1e9)} GB/s beside a link of {_three_digits(rates.link / 1e9)} GB/s"
-    if rates.assumed:
-        speeds += ", which is assumed: `djinn certify` measures it"
-    return f"the host's cores compute at {speeds}; tokens are then close to the resident model's, not equal to them"
+    yield f"the host's cores compute at {speeds}; tokens are close to the resident model's, not equal to them"
+    if without is not None and predicted is not None:
+        brings = "" if without.token_s > predicted.token_s else ": they bring nothing here"
+        yield f"without --host-compute a token takes {without.token_s:.3g} s{brings}"
 
 
 def _assumed(forecast: Forecast) -> str:
@@ -196,14 +235,17 @@ def _row(choice: Choice) -> list[Any]:
     return [choice.batch, predicted.ttft_s, predicted.token_s, rate, predicted.limit]
 
 
-def _rates(rates: Rates | None) -> str:
+def _rates(rates: Rates | None, gpus: int) -> str:
     if rates is None:
         return "no rates"
     words = [
         f"{name} {_three_digits(rate / 1e9)} GB/s"
-        for name, rate in (("link", rates.link), ("disk", rates.disk))
+        for name, rate in (("link", rates.beside(gpus).link), ("disk", rates.disk))
         if rate is not None
     ]
+    if gpus > 1 and rates.link is not None:
+        busy = rates.busy_links(gpus)
+        words[0] += f" each, with {busy} busy" if busy else " each, not measured at once"
     if rates.compute:
         first, last = rates.compute[0], rates.compute[-1]
         words += [
@@ -218,13 +260,17 @@ def _three_digits(value: float) -> str:
 
 
 def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
-    plan = forecast.plan
+    plan, asked = forecast.plan, forecast.asked
     sizes = ("budget", "model_bytes", "resident_bytes", "ring_bytes", "workspace_bytes", "pinned_bytes", "disk_bytes")
     tiers = zip(plan.units, plan.tiers, strict=True)
     return {name: getattr(plan, name) for name in sizes} | {
         "machine": there.name,
         "device": there.device,
         "note": there.note,
+        "gpus": asked.gpus,
+        "whole_model_bytes": asked.whole_bytes,
+        "host_memory": asked.arena_bytes,
+        "gpu_bytes": there.memory_bytes,
         "predicted": _times(forecast.predicted),
         "unknown": forecast.unknown,
         "batches": [{"batch": choice.batch, **(_times(choice.predicted) or {})} for choice in forecast.batches],
@@ -234,6 +280,7 @@ def _as_json(forecast: Forecast, there: Machine) -> dict[str, Any]:
         ],
         "pool": {"slots": plan.pool.slots, "experts": plan.pool.experts, "bytes": plan.pool.nbytes},
         "host": None if plan.host is None else {"units": sorted(plan.host.units), **asdict(plan.host.rates)},
+        "without_host_compute": _times(forecast.without_cores),
         "one_more_gb_saves_s": forecast.gain_s,
         "largest_batch": forecast.largest_batch,
         "longest_prompt": forecast.longest_prompt,

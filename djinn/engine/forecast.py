@@ -5,17 +5,19 @@ Each answer to "what if" is a plan of its own, made and predicted as the first o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from djinn.devices import cpus_near
 from djinn.engine.opened import outlined
 from djinn.errors import ConfigError, UnavailableError
 from djinn.hardware import usable_ram
 from djinn.host.cores import choose_cpus
 from djinn.names import Coding
 from djinn.planning.host import assumed_rates
-from djinn.planning.outlook import MOST_TOKENS, Forecast, outlook
+from djinn.planning.outlook import MOST_TOKENS, Asked, Forecast, outlook
 from djinn.planning.placement import Plan
 from djinn.planning.prediction import Prediction, predict
 from djinn.planning.rates import Rates
@@ -67,10 +69,13 @@ def forecast(
         budget=budget, keep=work, device=device, ring=ring, host_memory=host_memory, dtype=dtype, coding=coding,
         host_compute=host_compute, host_threads=host_threads,
     )  # fmt: skip
-    if rates is not None and request.host is not None:
-        threads = host_threads or cores or len(choose_cpus())
-        multiplies = rates.compute[0].rate if rates.compute else None
-        request = request.knowing(rates.host or assumed_rates(threads, rates.link, multiplies))
+    there = None if rates is None else rates.beside(gpus)
+    threads = host_threads or cores or len(choose_cpus(near=cpus_near(request.device)))
+    if there is not None:
+        multiplies = there.compute[0].rate if there.compute else None
+        request = request.knowing(there.host or assumed_rates(threads, there.link, multiplies))
+    elif free is not None:  # of a machine elsewhere
+        request = request.knowing(assumed_rates(threads))
     found = outlined(model, request, gpus).on_disk()
     room = (usable_ram() if free is None else free) // gpus
 
@@ -78,9 +83,18 @@ def forecast(
         return found.alternative(budget_bytes, workload, room)
 
     def predict_for(planned: Plan, workload: Workload) -> Prediction:
-        if rates is None:
+        if there is None:
             raise UnavailableError("no rates of this machine are known")
-        return predict(planned, rates, work_of(found.index, planned.units, workload), hit_rate)
+        return predict(planned, there, work_of(found.index, planned.units, workload), hit_rate)
 
     made_for = getattr(found.index.model.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
-    return outlook(found.plan(room), work, plan_for, predict_for, longest=made_for - new_tokens)
+    alone = replace(found, request=replace(found.request, host=None))
+    asked = Asked(
+        request=found.request,
+        gpus=gpus,
+        whole_bytes=sum(weight.numel() * weight.element_size() for weight in found.index.model.parameters()),
+        arena_bytes=gpus * found.arena_bytes(room),
+        threads=threads,
+        without_cores=None if request.host is None else alone.plan(room),
+    )
+    return outlook(found.plan(room), asked, work, plan_for, predict_for, longest=made_for - new_tokens)

@@ -129,8 +129,8 @@ def load_requested(
         ConfigError, CheckpointError, PlanError, UnavailableError: as for :func:`load`.
     """
     require_here(request.device)
-    if request.host is not None and distributed_config is not None:
-        raise ConfigError("host_compute: it is for one GPU; several would share the cores of their host")
+    if distributed_config is not None:
+        request.require_one_gpu()
     ranks = ranks_of(distributed_config, request.device)
     request = ranks.share(request)
     remove_leftovers()

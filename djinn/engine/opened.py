@@ -62,9 +62,15 @@ class Opened:
             PlanError: a budget, ring or host memory that cannot work; says what would, the generation included.
         """
         free = usable_ram() if free is None else free
-        planned = self.place(self._arena_bytes(self.request, free))
+        planned = self.place(self.arena_bytes(free))
         self._require_host_memory(planned, free)
         return planned
+
+    def arena_bytes(self, free: int) -> int:
+        """Return the most host memory, bytes, that streamed weights may take of what is ``free``."""
+        streams = 1 + any(unit.experts for unit in self.units) if self.request.device.type == "cuda" else 0
+        staging = streams * staging_bytes(self.request.chunk)
+        return self.request.arena_bytes(free, self.index.in_host_memory_bytes, staging)
 
     def place(self, arena_bytes: int) -> Plan:
         """Return the plan with an arena of at most ``arena_bytes``, whether they are free or not.
@@ -87,8 +93,8 @@ class Opened:
         Raises:
             PlanError: one that cannot work.
         """
-        request = self.request.asking(budget=budget, work=work)
-        planned = self._place(request, self._arena_bytes(request, free))
+        asked = replace(self, request=self.request.asking(budget=budget, work=work))
+        planned = asked._place(asked.request, asked.arena_bytes(free))
         self._require_host_memory(planned, free)
         return planned
 
@@ -125,10 +131,6 @@ class Opened:
         units = [unit.raw() if unit.name in chosen else unit for unit in self.units]
         made = place(units, host=HostShare(units=chosen, rates=rates))
         return made if chosen or made.computed_experts else planned
-
-    def _arena_bytes(self, request: Request, free: int) -> int:
-        streams = 1 + any(unit.experts for unit in self.units) if request.device.type == "cuda" else 0
-        return request.arena_bytes(free, self.index.in_host_memory_bytes, streams * staging_bytes(request.chunk))
 
     def _require_host_memory(self, planned: Plan, free: int) -> None:
         there = free + self.index.in_host_memory_bytes
@@ -178,6 +180,8 @@ def outlined(model: str | Path, request: Request, gpus: int = 1) -> Opened:
     """
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
         raise ConfigError(f"gpus {gpus!r}: it is a whole number of at least 1")
+    if gpus > 1:
+        request.require_one_gpu()
     with ExitStack() as undo:
         reader = Reader(PAGE, threads=1)
         undo.callback(reader.close)

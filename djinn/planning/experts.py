@@ -61,6 +61,15 @@ class Pool:
         """Return how many experts of a layer ``tokens`` need together, if routers pick evenly."""
         return self.widest * (1 - (1 - min(self.picked / self.widest, 1)) ** tokens)
 
+    def most_hits(self, tokens: int, *, whole: bool) -> float:
+        """Return the most that a hit rate can be where ``tokens`` pick together: the pool holds no more.
+
+        In a ``whole`` pass a layer needs all of its experts, and the windows hold none for long.
+        """
+        if whole:
+            return max(self.slots - self.windows * self.widest, 0) / self.experts
+        return min(self.share * self.widest / self.distinct(tokens), 1.0)
+
     def whole_from(self, link: float, idle_s: float = LAYER_IDLE_S) -> int | None:
         """Return from how many tokens on a whole pass is faster; None if it never is, for want of windows.
 

@@ -13,6 +13,7 @@ import numpy as np
 from djinn.errors import PlanError, UnavailableError
 from djinn.planning.placement import Plan
 from djinn.planning.prediction import Prediction
+from djinn.planning.request import Request
 from djinn.planning.workspace import Workload, largest
 
 MORE_BYTES = 10**9
@@ -45,14 +46,34 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a forecast is of, beside the plan."""
+
+    request: Request
+    gpus: int
+    """That hold the model together; the plan is that of one of them."""
+    whole_bytes: int
+    """Of the model that they hold together."""
+    arena_bytes: int
+    """The most host memory that streamed weights may take, of all GPUs together."""
+    threads: int
+    """Of the host, that multiply where that was asked for and nobody has measured what they do."""
+    without_cores: Plan | None
+    """The plan without the host's cores, where they were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """A plan and what follows from it. What needs rates that are not known is None or empty."""
 
     plan: Plan
+    asked: Asked
     work: Workload
     predicted: Prediction | None
     unknown: str
-    """Why nothing is predicted; empty where it is."""
+    """Why nothing is predicted, or not every choice; empty where all is."""
+    without_cores: Prediction | None
+    """Of the plan without the host's cores, where they were asked for."""
     batches: tuple[Choice, ...]
     """Batches of 1, 2, 4 and so on, as far as they fit the budget."""
     budgets: tuple[Choice, ...]
@@ -73,16 +94,33 @@ class Forecast:
 
 
 def outlook(
-    chosen: Plan, work: Workload, plan_for: PlanFor, predict_for: PredictFor, *, longest: int = MOST_TOKENS
+    chosen: Plan,
+    asked: Asked,
+    work: Workload,
+    plan_for: PlanFor,
+    predict_for: PredictFor,
+    *,
+    longest: int = MOST_TOKENS,
 ) -> Forecast:
     """Return the forecast of a plan; ``longest`` is the longest prompt that the model can take. Pure."""
+    unknown: list[str] = []
+
+    def times(planned: Plan, workload: Workload) -> Prediction | None:
+        try:
+            return predict_for(planned, workload)
+        except UnavailableError as error:
+            unknown.append(str(error))
+            return None
 
     def choice(budget: int, workload: Workload) -> Choice | None:
         try:
             planned = plan_for(budget, workload)
         except PlanError:
             return None
-        return Choice(budget=budget, batch=workload.batch, plan=planned, predicted=predict_for(planned, workload))
+        predicted = times(planned, workload)
+        if predicted is None:
+            return None
+        return Choice(budget=budget, batch=workload.batch, plan=planned, predicted=predicted)
 
     def fits(workload: Workload, budget: int = chosen.budget) -> bool:
         try:
@@ -95,25 +133,27 @@ def outlook(
     longest_prompt = largest(lambda tokens: fits(replace(work, prompt_tokens=tokens)), longest + 1)
     batches: list[Choice | None] = []
     budgets: list[Choice | None] = []
-    predicted, more, unknown = None, None, ""
-    try:
-        times = predict_for(chosen, work)
-        if not times.token_s:
-            raise UnavailableError("all weights are resident, and how fast this machine computes has not been measured")
-        predicted = times
+    more, without_cores = None, None
+    predicted = times(chosen, work)
+    if predicted is not None and not predicted.token_s:
+        unknown.append("all weights are resident, and how fast this machine computes has not been measured")
+        predicted = None
+    if predicted is not None:
+        if asked.without_cores is not None:
+            without_cores = times(asked.without_cores, work)
         more = choice(chosen.budget + MORE_BYTES, work)
         batches = [choice(chosen.budget, replace(work, batch=2**k)) for k in range(largest_batch.bit_length())]
         most = chosen.model_bytes + chosen.workspace_bytes + chosen.scratch_bytes + MORE_BYTES // 100
         least = max(most, chosen.budget) - largest(lambda spared: fits(work, max(most, chosen.budget) - spared), most)
         steps = np.linspace(least, max(most, chosen.budget), _BUDGETS).astype(int)
         budgets = [choice(int(step), work) for step in sorted({*map(int, steps), chosen.budget})]
-    except UnavailableError as error:
-        unknown = str(error)
     return Forecast(
         plan=chosen,
+        asked=asked,
         work=work,
         predicted=predicted,
-        unknown=unknown,
+        unknown=unknown[0] if unknown else "",
+        without_cores=without_cores,
         batches=tuple(filter(None, batches)),
         budgets=tuple(filter(None, budgets)),
         more=more,

@@ -18,7 +18,7 @@ free; :attr:`Prediction.blind` says which.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -76,15 +76,14 @@ class Prediction:
 def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None) -> Prediction:
     """Return how fast ``plan`` generates on a machine with these rates.
 
-    ``hit_rate`` is the share of picked experts that decode finds in the pool; by default what routers give that pick
-    evenly, with no locality: the share of all experts that the pool holds. A prefill finds none there.
+    ``hit_rate`` is the share of picked experts that decode finds in the pool, as far as the pool can hold as many; by
+    default what routers give that pick evenly, with no locality: the share of all experts that the pool holds.
+    Sequences pick independently of each other. A prefill finds none there.
 
     Raises:
         UnavailableError: the plan streams over a link or a disk whose rate is not known.
     """
     load = work.workload
-    if work.sums and rates.link_at_once:
-        rates = replace(rates, link=rates.link_at_once)
     known = {"compute": rates.compute, "host": rates.module_s}
     if rates.device == "cpu" and work.head and load.prompt_tokens > 1:
         known["last token"] = rates.last_token
@@ -108,7 +107,7 @@ def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None)
         host_s=sum(visit.host_s for visit in decode),
         cores_s=sum(visit.cores_s for visit in decode),
         batch=load.batch,
-        hit_rate=plan.pool.share if hit_rate is None else hit_rate,
+        hit_rate=_hits(plan, load.batch, hit_rate, whole=_is_whole(plan, rates, load.batch)) if plan.routed else 1.0,
         blind=tuple(name for name, rate in known.items() if not rate),
     )
 
@@ -141,9 +140,8 @@ class _Visit:
 def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, hit_rate: float | None) -> list[_Visit]:
     """Return a pass's visits; ``tokens`` of all sequences go through it, ``extra_s`` is its compute beside weights."""
     pool = plan.pool
-    first = whole_from(plan, _expert_rate(plan, rates)) if plan.routed else None
-    is_whole = first is not None and tokens >= first
-    hits = pool.share if hit_rate is None else hit_rate
+    is_whole = _is_whole(plan, rates, tokens)
+    hits = _hits(plan, tokens, hit_rate, whole=is_whole) if plan.routed else 1.0
     visits: list[_Visit] = []
     on_cpu = rates.device == "cpu"
     host = plan.host if plan.host is not None and tokens <= plan.host.rates.tokens else None
@@ -187,6 +185,17 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
             )
         )
     return visits
+
+
+def _is_whole(plan: Plan, rates: Rates, tokens: int) -> bool:
+    """Return whether a pass of ``tokens`` takes whole layers of experts."""
+    first = whole_from(plan, _expert_rate(plan, rates)) if plan.routed else None
+    return first is not None and tokens >= first
+
+
+def _hits(plan: Plan, tokens: int, hit_rate: float | None, *, whole: bool) -> float:
+    """Return the hit rate of a pass of ``tokens``: the one that is given, if the pool can hold so many."""
+    return min(plan.pool.share if hit_rate is None else hit_rate, plan.pool.most_hits(tokens, whole=whole))
 
 
 def _sums_s(work: Work, rates: Rates, tokens: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from djinn.planning.host import HostRates
@@ -45,8 +45,8 @@ class Rates:
     """Host seconds that a module takes more where its model is split over GPUs."""
     last_token: float | None = None
     """Weights by the last of several tokens, on a CPU: its torch first copies them, once for each sequence."""
-    link_at_once: float | None = None
-    """Over each link of several GPUs while all others carry as much."""
+    links: tuple[tuple[int, float], ...] = ()
+    """Of several GPUs: how many copy at once, and what the slowest of their links carries then, in order."""
     sum_s: float = 0.0
     """Seconds in which several GPUs add up what they have computed of a few numbers."""
     sum_rate: float | None = None
@@ -59,6 +59,18 @@ class Rates:
     """The most tokens by which the cores multiply about as fast as by one; 0 where that was not measured."""
     cores_round_trip_s: float = 0.0
     """Seconds in which a token's inputs come from a GPU to the host, and outputs go back, while the link is busy."""
+
+    def busy_links(self, gpus: int) -> int | None:
+        """Return for how many busy links the rate is known which is taken for ``gpus``: the nearest number; or None.
+
+        Of two that are as near it is the larger, whose links are slower.
+        """
+        return min((count for count, _ in self.links), key=lambda count: (abs(count - gpus), -count), default=None)
+
+    def beside(self, gpus: int) -> Rates:
+        """Return the rates of one of ``gpus`` that all copy at once, as far as that was measured."""
+        count = self.busy_links(gpus) if gpus > 1 else None
+        return self if count is None else replace(self, link=dict(self.links)[count])
 
     @property
     def host(self) -> HostRates | None:

@@ -92,6 +92,15 @@ class Request:
         host_memory = None if self.host_memory is None else self.host_memory // processes
         return replace(self, host_memory=host_memory)
 
+    def require_one_gpu(self) -> None:
+        """Refuse what cannot be asked of several GPUs that hold a model together.
+
+        Raises:
+            ConfigError: host_compute.
+        """
+        if self.host is not None:
+            raise ConfigError("host_compute: it is for one GPU; several would share the cores of their host")
+
     def arena_bytes(self, free: int, given_back: int, staging: int = 0) -> int:
         """Return the largest arena: what was asked for, or a share of the host memory that is ``free``.
 

@@ -22,6 +22,7 @@ from djinn.cli import main
 from djinn.engine import forecast as forecasts
 from djinn.places import RUNS_DIR
 from djinn.profiles import Profile, load_profile, profile_names
+from djinn.sizes import format_bytes
 
 PLAN = ("plan", "synthetic:llama-2-70b-16-layers", "--budget", "10 GB", "--machine", "h200_2026-11-24")
 
@@ -283,6 +284,47 @@ def test_a_plan_for_several_gpus_is_each_ones() -> None:
     assert split["model_bytes"] == pytest.approx(alone["model_bytes"] / 2, rel=0.01)
     assert split["predicted"]["token_s"] < alone["predicted"]["token_s"] / 2
     assert "sums over GPUs" in split["predicted"]["not_measured"]
+    assert split["whole_model_bytes"] == alone["model_bytes"] == alone["whole_model_bytes"]
+    assert split["host_memory"] == pytest.approx(alone["host_memory"], rel=1e-6)
+    shown = djinn(*PLAN, "--gpus", "2").stdout
+    sizes = [format_bytes(plan["model_bytes"]) for plan in (alone, split)]
+    pinned = format_bytes(2 * split["pinned_bytes"])
+    assert shown.startswith(f"model {sizes[0]}, {sizes[1]} on each of 2 GPUs; pinned {pinned} in all; of each GPU:")
+    assert "link 55.5 GB/s each, not measured at once" in shown
+    refused = djinn(*PLAN, "--gpus", "2", "--host-compute")
+    assert refused.exit_code == 2
+    assert "host_compute: it is for one GPU; several would share the cores of their host" in refused.stderr
+
+
+def test_a_plan_says_what_it_takes_of_the_memory_there() -> None:
+    shown = djinn(*PLAN, "--batch", "2").stdout
+    assert "streamed weights may take 107 GB of the host memory there; --host-memory sets another limit" in shown
+    assert "less than the budget" not in shown
+    large = list(PLAN)
+    large[large.index("10 GB")] = "200 GB"
+    bound = djinn(*large).stdout
+    assert "streamed weights may take" not in bound
+    assert "streamed weights may take" not in djinn(*PLAN, "--host-memory", "100 GB").stdout
+    assert "the GPU has 150 GB, less than the budget" in bound
+
+
+@pytest.mark.parametrize(
+    ("told", "cores", "brings"),
+    [
+        ([], "(14 cores)", "without --host-compute a token takes 0.387 s"),
+        (["--host-threads", "8"], "(8 cores)", "without --host-compute a token takes 0.387 s"),
+        (["--machine", "L4"], "(cores of this machine: 6; give --host-threads for another)", "without --host-compute"),
+        (["--host-threads", "1"], "(1 cores)", "the host's cores are given nothing"),
+    ],
+)
+def test_a_plan_with_host_compute_says_whose_cores_it_counts_and_what_they_bring(
+    told: list[str], cores: str, brings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecasts, "choose_cpus", lambda near: tuple(range(6)))
+    shown = djinn(*PLAN, "--host-compute", *told)
+    assert shown.exit_code == 0, shown.output
+    assert cores in shown.stdout
+    assert brings in shown.stdout
 
 
 @pytest.mark.slow

@@ -296,9 +296,25 @@ def test_a_token_moves_what_it_picks_and_is_not_in_the_pool() -> None:
     assert made.pool.windows == 0
     predicted = predict(made, RATES, work(), hit_rate=0.5)
     assert predicted.link_s == pytest.approx(6 * 2 * EXPERT / 2 / 10e9)
-    assert predict(made, RATES, work(), hit_rate=1.0).link_s == 0
+    all_found = predict(plan(model(), DENSE + 12 * EXPERT, picked=2), RATES, work(), hit_rate=1.0)
+    assert (all_found.link_s, all_found.hit_rate) == (0, 1)
     on_disk = predict(plan(model(), DENSE + 7 * EXPERT, host=0), RATES, work(), hit_rate=0.5)
     assert on_disk.disk_s == pytest.approx(6 * 2 * EXPERT / 2 / 1e9)
+
+
+def test_no_more_is_found_in_the_pool_than_it_can_hold() -> None:
+    """However much a user gives: sequences pick other experts, and a whole pass needs all but reads what stays."""
+    made = plan(model(), DENSE + 7 * EXPERT, picked=2)
+    for batch in (1, 2, 4):
+        needed = 6 * made.pool.distinct(batch)
+        found = predict(made, RATES, work(batch=batch), hit_rate=1.0)
+        assert found.link_s == pytest.approx((needed - 7) * EXPERT / 10e9, rel=1e-6)
+        assert found.hit_rate == pytest.approx(7 / needed)
+    whole = plan(model(), DENSE + 20 * EXPERT)
+    assert whole.pool.windows == 2
+    many = predict(whole, RATES, work(batch=500), hit_rate=1.0)
+    assert many.link_s == pytest.approx((48 - (20 - 16)) * EXPERT / 10e9, rel=1e-6)
+    assert many.hit_rate == pytest.approx(4 / 48)
 
 
 def test_routed_layers_wait_for_their_router_and_whole_ones_do_not() -> None:

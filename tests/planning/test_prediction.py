@@ -148,13 +148,27 @@ def test_sums_over_gpus_are_waited_for() -> None:
     assert "sums over GPUs" not in alone.blind
     quick = predict(plan, replace(known, sum_s=1.0, sum_rate=1e9), summed)
     assert "sums over GPUs" not in quick.blind
-    units = [unit("a", 100), unit("b", 300)]
-    streamed = make_plan(units, budget=350 * PAGE, workspace_bytes=0, host_bytes=10**9)
-    over = replace(known, link=1e9, link_at_once=0.5e9)
-    assert predict(streamed, over, summed).link_s == 2 * predict(streamed, over, replace(summed, sums=0)).link_s
     tokens = LOAD.prompt_tokens * LOAD.batch
     assert quick.token_s - alone.token_s == pytest.approx(3 * (1.0 + LOAD.batch * 100 / 1e9))
     assert quick.ttft_s - alone.ttft_s == pytest.approx(3 * (1.0 + tokens * 100 / 1e9))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "links", "count", "link"),
+    [
+        (1, ((2, 50e9),), 2, 55e9),  # alone
+        (2, ((2, 50e9), (4, 40e9)), 2, 50e9),
+        (3, ((2, 50e9), (4, 40e9)), 4, 40e9),
+        (8, ((2, 50e9), (4, 40e9)), 4, 40e9),
+        (4, (), None, 55e9),
+    ],
+)
+def test_busy_links_have_the_rate_of_the_nearest_number_that_was_measured(
+    gpus: int, links: tuple[tuple[int, float], ...], count: int | None, link: float
+) -> None:
+    known = Rates(device="cuda", link=55e9, links=links)
+    assert known.busy_links(gpus) == count
+    assert known.beside(gpus).link == link
 
 
 def test_what_is_coded_is_decoded_before_it_is_computed_with() -> None:

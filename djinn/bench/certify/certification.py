@@ -68,12 +68,16 @@ class Certification(BaseModel):
         found = computed.rates_with(link=best(copies, default=None), disk=max(direct or reads, default=None))
         if self.streaming is not None:
             found = self.streaming.beside(found)
-        at_once = max(self.links, key=lambda rate: len(rate.gpus), default=None)
+        at_once: dict[int, float] = {}
+        for together in self.links:
+            count, slowest = len(together.gpus), 1e9 * min(together.gbps)
+            if count > 1:
+                at_once[count] = min(slowest, at_once.get(count, slowest))
         idle = {rate.nbytes: rate.seconds for rate in self.sums if not rate.beside_copies}
         few, many = SUM_BYTES
         measured = replace(
             found,
-            link_at_once=1e9 * min(at_once.gbps) if at_once else None,
+            links=tuple(sorted(at_once.items())),
             sum_s=idle.get(few, 0.0),
             sum_rate=many / idle[many] if many in idle else None,
         )

@@ -57,7 +57,13 @@ def test_plans_are_predicted_from_what_was_measured(certification: Certification
     several_gpus = certification.model_copy(
         update={
             "links": tuple(
-                LinksTogether(gpus=gpus, gbps=gbps) for gpus, gbps in (((0,), (55.0,)), ((0, 1), (50.0, 48.0)))
+                LinksTogether(gpus=gpus, gbps=gbps)
+                for gpus, gbps in (
+                    ((0,), (55.0,)),
+                    ((0, 1, 2), (40.0, 38.0, 39.0)),
+                    ((0, 1), (50.0, 48.0)),
+                    ((1, 2), (49.0, 49.5)),
+                )
             ),
             "sums": tuple(
                 SumRate(nbytes=nbytes, seconds=seconds, beside_copies=beside)
@@ -67,10 +73,10 @@ def test_plans_are_predicted_from_what_was_measured(certification: Certification
         }
     )
     together = several_gpus.rates
-    assert (together.link_at_once, together.sum_s, together.sum_rate) == (48e9, 1e-4, SUM_BYTES[1] / 1e-4)
-    assert len(several_gpus.rates_frame()) == len(certification.rates_frame()) + 3 + 4
+    assert (together.links, together.sum_s, together.sum_rate) == (((2, 48e9), (3, 38e9)), 1e-4, SUM_BYTES[1] / 1e-4)
+    assert len(several_gpus.rates_frame()) == len(certification.rates_frame()) + 8 + 4
     rates = certification.rates
-    assert (rates.link_at_once, rates.sum_s, rates.sum_rate) == (None, 0.0, None)
+    assert (rates.links, rates.sum_s, rates.sum_rate) == ((), 0.0, None)
     assert rates.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert rates.link in [rate.gbps * 1e9 for rate in certification.link]
     assert rates.disk in [rate.gbps * 1e9 for rate in certification.disk if rate.gbps and rate.kind == "read"]
