@@ -213,6 +213,27 @@ def test_times_of_mixtures_are_those_of_the_records() -> None:
         ], row
 
 
+def test_the_table_of_host_compute_is_what_its_records_say() -> None:
+    folder = ROOT / "data" / "benchmarks" / "host_h100_2026-11-28"
+    modes = [("exact", "none"), ("host", "none"), ("exact", "lossless"), ("host", "lossless")]
+    expected = []
+    for file in ("l16", "70b"):
+        records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
+        for mode in modes:
+            runs = [each for each in records if (each["mode"], each["coding"]) == mode]
+            assert len(runs) == 5
+            times, first = [[run[key] for run in runs] for key in ("token_s", "ttft_s")]
+            digits = 3 if file == "l16" else 2
+            shown = [f"{number:.{digits}f}" for number in (median(times), min(times), max(times))]
+            predicted = f"{runs[0]['predicted_token_s']:.{digits}f}"
+            expected.append([f"{shown[0]} ({shown[1]} to {shown[2]})", predicted, f"{median(first):.{digits}f}"])
+        if file == "l16":
+            best = json.loads((folder / "l16_llamacpp.jsonl").read_text().splitlines()[-1])
+            expected.append([f"{best['tokens_seconds']:.3f}", "", f"{best['prompt_seconds']:.3f}"])
+    rows = [row for row in PAGES["docs/guide.md"].rows("The host's cores beside the link") if len(row) == 5]
+    assert [row[2:] for row in rows] == expected
+
+
 def test_folders_of_samples_say_what_they_hold() -> None:
     """Machine, date, command, and each file by its name."""
     for folder in (ROOT / "data" / "benchmarks").iterdir():
