@@ -213,13 +213,15 @@ def pack(
 ) -> None:
     """Code a checkpoint without loss, once; an interrupted packing is continued."""
     import djinn
-    from djinn.weights.pack import survey
+    from djinn.engine.rank_packing import survey
 
-    if not dry_run:
-        if out is None:
-            raise ConfigError("pack: name the folder to write, or say --dry-run")
-        model = str(djinn.pack(model, out, ranks=ranks, device=device, progress=True))
-    print_tensor_sizes(list(survey(model, device=device)), as_json)
+    if dry_run:
+        sizes = survey(model, ranks=ranks, device=device)
+    elif out is None:
+        raise ConfigError("pack: name the folder to write, or say --dry-run")
+    else:
+        sizes = survey(djinn.pack(model, out, ranks=ranks, device=device, progress=True), device=device)
+    print_tensor_sizes(list(sizes), as_json)
 
 
 def unpack(

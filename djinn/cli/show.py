@@ -73,7 +73,7 @@ def print_records(records: Sequence[Record], as_json: bool, hide: Sequence[str] 
 
 
 def print_tensor_sizes(sizes: Sequence[TensorSize], as_json: bool) -> None:
-    """Print what coding does: every tensor as JSON, or a line for each kind of tensor and one for all."""
+    """Print what coding does: every tensor as JSON, or a line for each kind of tensor, each rank and one for all."""
     if as_json:
         print_json([asdict(size) | {"kind": size.kind, "bits": size.bits} for size in sizes])
         return
@@ -81,6 +81,12 @@ def print_tensor_sizes(sizes: Sequence[TensorSize], as_json: bool) -> None:
     for size in sizes:
         kinds.setdefault((size.kind, size.dtype, size.coded), []).append(size)
     rows = [_size_row(f"{kind} x {len(members)}", dtype, members) for (kind, dtype, _), members in kinds.items()]
+    ranks: dict[str, list[TensorSize]] = {}
+    for size in sizes:
+        rank = size.name.rpartition(": ")[0]
+        if rank:
+            ranks.setdefault(rank, []).append(size)
+    rows += [_size_row(f"{rank}, all {len(held)}", "", held) for rank, held in ranks.items()]
     rows.append(_size_row(f"all {len(sizes)}", "", sizes))
     print_table(["tensors", "dtype", "stored", "bytes", "as stored", "bits of 16"], rows)
 

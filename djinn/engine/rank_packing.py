@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +15,17 @@ from transformers import PreTrainedModel
 from djinn.devices import device_here
 from djinn.engine.coding import Coder
 from djinn.engine.sharding import pretended, sharded
-from djinn.errors import ConfigError
+from djinn.errors import CheckpointError, ConfigError
 from djinn.spill import spill_folder
 from djinn.transport.reader import allocate, settle
 from djinn.weights import pack as whole
 from djinn.weights.experts import by_expert
-from djinn.weights.header import plain_header
+from djinn.weights.header import plain_header, read_header
 from djinn.weights.opening import index_of
-from djinn.weights.packed_shard import write_packed
-from djinn.weights.rank_files import file_name, rank_of
+from djinn.weights.pack import TensorSize
+from djinn.weights.packed_format import original_of
+from djinn.weights.packed_shard import stacks_of, unpacked, write_packed
+from djinn.weights.rank_files import file_name, rank_of, ranked
 from djinn.weights.resolve import resolve
 from djinn.weights.tensors import PAGE, InMemory, TensorEntry
 from djinn.weights.units import PlacedTensor, Unit, find_units
@@ -37,8 +40,7 @@ def pack(
 
     Args:
         model: a checkpoint folder, a hub id (``org/name@revision``), or ``synthetic:<architecture>``.
-        out: a folder that is not there yet, or empty. A whole checkpoint that is there already, from this source, is
-            left as it is.
+        out: a folder that is not there yet, or empty; one that holds the result already is left as it is.
         ranks: of several, each gets a file with what transformers' tensor parallelism gives it, in the order in which a
             pass reads it. Only as many ranks can load that.
         device: where tensors are coded; by default a GPU where there is one.
@@ -56,16 +58,64 @@ def pack(
     source = resolve(str(model))
     names = [file_name(rank, ranks) for rank in range(ranks)]
     convert = partial(_write_rank, source, ranks, device_here(device))
-    return whole.cut(source, Path(out), names, convert, progress)
+    return whole.cut(source, Path(out), names, convert, partial(_agrees, source, ranks), progress)
+
+
+def survey(model: str | Path, *, ranks: int = 1, device: str | None = None) -> Iterator[TensorSize]:
+    """Yield what packing would do to each tensor of a checkpoint, those of every rank; of a packed one, what it did.
+
+    Raises:
+        CheckpointError, ConfigError: as for :func:`pack`.
+    """
+    if ranks == 1:
+        yield from whole.survey(model, device=device)
+        return
+    where, source = device_here(device), resolve(str(model))
+    whole.plain_shards(source)
+    for rank in range(ranks):
+        with _held(source, ranks, rank) as held:
+            header = plain_header(Path(file_name(rank, ranks)), held.tensors)
+            experts = stacks_of(header, held.experts)
+            for name, entry in header.tensors.items():
+                read = partial(held.read, name)
+                yield whole.tensor_size(ranked(rank, name), entry, read, experts.get(name, 1), where)
 
 
 def _write_rank(
     source: Path, ranks: int, device: torch.device, name: str, target: Path, on_done: Callable[[int], object]
 ) -> None:
     """Write what a rank, that of the file's ``name``, holds of a checkpoint, packed."""
+    with _held(source, ranks, rank_of(name)) as held:
+        write_packed(plain_header(target, held.tensors), held.read, target, on_done, device, held.experts)
+
+
+def _agrees(source: Path, ranks: int, path: Path) -> bool:
+    """Return whether a rank's file is the packed form of what that rank holds of a checkpoint; reads both."""
+    with _held(source, ranks, rank_of(path.name)) as held:
+        try:
+            if original_of(read_header(path)).text != plain_header(path, held.tensors).text:
+                return False
+            return all(torch.equal(weights, held.read(name)) for name, weights in unpacked(path, torch.device("cpu")))
+        except CheckpointError:
+            return False
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a rank holds of a checkpoint, raw."""
+
+    tensors: Mapping[str, TensorEntry]
+    experts: Mapping[str, int]
+    """Of tensors that hold several experts' weights, how many each has."""
+    read: Callable[[str], torch.Tensor]
+    """Returns a tensor's bytes (uint8, on the host)."""
+
+
+@contextmanager
+def _held(source: Path, ranks: int, rank: int) -> Iterator[_Held]:
     here = torch.device("cpu")
     with ExitStack() as undo, torch.inference_mode(False):
-        config = undo.enter_context(pretended(ranks, rank_of(name)))
+        config = undo.enter_context(pretended(ranks, rank))
         index = sharded(index_of(source, undo.enter_context(spill_folder()), here), config)
         units = by_expert(find_units(index), index.model)
         tensors = {tensor.name: tensor.entry.raw for unit in units for tensor in unit.tensors}
@@ -84,7 +134,7 @@ def _write_rank(
             return torch.from_numpy(made[: tensors[name].nbytes])
 
         kept = {name: TensorEntry(value.dtype, tuple(value.shape), InMemory(value)) for name, value in buffers.items()}
-        write_packed(plain_header(target, tensors | kept), read, target, on_done, device, counts)
+        yield _Held(tensors | kept, counts, read)
 
 
 def _kept_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -25,11 +25,11 @@ from djinn.weights.experts import fused_experts
 from djinn.weights.foreign import require_file
 from djinn.weights.header import read_header
 from djinn.weights.packed_format import original_of
-from djinn.weights.packed_shard import is_candidate, pack_shard, read_tensor, unpack_shard, unpacked, weights_by_expert
+from djinn.weights.packed_shard import is_candidate, pack_shard, read_tensor, unpack_shard, unpacked
 from djinn.weights.rank_files import rank_tensors, ranks_of, refuse_cut
 from djinn.weights.resolve import resolve
 from djinn.weights.shards import read_checkpoint, read_shard, shard_files
-from djinn.weights.tensors import kind_of
+from djinn.weights.tensors import TensorEntry, kind_of
 
 _Convert = Callable[[Path, Path, Callable[[int], object]], None]
 
@@ -95,30 +95,52 @@ def survey(model: str | Path, *, device: str | None = None) -> Iterator[TensorSi
     is_cut = ranks_of(folder) is not None
     experts = {} if is_cut else fused_experts(folder)
     for name, entry in rank_tensors(folder) if is_cut else read_checkpoint(folder).items():
-        layouts = [part.layout for part in entry.stored_parts]
-        if not entry.is_packed and is_candidate(entry, experts.get(name, 1)):
-            layouts = [layout_of(part.to(where)) for part in weights_by_expert(entry, experts.get(name, 1))]
-        is_coded = all(layout is not None for layout in layouts)
-        stored_bytes = packed_format.stored_bytes(entry, layouts) if is_coded else entry.raw_bytes
-        dtype = str(entry.dtype).removeprefix("torch.")
-        yield TensorSize(name, dtype, entry.raw_bytes, stored_bytes, is_coded)
+        yield tensor_size(name, entry, partial(read_tensor, entry), experts.get(name, 1), where)
 
 
-def cut(source: Path, out: Path, names: list[str], convert: Convert, progress: bool) -> Path:
+def tensor_size(
+    name: str, entry: TensorEntry, read: Callable[[], torch.Tensor], experts: int, device: torch.device
+) -> TensorSize:
+    """Return what packing would do to a tensor of so many ``experts``, whose bytes ``read`` gives; or what it did."""
+    layouts = [part.layout for part in entry.stored_parts]
+    if not entry.is_packed and is_candidate(entry, experts):
+        layouts = [layout_of(part.to(device)) for part in read().view(entry.dtype).chunk(experts)]
+    is_coded = all(layout is not None for layout in layouts)
+    stored_bytes = packed_format.stored_bytes(entry, layouts) if is_coded else entry.raw_bytes
+    return TensorSize(name, str(entry.dtype).removeprefix("torch."), entry.raw_bytes, stored_bytes, is_coded)
+
+
+def plain_shards(source: Path) -> list[str]:
+    """Return the names of the files of a whole checkpoint, each of which is to be packed.
+
+    Raises:
+        CheckpointError: a checkpoint that is damaged, packed already, or cannot be packed.
+    """
+    shards = _shards(source)
+    _require(shards, source, packed_already=False)
+    return shards
+
+
+def cut(
+    source: Path, out: Path, names: list[str], convert: Convert, agrees: Callable[[Path], bool], progress: bool
+) -> Path:
     """Write files of these ``names``, by ``convert``, and the other files of a whole checkpoint to folder ``out``.
+
+    ``agrees`` says whether a file that is there already is what ``convert`` would make.
 
     Raises:
         CheckpointError, ConfigError, UnavailableError: as for :func:`pack`.
     """
     source, out = _apart(source, out, "pack")
-    shards = _shards(source)
-    _require(shards, source, packed_already=False)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: is there already; choose a folder that is empty or not there yet")
-    others = [path for path in _others(source, shards) if not path.name.endswith(".safetensors.index.json")]
+    others = [
+        path for path in _others(source, plain_shards(source)) if not path.name.endswith(".safetensors.index.json")
+    ]
+    if _holds_something(out):
+        _require_finished(out, names, others, agrees)
+        return out
     raw_bytes = sum(entry.raw_bytes for entry in read_checkpoint(source).values())
     work = Work(f"pack for {len(names)} ranks", source, out, dict.fromkeys(names, raw_bytes // len(names)), others)
-    return out if written(work, convert, progress) else cut(source, out, names, convert, progress)
+    return out if written(work, convert, progress) else cut(source, out, names, convert, agrees, progress)
 
 
 def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: bool) -> Path:
@@ -126,11 +148,9 @@ def _converted(source: Path, out: Path, what: str, convert: _Convert, progress: 
     shards = _shards(source)
     _require(shards, source, packed_already=what == "unpack")
     others = _others(source, shards)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if _holds_something(out):
         packed, plain = (out, source) if what == "pack" else (source, out)
-        if not _is_made_of(out, source, others) or not all(_agree(packed / name, plain / name) for name in shards):
-            raise CheckpointError(f"{out}: is there already; choose a folder that is empty or not there yet")
-        warnings.warn(f"{out}: is finished already, from this source; nothing was written", stacklevel=3)
+        _require_finished(out, shards, others, lambda path: _agree(packed / path.name, plain / path.name))
         return out
     sizes = {name: sum(entry.raw_bytes for entry in read_shard(source / name).values()) for name in shards}
 
@@ -149,12 +169,22 @@ def _apart(source: Path, out: Path, what: str) -> tuple[Path, Path]:
     return source, out
 
 
-def _is_made_of(out: Path, source: Path, others: list[Path]) -> bool:
-    """Return whether ``out`` holds as many files as ``source``, and the ``others`` byte for byte."""
-    files = [path.name for path in source.iterdir() if not path.is_dir()]
-    if not out.is_dir() or sorted(files) != sorted(path.name for path in out.iterdir()):
-        return False
-    return all(filecmp.cmp(path, out / path.name, shallow=False) for path in others)
+def _holds_something(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def _require_finished(out: Path, names: list[str], others: list[Path], agrees: Callable[[Path], bool]) -> None:
+    """Say that ``out`` is finished: it holds these files, which agree with the source, and copies of the ``others``.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    files = sorted([*names, *(path.name for path in others)])
+    is_made_of = out.is_dir() and files == sorted(path.name for path in out.iterdir())
+    is_made_of = is_made_of and all(filecmp.cmp(path, out / path.name, shallow=False) for path in others)
+    if not is_made_of or not all(agrees(out / name) for name in names):
+        raise CheckpointError(f"{out}: is there already; choose a folder that is empty or not there yet")
+    warnings.warn(f"{out}: is finished already, from this source; nothing was written", stacklevel=4)
 
 
 def _agree(packed: Path, plain: Path) -> bool:

@@ -65,9 +65,7 @@ def write_packed(
 
     Otherwise as :func:`pack_shard`.
     """
-    # Of a tensor that several files hold, each may have another shape.
-    tensors = original.tensors
-    experts = {name: count for name, count in experts.items() if name in tensors and tensors[name].is_stack_of(count)}
+    tensors, experts = original.tensors, stacks_of(original, experts)
     reserved = reserve(original, experts)
     stored: dict[str, list[Stored]] = {}
 
@@ -102,6 +100,12 @@ def write_packed(
         file.write(compose(original, stored, reserved))
 
 
+def stacks_of(original: Header, experts: Mapping[str, int]) -> dict[str, int]:
+    """Return those of ``experts`` whose tensors the file holds so: each of several files may have another shape."""
+    tensors = original.tensors
+    return {name: count for name, count in experts.items() if name in tensors and tensors[name].is_stack_of(count)}
+
+
 def is_candidate(entry: TensorEntry, experts: int) -> bool:
     """Return whether a plain tensor that holds the weights of so many ``experts`` may be coded.
 
@@ -110,11 +114,6 @@ def is_candidate(entry: TensorEntry, experts: int) -> bool:
     if experts == 1:
         return entry.codable
     return entry.codable_with_others and entry.raw_bytes % (experts * TILE_BYTES) == 0
-
-
-def weights_by_expert(entry: TensorEntry, experts: int) -> tuple[torch.Tensor, ...]:
-    """Return the weights of a plain tensor (one dimension, on the host) by expert."""
-    return read_tensor(entry).view(entry.dtype).chunk(experts)
 
 
 def unpack_shard(source: Path, target: Path, on_done: Callable[[int], object], device: torch.device) -> None:

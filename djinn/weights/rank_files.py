@@ -28,6 +28,11 @@ def file_name(rank: int, ranks: int) -> str:
     return f"rank-{rank}-of-{ranks}.safetensors"
 
 
+def ranked(rank: int, name: str) -> str:
+    """Return how a rank's part of a tensor is called, where all ranks' are listed."""
+    return f"rank {rank}: {name}"
+
+
 def rank_of(name: str) -> int:
     """Return the rank that reads the file of this name."""
     found = _NAME.fullmatch(name)
@@ -57,7 +62,7 @@ def rank_tensors(folder: Path) -> Iterator[tuple[str, TensorEntry]]:
     ranks = ranks_of(folder) or 0
     for rank in range(ranks):
         for name, entry in read_shard(folder / file_name(rank, ranks)).items():
-            yield f"rank {rank}: {name}", entry
+            yield ranked(rank, name), entry
 
 
 def rank_index(folder: Path, ranks: int, dtype: torch.dtype | None) -> WeightIndex:

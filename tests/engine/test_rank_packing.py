@@ -6,6 +6,7 @@ That what ranks load is what they hold of the whole checkpoint, tests/engine/tes
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,9 +145,37 @@ def test_what_cannot_be_split_is_refused_and_nothing_is_left(source: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_there_is_left_alone(source: Path, cut: Path) -> None:
+def test_a_finished_cut_is_left_as_it_is(source: Path, cut: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cut.iterdir()}
+    with pytest.warns(UserWarning, match="is finished already, from this source; nothing was written"):
+        assert djinn.pack(source, cut, ranks=2, device="cpu") == cut
+    assert {path: path.stat().st_mtime_ns for path in cut.iterdir()} == before
+
+
+@pytest.mark.parametrize("how", ["another file", "other weights", "damaged", "for other ranks"])
+def test_a_folder_that_holds_something_else_is_left_alone(source: Path, cut: Path, tmp_path: Path, how: str) -> None:
+    there = shutil.copytree(cut, tmp_path / "there")
+    part = there / file_name(1, 2)
+    if how == "another file":
+        (there / "notes.txt").write_text("mine")
+    elif how == "other weights":
+        shutil.copy(there / file_name(0, 2), part)
+    elif how == "damaged":
+        part.write_bytes(part.read_bytes()[:-100])
+    else:
+        part.rename(there / file_name(1, 3))
+    held = {path.name: path.read_bytes() for path in there.iterdir()}
     with pytest.raises(CheckpointError, match="is there already"):
-        djinn.pack(source, cut, ranks=2)
+        djinn.pack(source, there, ranks=2, device="cpu")
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == held
+
+
+def test_a_survey_says_what_each_rank_would_get(source: Path, cut: Path) -> None:
+    would = list(rank_packing.survey(source, ranks=2, device="cpu"))
+    assert would
+    assert sorted(would, key=str) == sorted(rank_packing.survey(cut, device="cpu"), key=str)
+    with pytest.raises(CheckpointError, match="was cut for 2 ranks"):
+        list(rank_packing.survey(cut, ranks=2))
 
 
 def test_an_interrupted_cut_is_continued(
@@ -191,3 +220,7 @@ def test_the_command_says_what_each_rank_got(source: Path, tmp_path: Path) -> No
     assert done.exit_code == 0, done.stderr
     names = {size["name"] for size in json.loads(done.stdout)}
     assert {"rank 0: model.norm.weight", "rank 1: model.norm.weight"} <= names
+    dry = CliRunner().invoke(main, ["pack", str(source), "--dry-run", "--ranks", "2", "--device", "cpu"])
+    assert dry.exit_code == 0, dry.stderr
+    rows = {line.split("  ")[0]: line for line in dry.stdout.splitlines()}
+    assert {"rank 0, all 21", "rank 1, all 21", "all 42"} <= rows.keys()
