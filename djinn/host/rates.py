@@ -20,7 +20,7 @@ from torch import Tensor
 
 from djinn.devices import cpus_near
 from djinn.host.products import HostProducts
-from djinn.planning.host import ASSUMED_MODULE_S, HostRates
+from djinn.planning.host import ASSUMED_MODULE_S, RESUME_S, HostRates
 from djinn.planning.rates import Rates
 from djinn.sizes import Count
 from djinn.transport.exchange import exchange_with
@@ -120,7 +120,7 @@ def beside_link(device: torch.device, threads: int | None = None, shape: tuple[i
         found = [rate(products.multiply, calls, tokens, link, windows=1) for tokens in TOKENS]
         assert found[0].link_gbps is not None
         return HostRates(
-            link=1e9 * found[0].link_gbps, cores=1e9 * found[0].gbps, wait_s=_round_trip_s(link, *shape),
+            link=1e9 * found[0].link_gbps, cores=1e9 * found[0].gbps, wait_s=_round_trip_s(link, *shape) + RESUME_S,
             module_s=ASSUMED_MODULE_S, tokens=knee(found),
         )  # fmt: skip
 

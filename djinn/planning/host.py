@@ -26,6 +26,11 @@ On one host with an H100 8 cores had 90, and 14 had 107 beside a busy link; on o
 
 ASSUMED_MODULE_S = 150e-6
 """Seconds in which those hosts launched what a module computes."""
+ASSUMED_TRIP_S = 110e-6
+"""Seconds in which inputs came from the GPU to those hosts, and outputs went back, while the link was busy."""
+RESUME_S = 0.75e-3
+"""Seconds that the host takes longer for what it does after a product: the weights have taken the place of all else in
+its caches. Between 0.5 and 1.05 ms a product were not accounted for otherwise in five loads on two of those hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +43,9 @@ class HostRates:
     """Bytes/s of weights that the cores multiply."""
     alone: float | None = None
     """Bytes/s over the link while the cores are idle; None where nobody knows: then as beside busy ones."""
-    wait_s: float = 60e-6
-    """Seconds that a product takes beside the multiplication: its inputs go to the host, and its outputs come back."""
+    wait_s: float = ASSUMED_TRIP_S + RESUME_S
+    """Seconds that a product takes beside the multiplication: a round trip of inputs and outputs, and what the host
+    loses since the weights have gone through its caches."""
     device: float | None = None
     """Bytes/s of weights that the device multiplies by one token; None where nobody knows: then it takes no time."""
     module_s: float = 0.0
@@ -108,11 +114,8 @@ def host_units(
 ) -> frozenset[str]:
     """Return the names of the units that become host units, of those that the host is ``able`` to compute with.
 
-    Each unit that streams goes, in order, to whichever of link and cores will be done with it first, after all that it
-    has been given before. So both are done at about the same time, at the end as at any point before it. While the
-    device computes, and while the host launches that, the cores wait and the link does not. While the cores compute,
-    the link fills the ring: a product that takes longer than that would leave it idle, and is not made. None is if the
-    link alone is as fast.
+    Few large products lose less time than many small ones. So of all least sizes that a host unit may have, the one is
+    taken with which a pass ends first (:func:`taken_in_turn`). None is a host unit if the link alone is as fast.
 
     Args:
         units: all of them, in order.
@@ -120,8 +123,34 @@ def host_units(
         room_bytes: how much the arena may grow by: the cores need weights raw, and the link may carry them coded.
         ring_bytes: size of the ring.
     """
+    alone_s = sum(unit.weight_bytes for unit in units if unit.name in streamed) / rates.idle_link
+    sizes = {unit.name: unit.raw_bytes for unit in units if unit.name in able and unit.name in streamed}
+    chosen, best_s = frozenset[str](), alone_s
+    for least in sorted(set(sizes.values())):
+        large = {name for name, nbytes in sizes.items() if nbytes >= least}
+        taken, seconds = taken_in_turn(units, streamed, large, rates, room_bytes, ring_bytes)
+        if seconds < best_s:
+            chosen, best_s = taken, seconds
+    return chosen
+
+
+def taken_in_turn(
+    units: Sequence[Unit],
+    streamed: Collection[str],
+    able: Collection[str],
+    rates: HostRates,
+    room_bytes: int,
+    ring_bytes: int,
+) -> tuple[frozenset[str], float]:
+    """Return what the cores take of a pass in which they take all that they can, and the seconds of that pass.
+
+    Each unit that streams goes, in order, to whichever of link and cores will be done with it first, after all that it
+    has been given before. So both are done at about the same time, at the end as at any point before it. While the
+    device computes, and while the host launches that, the cores wait and the link does not. While the cores compute,
+    the link fills the ring: a product that takes longer than that would leave it idle, and is not made.
+    """
     chosen = set()
-    link_s = cores_s = alone_s = 0.0
+    link_s = cores_s = 0.0
     ahead_s = 0.0  # what the ring holds that the device has still to compute with, in seconds of copies
     ring_s = ring_bytes / rates.link
     for unit in units:
@@ -130,7 +159,6 @@ def host_units(
             cores_s = computed_s
             continue
         copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes)
-        alone_s += unit.weight_bytes / rates.idle_link
         copied_s, multiplied_s = link_s + copy_s, cores_s + product_s + rates.module_s
         growth = unit.raw().image_bytes - unit.image_bytes if unit.coded else 0
         keeps_up = multiplied_s < copied_s and ahead_s + product_s <= ring_s
@@ -142,4 +170,4 @@ def host_units(
         else:
             link_s, cores_s = copied_s, computed_s
             ahead_s = max(ahead_s - copy_s, 0.0)
-    return frozenset(chosen) if max(link_s, cores_s) < alone_s else frozenset()
+    return frozenset(chosen), max(link_s, cores_s)

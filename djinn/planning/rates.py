@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from djinn.planning.host import HostRates
+from djinn.planning.host import RESUME_S, HostRates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,8 @@ class Rates:
         if not self.cores_beside_link or not self.link_beside_cores:
             return None
         return HostRates(
-            link=self.link_beside_cores, cores=self.cores_beside_link, alone=self.link, wait_s=self.cores_round_trip_s,
+            link=self.link_beside_cores, cores=self.cores_beside_link, alone=self.link,
+            wait_s=self.cores_round_trip_s + RESUME_S,
             device=self.compute[0].rate if self.compute else None, module_s=self.module_s + self.unit_s,
             tokens=self.cores_tokens,
         )  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn.errors import ConfigError
-from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units
+from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units, taken_in_turn
 from djinn.planning.placement import Tier, make_plan
 from djinn.planning.prediction import predict
 from djinn.planning.rates import Rates
@@ -57,7 +57,8 @@ def seconds(units: list[Unit], chosen: frozenset[str], rates: HostRates) -> tupl
 
 @given(models(), host_rates())
 def test_link_and_cores_end_together_at_every_point_of_a_pass(units: list[Unit], rates: HostRates) -> None:
-    chosen = host_units(units, names(units), names(units), rates, 0, LARGE)
+    chosen, took_s = taken_in_turn(units, names(units), names(units), rates, 0, LARGE)
+    assert took_s == pytest.approx(max(seconds(units, chosen, rates)))
     for end in range(1, len(units) + 1):
         link_s, cores_s = seconds(units[:end], chosen, rates)
         longest = max(max(each.weight_bytes / rates.link, rates.product_s(each.raw_bytes)) for each in units[:end])
@@ -72,6 +73,37 @@ def test_the_slower_of_both_is_never_slower_than_the_link_alone(
     chosen = host_units(units, names(units), able, rates, 0, LARGE)
     assert chosen <= able
     assert max(seconds(units, chosen, rates)) <= seconds(units, frozenset(), rates)[0] * 1.000001
+
+
+@given(models(), host_rates())
+def test_a_pass_is_never_slower_than_if_the_cores_took_all_that_they_can(units: list[Unit], rates: HostRates) -> None:
+    chosen = host_units(units, names(units), names(units), rates, 0, LARGE)
+    _, all_s = taken_in_turn(units, names(units), names(units), rates, 0, LARGE)
+    assert max(seconds(units, chosen, rates)) <= all_s * 1.000001
+
+
+def test_the_cores_take_few_large_units_rather_than_many_small_ones() -> None:
+    units = [unit(number, (100 if number % 4 == 0 else 10) * PAGE) for number in range(80)]
+    sizes = {each.name: each.raw_bytes for each in units}
+    for wait_s, smallest in ((0.0, 10 * PAGE), (2e-3, 100 * PAGE)):
+        rates = HostRates(link=1e8, cores=1e8, wait_s=wait_s)
+        chosen = host_units(units, names(units), names(units), rates, 0, LARGE)
+        assert min(sizes[name] for name in chosen) == smallest
+
+
+def test_the_cores_wait_while_the_host_launches_modules() -> None:
+    units = [unit(number, 10 * PAGE) for number in range(100)]
+    copy_s = 10 * PAGE / 1e9
+    shares = [
+        len(
+            host_units(
+                units, names(units), names(units), HostRates(link=1e9, cores=1e9, wait_s=0.0, module_s=each), 0, LARGE
+            )
+        )
+        for each in (0.0, copy_s / 4, copy_s / 2)
+    ]
+    assert shares[0] == 50
+    assert shares == sorted(set(shares), reverse=True)
 
 
 def test_a_product_that_waits_longer_than_it_saves_is_left_to_the_link() -> None:
