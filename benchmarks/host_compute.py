@@ -29,10 +29,12 @@ import torch
 
 import djinn
 from djinn.bench.measure import TokenTimes, prompt_ids
-from djinn.bench.rates import compute, host, streaming
+from djinn.bench.rates import compute, streaming
 from djinn.bench.rates.link import pinned_h2d_rate
+from djinn.bench.systems.common import deterministic_attention
 from djinn.engine.load import engine_of, load_requested, placement
 from djinn.errors import UnavailableError
+from djinn.host import rates as host
 from djinn.host.cores import choose_cpus
 from djinn.planning.host import HostCompute, HostRates, assumed_rates
 from djinn.planning.prediction import predict
@@ -59,7 +61,7 @@ def requested(options: argparse.Namespace, coding: str, computing: HostCompute |
     return replace(request, host=computing)
 
 
-def host_compute(options: argparse.Namespace) -> HostCompute:
+def host_compute(options: argparse.Namespace, known: Rates) -> HostCompute:
     """Return what is asked of the cores, with the rates that were given, or are measured; on a CPU they are assumed."""
     rates: HostRates | None
     if options.link_gbps and options.cores_gbps:
@@ -69,7 +71,7 @@ def host_compute(options: argparse.Namespace) -> HostCompute:
     else:
         cores = host.measure(torch.device("cuda"))
         print(cores.model_dump_json(), flush=True)
-        rates = cores.added_to(Rates(device="cuda")).host
+        rates = cores.added_to(known).host
     return HostCompute(threads=options.threads, rates=rates)
 
 
@@ -209,9 +211,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the script out: its times say nothing.")
     parser.add_argument("--output", type=Path, default=Path("host_compute.jsonl"))
     options = parser.parse_args()
+    deterministic_attention()
     exact = None
-    asked = host_compute(options) if "host" in options.modes else None
     rates = device_rates(options.device)
+    asked = host_compute(options, rates) if "host" in options.modes else None
     for coding in options.coding:
         for mode in options.modes:
             found = measure(options, coding, asked if mode == "host" else None, exact, rates)

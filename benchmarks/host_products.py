@@ -19,12 +19,12 @@ from contextlib import ExitStack
 import torch
 from torch.nn.functional import linear
 
-from djinn.bench.rates import several
-from djinn.bench.rates.host import TOKENS, Multiply, calls_in_memory, rate
 from djinn.devices import cpus_near
 from djinn.hardware import describe
 from djinn.host.cores import choose_cpus
 from djinn.host.products import HostProducts
+from djinn.host.rates import TOKENS, Multiply, calls_in_memory, rate
+from djinn.transport.lane import Lane, lane
 
 HIDDEN, INNER, KEYS = 8192, 28672, 1024
 CALLS = {
@@ -53,15 +53,15 @@ def main() -> None:
     device = torch.device("cpu") if options.gpu is None else torch.device("cuda", options.gpu)
     near = cpus_near(device)
     with ExitStack() as undo:
-        lanes: list[several.Lane | None] = [None]
+        links: list[Lane | None] = [None]
         if device.type == "cuda":
-            lanes.append(undo.enter_context(several.lane(device)))
+            links.append(undo.enter_context(lane(device)))
         for name in options.calls:
             with calls_in_memory(CALLS[name], device, int(1e9 * options.gb)) as calls:
                 for threads in options.threads or [len(choose_cpus(near=near))]:
                     for way, multiply in ways(threads, near, options.torch):
-                        for tokens, lane in itertools.product(options.tokens, lanes):
-                            found = rate(multiply, calls, tokens, lane)
+                        for tokens, link in itertools.product(options.tokens, links):
+                            found = rate(multiply, calls, tokens, link)
                             line = {"call": name, "by": way, "threads": threads} | found.model_dump()
                             print(json.dumps(line), flush=True)
 

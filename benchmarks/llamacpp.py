@@ -29,7 +29,8 @@ import json
 import statistics
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -52,6 +53,7 @@ from djinn.weights.synthetic_checkpoint import checkpoint_tensors
 
 LOADS = ("mmap", "none")
 _SAMPLE_S = 0.05
+_AT_ONCE = 16
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -115,10 +117,16 @@ def write_gguf(config: PretrainedConfig, path: Path, seed: int) -> None:
         writer.write_header_to_file(part)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, shape, made in listed:
-            data = made()
+        for (_, shape, _), data in zip(listed, _made([made for *_, made in listed]), strict=True):
             writer.write_tensor_data(data if len(shape) > 1 else (data.astype(np.uint32) << 16).view(np.float32))
         writer.close()
+
+
+def _made(makers: Sequence[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """Yield what each of ``makers`` makes, in order; several are made at once, and held until they are taken."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for start in range(0, len(makers), _AT_ONCE):
+            yield from pool.map(lambda make: make(), makers[start : start + _AT_ONCE])
 
 
 def gpu_layers(room_bytes: int, head_bytes: int, layer_bytes: int, layers: int) -> int:

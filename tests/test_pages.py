@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from statistics import median
 
 import pytest
 import typer.main
@@ -180,6 +181,68 @@ def test_bits_of_trained_weights_are_those_of_the_record() -> None:
         rows.append([names[kind["checkpoint"]], kind["kind"], *sizes])
         assert kind["exponent"] < kind["bits"] < 16
     assert PAGES["docs/guide.md"].rows("Trained weights") == rows
+
+
+def test_times_of_mixtures_are_those_of_the_records() -> None:
+    folder = ROOT / "data" / "benchmarks" / "experts_h100_2026-11-27"
+    first, second, small = "mixtral-8x7b_1", "mixtral-8x7b_2", "qwen3-30b-a3b"
+    even, free, local = "0,0", None, "0.5,0.7"
+    expected = [
+        (second, "whole", [free]), (second, "routed", [even]), (second, "routed", [free]), (first, "routed", [even]),
+        (first, "routed", [free]), (first, "coded", [even]), (first, "coded", [free]), (first, "routed", [local]),
+        (first, "coded", [local]), (small, "whole", [free]), (small, "routed", [even]), (small, "routed", [free]),
+        (small, "coded", [even]), (small, "coded", [free]), (small, "routed", [local]), (small, "pool", [even]),
+        (small, "resident", [free, even, "0.25,0.7", local, "0.75,1.0"]),
+    ]  # fmt: skip
+    rows = PAGES["docs/guide.md"].rows("Mixtures of experts")
+    assert len(rows) == len(expected)
+    for row, (file, mode, steers) in zip(rows, expected, strict=True):
+        records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
+        runs = [each for each in records if each["mode"] == mode and "times" in each and each["steer"] in steers]
+        hits, misses = (sum(run[f"expert_{what}"] for run in runs) for what in ("hits", "misses"))
+        times = [time for run in runs for time in run["times"][1:]]
+        moved = misses * runs[0]["slot_bytes"] / len(times) if hits else runs[0]["host_bytes"]
+        medians = [run["token_s"] for run in runs]
+        assert row[2:] == [
+            str(len(runs)),
+            f"{hits / (hits + misses):.2f}" if hits else "",
+            f"{moved / 1e9:.3g}",
+            f"{median(times):.3f} ({min(medians):.3f} to {max(medians):.3f})",
+            f"{median(run['times'][0] for run in runs):.2f}",
+            f"{runs[0]['host_bytes'] / 1e9:.1f}",
+        ], row
+
+
+def test_the_table_of_host_compute_is_what_its_records_say() -> None:
+    folder = ROOT / "data" / "benchmarks" / "host_h100_2026-11-28"
+    modes = [("exact", "none"), ("host", "none"), ("exact", "lossless"), ("host", "lossless")]
+    expected = []
+    for file in ("l16", "70b"):
+        records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
+        for mode in modes:
+            runs = [each for each in records if (each["mode"], each["coding"]) == mode]
+            assert len(runs) == 5
+            times, first = [[run[key] for run in runs] for key in ("token_s", "ttft_s")]
+            digits = 3 if file == "l16" else 2
+            shown = [f"{number:.{digits}f}" for number in (median(times), min(times), max(times))]
+            predicted = f"{runs[0]['predicted_token_s']:.{digits}f}"
+            expected.append([f"{shown[0]} ({shown[1]} to {shown[2]})", predicted, f"{median(first):.{digits}f}"])
+        if file == "l16":
+            best = json.loads((folder / "l16_llamacpp.jsonl").read_text().splitlines()[-1])
+            expected.append([f"{best['tokens_seconds']:.3f}", "", f"{best['prompt_seconds']:.3f}"])
+    rows = [row for row in PAGES["docs/guide.md"].rows("The host's cores beside the link") if len(row) == 5]
+    assert [row[2:] for row in rows] == expected
+
+
+def test_folders_of_samples_say_what_they_hold() -> None:
+    """Machine, date, command, and each file by its name."""
+    for folder in (ROOT / "data" / "benchmarks").iterdir():
+        text = (folder / "README.md").read_text()
+        for heading in ("- Machine: ", "- Date: ", "- Command: "):
+            assert heading in text, folder.name
+        assert [
+            path.name for path in folder.iterdir() if f"`{path.name}`" not in text and path.name != "README.md"
+        ] == []
 
 
 def test_notebooks_are_all_there_with_their_command() -> None:

@@ -60,7 +60,7 @@ class Claim(_Frozen):
     notebook: str
     profile: str
     known: str = ""
-    """Why it failed on a machine that we measured, where that is known: shown beside a failure, and changes nothing."""
+    """What our own records show of its failures: shown beside a failure, and changes nothing."""
 
     @field_validator("profile")
     @classmethod
@@ -117,7 +117,7 @@ def evaluate(claim: Claim, evidence: Evidence) -> Outcome:
         return Outcome(claim=claim, verdict="NOT RUN", why=str(missing), lacking=missing.lacking)
     if claim.holds(measured):
         return Outcome(claim=claim, verdict="PASS", measured=measured)
-    known = f"; known of our runs: {claim.known}" if claim.known else ""
+    known = f"; of our own runs: {claim.known}" if claim.known else ""
     why = f"{measured:.4g} is not {target_words(claim)}{known}"
     return Outcome(claim=claim, verdict="FAIL", measured=measured, why=why)
 

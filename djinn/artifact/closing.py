@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from djinn.artifact.claims import Outcome, load_claims, read_claims
-from djinn.artifact.metrics import Evidence, NotMeasuredError, read_evidence, time_over_best_peer
+from djinn.artifact.metrics import Evidence, read_evidence, time_over_best_peer
 from djinn.bench.run import Run
-from djinn.figures import frames
+from djinn.figures import headline
 from djinn.figures.headline import SMALL_BYTES
-from djinn.figures.style import LOOKS
 
 
 def verdict_of(run_dir: Path) -> str:
@@ -37,10 +36,11 @@ def verdict(outcomes: Sequence[Outcome], speed: str = "") -> str:
 
 
 def speed(evidence: Evidence) -> str:
-    """Return how djinn's time compares with that of the best other system that streams; nothing where there is none.
+    """Return how djinn's time per token compares with that of the fastest other system that streams; nothing where
+    there is none.
 
-    The others are those of the claim about speed on the run's device, and the number is the inverse of its measure.
-    Of a smoke run it says that times mean nothing.
+    The others are those of the claim about speed on the run's device. The number is that of the page, its table and its
+    figure: medians of the runs' times per token. Of a smoke run it says that times mean nothing.
     """
     peers = next(
         claim.arguments["peers"]
@@ -49,16 +49,14 @@ def speed(evidence: Evidence) -> str:
     )
     if any((record.model_bytes or 0) < SMALL_BYTES for record in evidence.records if record.status == "ok"):
         return "its times mean nothing, since this is a smoke run"
-    try:
-        ratio = time_over_best_peer(evidence, peers)
-    except NotMeasuredError:
+    rows = headline.rows_of(evidence.records)
+    others = [row for row in rows.to_dict("records") if row["name"] in peers]
+    if not others:
         return ""
-    medians = frames.runs(evidence.of_full_length).groupby("name")["generate_s"].median()
-    best = LOOKS[str(medians[medians.index.isin(peers)].idxmin())].label
-    factor = f"{max(ratio, 1 / ratio):.1f}"
-    if factor == "1.0":
-        return f"djinn as fast as {best}"
-    return f"djinn {factor}x {'faster' if ratio < 1 else 'slower'} than {best}"
+    fastest = others[0]
+    words = headline.faster(fastest["djinn"])
+    how = f"as fast as {fastest['label']}" if words.startswith("1.0x") else f"{words} than {fastest['label']}"
+    return f"per token djinn is {how}"
 
 
 def _not_run(count: int, lacking: str) -> str:

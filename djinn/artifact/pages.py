@@ -1,6 +1,6 @@
 """The generated pages: docs/results.md, docs/claims.md and README's picture, from the reference records alone.
 
-python -m djinn.artifact.pages        writes them anew, and the checksums of the records
+python -m djinn.artifact.pages        writes them anew, the verdicts on claims beside the records, and checksums
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import pandas as pd
 
 from djinn.artifact.bundle import write_sums
-from djinn.artifact.claims import Claim, Outcome, evaluate, load_claims, target_words
+from djinn.artifact.claims import Claim, Outcome, evaluate, load_claims, target_words, write_claims
 from djinn.artifact.metrics import read_evidence
-from djinn.artifact.pictures import write_figures, write_picture
+from djinn.artifact.pictures import models_frame, write_figures, write_picture
 from djinn.artifact.reference import Manifest, Source, folders, read_manifest, run_of, runs
 from djinn.bench.records import Record, read_records
 from djinn.bench.run import Run
 from djinn.bench.statistics import summary_frame
-from djinn.figures import headline
+from djinn.figures import across, headline
 from djinn.figures.style import display_name
 from djinn.files import write_text
 from djinn.places import REFERENCE_DIR, ROOT
@@ -49,7 +49,8 @@ and model stands first; older and partial records stand below the line. The word
 - All weights are synthetic: seeded random numbers in the shape of the model.
 - Versions of torch and transformers are given where they were recorded. On GPUs they are those of the machine's image,
   older than those of `requirements.lock`.
-- **host memory** is anonymous memory: what the kernel cannot take back by itself.
+- **device memory** is the peak of what a system took of its budget. Without a GPU it is what the process grew by, less
+  weights kept in host memory. **host memory** is anonymous memory: what the kernel cannot take back by itself.
 - **of the ceiling** is the link's rate over its raw rate, which was measured beside each run: pinned copies of a small
   buffer to a GPU, direct reads from a disk. Where a run was faster than the raw rate by more than that itself
   varied, it says so: then it is no ceiling.
@@ -63,7 +64,7 @@ and model stands first; older and partial records stand below the line. The word
 
 ![Time per token of each system over djinn's, for three models](images/models.png)
 
-Right of the line djinn is faster. Each model has a machine and a budget of its own: the tables below.
+Right of the line djinn is faster. Each model has a machine and a budget of its own: the tables below. {{unfilled}}
 
 ![Time per token of Llama-2-70B by budget, predicted and measured](images/budgets.png)
 
@@ -82,8 +83,9 @@ that this artifact implements ([APPENDIX.md](../artifact/APPENDIX.md#scope)).
 
 To check a claim yourself, run `make reproduce PROFILE=<run>` with the name in the column **run**, and open the page
 that it writes. That takes two minutes of your time; **minutes** and **disk** are the machine's. The column
-**reference** is what our run of that profile measured, or our newest run that measured it. Ratios hold on any machine.
-A claim that names a GPU is judged on that GPU alone.
+**reference** is what our run of that profile measured, or our newest run that measured it. Another machine may
+give other ratios, because link, disk, host and compute differ: each number is known of its own machine alone. A claim
+that names a GPU is judged on that GPU alone.
 """
 
 _GROUPS = {
@@ -127,12 +129,13 @@ def results_page(root: Path = REFERENCE_DIR) -> str:
     words = "Each has a record above of the same machine and model, which is newer or holds more finished runs."
     sections = [_section(block) for block in front]
     sections += ["---\n", f"## Older and partial records\n\n{words}\n", *map(_section, older)] if older else []
-    return "\n".join([_RESULTS, *sections])
+    return "\n".join([_RESULTS.format(unfilled=across.unfilled(models_frame())), *sections])
 
 
 def table(records: list[Record]) -> str:
     """Return a row per system and variant: medians over the finished runs, or why there is none."""
-    head = ["system", "budget", "host memory", "first token, s", "per token, s", "link, GB/s", "of the ceiling", "runs"]
+    head = ["system", "budget", "device memory", "host memory", "first token, s", "per token, s", "link, GB/s"]
+    head += ["of the ceiling", "runs"]
     frame = summary_frame(records)
     with_bare = bool(frame["bare_share_n"].any())
     head[-1:-1] = ["of bare copies"] if with_bare else []
@@ -143,10 +146,10 @@ def table(records: list[Record]) -> str:
     for row in frame.to_dict("records"):
         cells = [display_name(row["label"]), format_bytes(int(row["budget_bytes"]))]
         if not row["runs"]:
-            why = ["", f"{row['status']}: {row['reason']}", *[""] * (3 + with_bare)]
+            why = ["", "", f"{row['status']}: {row['reason']}", *[""] * (3 + with_bare)]
             rows.append(_cells([*cells, *why, "0", *[""] * len(ours)]))
             continue
-        cells.append(format_bytes(int(row["peak_anon_bytes"])))
+        cells += [_size(row[f"peak_{where}_bytes"]) for where in ("device", "anon")]
         cells += [_number(row[f"{column}_median"]) for column in ("ttft_s", "token_s", "link_gbps")]
         exceeded = "" if row["is_ceiling"] else ", no ceiling"
         cells.append(f"{_percent(row['link_utilisation_median'])}{exceeded}")
@@ -179,7 +182,9 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write the checksums of the records, the generated pages and their figures."""
+    """Write the verdicts on each run's claims, the checksums, the generated pages and their figures."""
+    for folder in runs():
+        write_claims(folder)
     for folder in folders():
         write_sums(folder)
     for path, text in pages().items():
@@ -265,6 +270,10 @@ def _from_docs(path: Path) -> str:
 
 def _number(value: Any) -> str:
     return "" if math.isnan(value) else f"{value:.3g}"
+
+
+def _size(nbytes: float) -> str:
+    return "" if math.isnan(nbytes) else format_bytes(int(nbytes))
 
 
 def _percent(share: float) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from djinn.artifact.reference import folders, read_manifest, run_of, runs
 from djinn.bench.run import Run
-from djinn.figures import across, budgets, headline, scaling
+from djinn.figures import across, budgets, experts, headline, scaling
 from djinn.figures.draw import save
 from djinn.places import ROOT
 from djinn.sizes import format_bytes
@@ -19,6 +19,8 @@ PICTURED = "compare_70b"
 """The profile whose newest reference run README's picture shows."""
 _RANKS = ROOT / "data" / "benchmarks" / "ranks_h100_2026-11-28"
 """Samples of one host with four GPUs."""
+_EXPERTS = ROOT / "data" / "benchmarks" / "experts_h100_2026-11-27"
+"""Samples of two mixtures of experts."""
 
 
 def picture_frame() -> pd.DataFrame:
@@ -26,13 +28,20 @@ def picture_frame() -> pd.DataFrame:
     return headline.medians(_pictured().baselines)
 
 
+def models_frame() -> pd.DataFrame:
+    """Return the systems of all runs over their models (see :func:`djinn.figures.across.by_model`)."""
+    return across.by_model([Run(folder).baselines for folder in runs()])
+
+
 def figure_frames() -> dict[str, pd.DataFrame]:
-    """Return what the figures of several runs show, by their names: systems over models, predictions, budgets, GPUs."""
+    """Return what the figures of several runs show, by their names: systems over models, predictions, budgets, GPUs,
+    experts."""
     return {
-        "models": across.by_model([Run(folder).baselines for folder in runs()]),
+        "models": models_frame(),
         "predictions": across.read_predictions(folders()),
         "budgets": budgets.measured(_pictured()),
         "gpus": scaling.read_links(_RANKS / f"l16_{count}.jsonl" for count in (1, 2, 4)),
+        "experts": experts.read(sorted(_EXPERTS.glob("*.jsonl"))),
     }
 
 
@@ -47,12 +56,15 @@ def write_picture(stem: Path = PICTURE) -> list[Path]:
 
 def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
     """Draw the figures of several runs that the pages show, in the form of README's picture; return the paths."""
-    found = figure_frames()
+    found, run = figure_frames(), _pictured()
     figures = {
         "models": across.models(found["models"]),
         "predictions": across.predictions(found["predictions"]),
-        "budgets": budgets.draw(budgets.predicted(_pictured()), found["budgets"], budgets.gpu_bytes(_pictured())),
+        "budgets": budgets.draw(
+            budgets.predicted(run), found["budgets"], budgets.gpu_bytes(run), budgets.model_of(run)
+        ),
         "gpus": scaling.links(found["gpus"]),
+        "experts": experts.draw(found["experts"]),
     }
     return [path for name, figure in figures.items() for path in save(figure, found[name], folder / name)]
 

@@ -1,7 +1,8 @@
 """Reference records: what was measured on real machines, kept in ``data/reference``.
 
 Each folder holds records as they were written, a ``manifest.json`` that says where each file comes from, and
-``SHA256SUMS``; one that holds a whole run has its ``profile.yaml``, ``results`` and ``notebooks``.
+``SHA256SUMS``; one that holds a whole run has its ``profile.yaml``, ``results`` and ``notebooks``. In it
+``results/claims.json`` alone is derived: ``python -m djinn.artifact.pages`` judges the records anew by today's claims.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,10 +19,11 @@ from djinn.engine.binding import Weights
 from djinn.engine.closing import closer
 from djinn.engine.coding import Coder
 from djinn.engine.device_memory import shortage_hook
-from djinn.engine.opened import opened
+from djinn.engine.opened import Opened, opened
 from djinn.engine.ranks import ranks_of
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
+from djinn.host.rates import beside_link
 from djinn.names import Coding
 from djinn.planning.memory import require_device_memory
 from djinn.planning.placement import Plan
@@ -141,7 +143,7 @@ def load_requested(
         free = ranks.share_of_host(usable_ram())
         with ranks.agreed():
             coder = Coder.on(request.device, request.chunk, undo)
-            planned = opened(index, request, coder.layout).plan(free)
+            planned = _planned(opened(index, request, coder.layout), free)
             if request.device.type == "cuda":
                 require_device_memory(planned, *free_device_memory(request.device))
         with ranks.agreed():
@@ -158,6 +160,19 @@ def load_requested(
         engine.resources.callback(handle.remove)
     register(index.model, engine)
     return index.model
+
+
+def _planned(found: Opened, free: int) -> Plan:
+    """Return the plan; if the cores are to compute on a machine that nobody has measured, it is measured for that."""
+    planned, request = found.plan(free), found.request
+    if planned.host is None or not planned.host.rates.assumed or request.device.type != "cuda":
+        return planned
+    assert request.host is not None
+    try:
+        rates = beside_link(request.device, request.host.threads)
+    except PlanError:  # the driver page-locks no memory to measure with
+        return planned
+    return replace(found, request=request.knowing(rates)).plan(free)
 
 
 def placement(model: nn.Module) -> Plan:

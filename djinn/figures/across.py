@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -20,11 +21,14 @@ from djinn.figures.plots import require
 from djinn.figures.style import LIMITS, canvas, explain, figure_of, house_style, look_of
 from djinn.planning.prediction import Limit
 from djinn.reading import read_json
+from djinn.sizes import format_bytes
 
 _WITHIN = 0.1
 """How far from what was measured a prediction may lie to be called right."""
 _FEWEST = 3
 """Cases that make a figure."""
+_EMPTY = 0.2
+"""Systems that leave more than this share of their budget empty are named, since memory is not equal then."""
 _MARKS = {"disk": "s", "link": "o", "compute": "^", "host": "v"}
 """Of what limits a case, as the prediction says."""
 
@@ -106,8 +110,11 @@ def _plain_log(ax: Axes) -> None:
 
 
 def by_model(runs: Sequence[Sequence[Record]]) -> pd.DataFrame:
-    """Return the systems of several runs beside djinn: model, model_bytes, name, token_s and djinn (how many times
-    longer than djinn), smallest model first; runs without djinn and another system are left out."""
+    """Return the systems of several runs beside djinn, smallest model first; runs without both are left out.
+
+    Columns: model, model_bytes, name, budget_bytes, peak_device_bytes, token_s, and djinn: how many times longer than
+    djinn.
+    """
     found = []
     for records in runs:
         try:
@@ -116,26 +123,51 @@ def by_model(runs: Sequence[Sequence[Record]]) -> pd.DataFrame:
             continue
         if not rows["name"].isin(headline.OURS).all():
             found.append(rows.assign(model=records[0].model.removeprefix("synthetic:")))
-    columns = ["model", "model_bytes", "name", "token_s", "djinn"]
+    columns = ["model", "model_bytes", "name", "budget_bytes", "peak_device_bytes", "token_s", "djinn"]
     if not found:
         return pd.DataFrame([], columns=columns)
     return pd.concat(found)[columns].sort_values("model_bytes", kind="stable")
 
 
+def _left_empty(rows: pd.DataFrame) -> pd.Series:
+    return rows["peak_device_bytes"] < (1 - _EMPTY) * rows["budget_bytes"]
+
+
+def unfilled(rows: pd.DataFrame) -> str:
+    """Return in words which systems (see :func:`by_model`) left much of their budget empty; nothing where none did."""
+    parts = []
+    for model, own in rows[_left_empty(rows)].groupby("model", sort=False):
+        peaks = zip(own["name"], own["peak_device_bytes"], strict=True)
+        took = " and ".join(f"{look_of(name).label} {format_bytes(int(peak))}" for name, peak in peaks)
+        parts.append(f"{took} of {format_bytes(int(own['budget_bytes'].iloc[0]))} ({model})")
+    words = f"Memory is not equal. These systems took less than {1 - _EMPTY:.0%} of their budget"
+    return f"{words}: {'; '.join(parts)}." if parts else ""
+
+
 @house_style()
 def models(rows: pd.DataFrame, ax: Axes | None = None) -> Figure:
-    """Draw how many times longer than djinn each system takes per token, a row for each model (see by_model)."""
+    """Draw how many times longer than djinn each system takes per token, a row for each model (see by_model).
+
+    A mark is hollow where its system left much of its budget empty (see :func:`unfilled`).
+    """
     require(rows, "no runs of djinn beside another system")
     order = list(dict.fromkeys(rows["model"]))
-    ax = canvas(ax, 1.3 + 0.32 * len(order))
-    key = []
-    for name in frames.names(rows):
-        own, look = rows[rows["name"] == name], look_of(name)
-        key += ax.plot(
-            own["djinn"], [order.index(model) for model in own["model"]], look.marker, color=look.colour,
-            markersize=5.5, markeredgecolor="black", markeredgewidth=0.4, label=look.label,
-        )  # fmt: skip
-    ax.axvline(1, color="black", linewidth=0.8)
+    ax = canvas(ax, 1.4 + 0.4 * len(order))
+    ax.axvline(1, color="black", linewidth=0.8, zorder=1)
+    names, empty = frames.names(rows), _left_empty(rows)
+    mark: dict[str, Any] = {"markersize": 4.5, "markeredgewidth": 0.9, "linestyle": ""}
+    for place, (model, name, longer, hollow) in enumerate(
+        zip(rows["model"], rows["name"], rows["djinn"], empty, strict=True)
+    ):
+        look = look_of(name)
+        # Systems of a model that are nearly as fast stand below each other, so that no mark hides another.
+        height = order.index(model) + 0.09 * (place % 3 - 1)
+        ax.plot(longer, height, look.marker, mec=look.colour, mfc="white" if hollow else look.colour, zorder=3, **mark)
+    key = [
+        Line2D([], [], marker=look.marker, color=look.colour, label=look.label, **mark) for look in map(look_of, names)
+    ]
+    if empty.any():
+        key.append(Line2D([], [], marker="o", mec="black", mfc="white", label="budget not filled", **mark))
     ax.set_xscale("log")
     ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if _near(tick, rows["djinn"])]
     ax.xaxis.set_minor_locator(NullLocator())
@@ -145,7 +177,8 @@ def models(rows: pd.DataFrame, ax: Axes | None = None) -> Figure:
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.set_xlabel("time per token over djinn's")
     words = "Median time per token of each system over djinn's in the same run: right of the line, djinn is faster. "
-    words += "Each model has a machine and a budget of its own; docs/results.md has them."
+    words += "Each model has a machine and a budget of its own; docs/results.md has them. "
+    words += unfilled(rows)
     explain(ax, "Time per token over djinn's", words, key)
     return figure_of(ax)
 

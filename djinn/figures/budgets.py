@@ -62,11 +62,18 @@ def gpu_bytes(run: Run) -> int | None:
     return run.machine.gpu_bytes if on_gpu and run.machine else None
 
 
+def model_of(run: Run) -> str:
+    """Return what a run's model is called in a title; nothing where there is no profile."""
+    return run.profile.model.removeprefix("synthetic:") if run.has_profile else ""
+
+
 @house_style()
-def draw(lines: pd.DataFrame, points: pd.DataFrame, memory_bytes: int | None = None, ax: Axes | None = None) -> Figure:
+def draw(
+    lines: pd.DataFrame, points: pd.DataFrame, memory_bytes: int | None = None, model: str = "", ax: Axes | None = None
+) -> Figure:
     """Draw predicted ``lines`` and measured ``points`` (see :func:`predicted` and :func:`measured`).
 
-    Budgets beyond ``memory_bytes``, the memory of the GPU where there is one, are shaded.
+    Budgets beyond ``memory_bytes``, the memory of the GPU where there is one, are shaded. The title names ``model``.
 
     Raises:
         DjinnError: no points, or neither a line nor a second budget: that is no figure.
@@ -74,7 +81,7 @@ def draw(lines: pd.DataFrame, points: pd.DataFrame, memory_bytes: int | None = N
     require(points, "no baseline records")
     if lines.empty and points["budget_bytes"].nunique() < 2:
         raise DjinnError("one budget alone, and no predictions")
-    ax = canvas(ax, 2.8)
+    ax = canvas(ax, 3.4)
     highest = min(cut_at(points["token_s"].tolist()), 1.1 * max(points["token_s"].max(), lines["token_s"].max()))
     key: list[Line2D] = []
     for name, own in lines.groupby("name", sort=False):
@@ -83,8 +90,8 @@ def draw(lines: pd.DataFrame, points: pd.DataFrame, memory_bytes: int | None = N
     for name, own in points.groupby("name", sort=False):
         look, shown = look_of(str(name)), own[own["token_s"] <= highest]
         key += ax.plot(
-            shown["budget_bytes"] / 1e9, shown["token_s"], look.marker, color=look.colour, markersize=5.5,
-            markeredgecolor="black", markeredgewidth=0.4, label=look.label,
+            shown["budget_bytes"] / 1e9, shown["token_s"], look.marker, color=look.colour, markersize=5,
+            markeredgecolor="black", markeredgewidth=0.4, zorder=4, label=look.label,
         )  # fmt: skip
         for budget, token_s in own.loc[own["token_s"] > highest, ["budget_bytes", "token_s"]].to_numpy():
             ax.annotate(
@@ -95,8 +102,8 @@ def draw(lines: pd.DataFrame, points: pd.DataFrame, memory_bytes: int | None = N
     shaded = beyond(ax, memory_bytes)
     words = "Lines: what djinn's plans are predicted to take with the rates that were measured on this machine; steep "
     words += "where weights do not fit host memory either and come from disk, flat once all of them are resident. "
-    words += "Marks: medians of what was measured."
+    words += "Marks: medians of what was measured, at the budget that a system was given, whatever it took of it."
     if shaded:
         words += " Shaded: budgets beyond the GPU's memory."
-    explain(ax, "Time per token by budget", words, [*key, *shaded])
+    explain(ax, f"{model}: time per token by budget" if model else "Time per token by budget", words, [*key, *shaded])
     return figure_of(ax)

@@ -102,6 +102,10 @@ def _headline_title(run: Run) -> str:
     return f"Time per token: {one_line(run.profile.title)}" if run.has_profile else "Time per token"
 
 
+def _budgets(run: Run, rows: pd.DataFrame) -> Figure:
+    return budgets.draw(budgets.predicted(run), rows, budgets.gpu_bytes(run), one_line(budgets.model_of(run)))
+
+
 def _cell(value: Any) -> Any:
     return spreadsheet(value) if isinstance(value, str) else value
 
@@ -133,10 +137,13 @@ def _figures(run: Run, reference: Run | None) -> Iterator[tuple[str, pd.DataFram
     yield "batch_sweep", points[points["axis"] == "batch"], sweeps.by_batch
     yield "prompt_sweep", points[points["axis"] == "prompt"], sweeps.by_prompt
     if not run.replayed:  # what is replayed measures nothing, and a prediction takes as long as all else
-        memory = budgets.gpu_bytes(run)
-        yield "budgets", budgets.measured(run), lambda rows: budgets.draw(budgets.predicted(run), rows, memory)
+        yield "budgets", budgets.measured(run), partial(_budgets, run)
     yield "predictions", across.read_predictions([run.folder]), across.predictions
-    yield "copy_rates", timelines.rates_frame(*traced), partial(timelines.copy_rates, ceilings_gbps=ceilings)
+    yield (
+        "copy_rates",
+        timelines.rates_frame(*traced),
+        partial(timelines.copy_rates, small_gbps=per_gpu.beside_traces(run)),
+    )
     for gpu, own in enumerate(traced):
         drawn = partial(timelines.timeline, gpu=gpu if len(traced) > 1 else None)
         for system, name in per_gpu.TIMELINES.items():

@@ -40,6 +40,7 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
         token_s: median of all times from one token to the next, seconds.
         ceiling_gbps: median of the ceilings of all GPUs' links beside the runs of all systems, 10^9 bytes/s.
         model_bytes, budget_bytes: as recorded.
+        peak_device_bytes: the largest peak; NaN where it was not measured.
         bound_s: (model_bytes - budget_bytes of every GPU) / ceiling, seconds; NaN where the link is the disk, of which
             host memory may keep a part, and where only those experts cross it that routers pick.
         djinn, djinn:lossless: how many times faster that one's median is than this system's.
@@ -65,6 +66,7 @@ def medians(records: Sequence[Record]) -> pd.DataFrame:
             "ceiling_gbps": ceiling,
             "model_bytes": frame["model_bytes"].astype("int64"),
             "budget_bytes": frame["budget_bytes"],
+            "peak_device_bytes": frame["peak_device_bytes"],
         }
     )
     bounded = any(record.link == "pcie" for record in records) and not any(record.expert_hits for record in records)

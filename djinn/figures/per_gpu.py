@@ -9,6 +9,8 @@ from statistics import median
 import pandas as pd
 
 from djinn.bench.records import Record
+from djinn.bench.run import Run
+from djinn.bench.sweep import sweep_lanes
 from djinn.figures import frames
 
 TIMELINES = {"djinn": "timeline", "djinn:lossless": "timeline_coded"}
@@ -38,6 +40,23 @@ def ceilings(records: Sequence[Record]) -> list[float]:
             if each.ceiling_gbps is not None:
                 looks.setdefault(gpu, []).append(each.ceiling_gbps)
     return [median(looks[gpu]) for gpu in sorted(looks)]
+
+
+def beside_traces(run: Run) -> dict[str, float]:
+    """Return by system the raw rate of a GPU's link in the run that was traced, 10^9 bytes/s.
+
+    It is that of a small buffer, the higher of the looks before and after the run; of several GPUs the median of their
+    own. The traced run is the first one of the sweep's point that writes the timeline. What has no record is left out.
+    """
+    found = {}
+    for lane in sweep_lanes(run.profile, run.results) if run.has_profile else []:
+        if lane.timeline is None:
+            continue
+        own = [each for each in run.sweep if each.variant == lane.variant and each.status == "ok"]
+        if looks := ceilings(sorted(own, key=lambda each: each.run)[:1]):
+            system = next(name for name, file in TIMELINES.items() if file == lane.timeline.stem)
+            found[system] = median(looks)
+    return found
 
 
 def _timelines(run_dir: Path, suffix: str) -> dict[str, pd.DataFrame]:

@@ -83,6 +83,7 @@ def read_links(paths: Iterable[Path]) -> pd.DataFrame:
     """Return a row per run of ``benchmarks/ranks.py``; of each file all runs are of one coding.
 
     Columns:
+        model: its name.
         gpus: how many held the model.
         run: its number; the first one after loading meets what only a first run compiles and allocates.
         token_s: median of the times from one token to the next, seconds.
@@ -104,6 +105,7 @@ def read_links(paths: Iterable[Path]) -> pd.DataFrame:
                 streamed = zip(record["pinned_bytes"], by_gpu, strict=True)
                 rows.append(
                     {
+                        "model": record["model"],
                         "gpus": record["ranks"],
                         "run": record["run"],
                         "token_s": statistics.median(record["times"][1:]),
@@ -119,31 +121,27 @@ def read_links(paths: Iterable[Path]) -> pd.DataFrame:
 @house_style()
 def links(runs: pd.DataFrame) -> Figure:
     """Draw ``runs`` (see :func:`read_links`): what all links carry, and the time per token, each with its bound."""
-    figure = Figure(figsize=(COLUMN_IN, 3.6), layout="constrained")
+    figure = Figure(figsize=(COLUMN_IN, 3.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     look, bounds = LOOKS["djinn"], runs.groupby("gpus")[["bare_gbps", "bound_s"]].mean()
-    upper.plot(bounds.index, bounds["bare_gbps"], "--", color="black", linewidth=0.8)
-    lower.plot(bounds.index, bounds["bound_s"], "--", color="black", linewidth=0.8, label="bound: bare copies")
+    for ax, column in ((upper, "bare_gbps"), (lower, "bound_s")):
+        ax.plot(bounds.index, bounds[column], "--", color="black", linewidth=0.8, zorder=2, label="bare copies")
     first = runs["run"] == 0
-    for chosen, face, words in ((~first, look.colour, look.label), (first, "white", "first run after loading")):
-        mark = {"color": look.colour, "markerfacecolor": face, "markersize": 4}
-        upper.plot(
-            runs["gpus"][chosen],
-            runs["link_gbps"][chosen],
-            look.marker,
-            **mark,
-            label="all together" if face != "white" else None,
-        )
-        lower.plot(runs["gpus"][chosen], runs["token_s"][chosen], look.marker, **mark, label=words)
-    upper.plot(runs["gpus"][~first], runs["slowest_gbps"][~first], "_", color=look.colour, label="the slowest one")
-    upper.set(ylabel="links (GB/s)", ylim=(0, None))
-    upper.legend(loc="upper left")
+    # First runs stand left of the others, so that no mark hides another.
+    for chosen, face, aside, words in ((~first, look.colour, 0.05, "later run"), (first, "white", -0.05, "first run")):
+        mark = {"color": look.colour, "markerfacecolor": face, "markersize": 4, "linestyle": "", "zorder": 4}
+        for ax, column in ((upper, "link_gbps"), (lower, "token_s")):
+            ax.plot(runs["gpus"][chosen] + aside, runs[column][chosen], marker=look.marker, label=words, **mark)
+    several = ~first & (runs["gpus"] > 1)  # of one link the slowest is all
+    upper.plot(runs["gpus"][several], runs["slowest_gbps"][several], "_", color=look.colour, label="its slowest link")
+    upper.set(ylabel="all links (GB/s)", ylim=(0, None))
     lower.set(xlabel="GPUs", ylabel="time per token (s)", ylim=(0, None), xticks=sorted(set(runs["gpus"])))
-    lower.legend()
     explain(
         upper,
-        "Every GPU streams over its own link",
-        "Each circle is a run; its time is the median of its tokens. Short dashes: the link that carried least. Dashed "
-        "line: copies of the same bytes over all links at once, nothing computed, and what a token takes at that rate.",
+        f"{' and '.join(dict.fromkeys(runs['model']))} over one link per GPU",
+        "Each circle is a run, hollow the first one after loading; its time is the median of its tokens. Short dashes: "
+        "the link that carried least, where there are several. Dashed line: copies of the same bytes over all links at "
+        "once, nothing computed, and what a token takes at that rate.",
+        upper.get_lines(),
     )
     return figure

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -189,30 +188,28 @@ def parts_frame(timelines: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 @house_style()
-def copy_rates(rates: pd.DataFrame, ceilings_gbps: Sequence[float] = (), ax: Axes | None = None) -> Figure:
+def copy_rates(rates: pd.DataFrame, small_gbps: Mapping[str, float] | None = None, ax: Axes | None = None) -> Figure:
     """Draw the share of copies that ran at a rate or slower, from a frame with name and gbps (see rates_frame).
 
-    ``ceilings_gbps`` are the raw rates of each GPU's link (see :func:`djinn.figures.per_gpu.ceilings`).
+    ``small_gbps`` is by system the rate of a small buffer in the traced run, 10^9 bytes/s (see
+    :func:`djinn.figures.per_gpu.beside_traces`).
     """
     require(rates, "no timeline of copies over a GPU's link")
     ax = canvas(ax, 2.2)
     for name in frames.names(rates):
         look, own = look_of(name), np.sort(rates.loc[rates["name"] == name, "gbps"])
-        ax.ecdf(own, color=look.colour, label=f"{look.label} ({len(own)} copies)")
-    handles = [*ax.get_lines()]
-    if ceilings_gbps:
-        ceiling = median(ceilings_gbps)
-        words = f"small buffer {digits(ceiling)} GB/s"
-        handles.append(ax.axvline(ceiling, color="black", linestyle="--", label=words))
+        ax.ecdf(own, color=look.colour, label=f"{look.label}: {len(own)} copies")
+        if small := (small_gbps or {}).get(name):
+            words = f"{look.label}: a small buffer beside this run, {digits(small)} GB/s"
+            ax.axvline(small, color=look.colour, linestyle="--", label=words)
     ax.set(xlabel="rate of a copy (GB/s)", ylabel="share of copies")
-    several = ", the median of the GPUs' own" if len(ceilings_gbps) > 1 else ""
     explain(
         ax,
         "How fast each copy was",
-        f"Share of the traced copies of {_LEAST_BYTES // 10**6} MB and more that ran at this rate or slower. Dashed: "
-        f"the rate of a small buffer beside the runs{several}. Copies vary with the place in host memory and with the "
-        "minute; this figure does not tell the two apart.",
-        handles,
+        f"Share of the traced copies of {_LEAST_BYTES // 10**6} MB and more that ran at this rate or slower. Dashed, "
+        "in the colour of its system: the link's ceiling, the rate of a small buffer copied over and over before and "
+        "after the traced run; of several GPUs the median of their own. Why copies are slower is not told here.",
+        ax.get_lines(),
         columns=1,
     )
     return figure_of(ax)

@@ -18,10 +18,14 @@ ASSUMED_LINK = 48e9
 BUSY_SHARE = 0.94
 """What is left of a link's own rate beside busy cores: 49 of 52 GB/s, on hosts of 16 cores with an H100."""
 ASSUMED_CORE = 3.5e9
-CORE_MOST = 4.8e9
+CORE_MOST = 11.2e9
 ASSUMED_CORES = 50e9
-"""Bytes/s of weights that one core multiplies while all do, the most that one does alone, and of all together. On those
-hosts one core had 4.8, and 16 had 48 to 66 beside a busy link."""
+"""Bytes/s of weights that one core multiplies while all do, the most that one does while few do, and of all together.
+On one host with an H100 8 cores had 90, and 14 had 107 beside a busy link; on others 16 had 48 to 66."""
+
+
+ASSUMED_MODULE_S = 150e-6
+"""Seconds in which those hosts launched what a module computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class HostRates:
     """Seconds that a product takes beside the multiplication: its inputs go to the host, and its outputs come back."""
     device: float | None = None
     """Bytes/s of weights that the device multiplies by one token; None where nobody knows: then it takes no time."""
+    module_s: float = 0.0
+    """Seconds in which the host launches what a module computes; the cores wait for that."""
     tokens: int = 16
     """The most tokens of a pass in which the cores compute: with more, a product takes much longer than with one."""
     assumed: bool = False
@@ -69,6 +75,7 @@ def assumed_rates(threads: int, link: float | None = None, device: float | None 
         alone=alone,
         cores=min(threads * ASSUMED_CORE, ASSUMED_CORES),
         device=device,
+        module_s=ASSUMED_MODULE_S,
         assumed=True,
     )
 
@@ -103,8 +110,9 @@ def host_units(
 
     Each unit that streams goes, in order, to whichever of link and cores will be done with it first, after all that it
     has been given before. So both are done at about the same time, at the end as at any point before it. While the
-    device computes, the cores wait for it and the link does not. While the cores compute, the link fills the ring: a
-    product that takes longer than that would leave it idle, and is not made. None is if the link alone is as fast.
+    device computes, and while the host launches that, the cores wait and the link does not. While the cores compute,
+    the link fills the ring: a product that takes longer than that would leave it idle, and is not made. None is if the
+    link alone is as fast.
 
     Args:
         units: all of them, in order.
@@ -117,13 +125,13 @@ def host_units(
     ahead_s = 0.0  # what the ring holds that the device has still to compute with, in seconds of copies
     ring_s = ring_bytes / rates.link
     for unit in units:
-        computed_s = cores_s + (unit.raw_bytes / rates.device if rates.device else 0.0)
+        computed_s = cores_s + max(unit.raw_bytes / rates.device if rates.device else 0.0, rates.module_s)
         if unit.name not in streamed:
             cores_s = computed_s
             continue
         copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes)
         alone_s += unit.weight_bytes / rates.idle_link
-        copied_s, multiplied_s = link_s + copy_s, cores_s + product_s
+        copied_s, multiplied_s = link_s + copy_s, cores_s + product_s + rates.module_s
         growth = unit.raw().image_bytes - unit.image_bytes if unit.coded else 0
         keeps_up = multiplied_s < copied_s and ahead_s + product_s <= ring_s
         if unit.name in able and keeps_up and growth <= max(room_bytes, 0):

@@ -79,5 +79,6 @@ class Rates:
             return None
         return HostRates(
             link=self.link_beside_cores, cores=self.cores_beside_link, alone=self.link, wait_s=self.cores_round_trip_s,
-            device=self.compute[0].rate if self.compute else None, tokens=self.cores_tokens,
+            device=self.compute[0].rate if self.compute else None, module_s=self.module_s + self.unit_s,
+            tokens=self.cores_tokens,
         )  # fmt: skip

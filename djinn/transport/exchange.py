@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from djinn.errors import UnavailableError
+
 
 class Exchange(Protocol):
     """What brings them there. All tensors are bfloat16."""
@@ -38,13 +40,26 @@ class CpuExchange:
 
 
 class CudaExchange:
-    """Small copies on the stream that the caller computes on, through page-locked memory that is used again each time.
+    """Both on the stream that the caller computes on, through page-locked memory that is used again each time.
 
-    Only for inputs the host waits.
+    Only for inputs the host waits. Outputs would wait behind the copies of prefetching, so a kernel reads them.
     """
 
     def __init__(self, device: torch.device) -> None:
+        """Compile the kernel.
+
+        Raises:
+            UnavailableError: Triton is not installed.
+        """
+        try:
+            from djinn.transport.past_copies import WORD_BYTES, reader_of_host_memory
+        except ImportError as error:
+            raise UnavailableError(
+                f"the host's cores compute beside {device} only with Triton ({error}); install it, or load without them"
+            ) from error
         self._device = device
+        self._read = reader_of_host_memory(device)
+        self._word = WORD_BYTES // torch.bfloat16.itemsize
         self._inputs = self._outputs = torch.empty(0, dtype=torch.bfloat16)
         self._arrived = torch.cuda.Event()
         self._left = torch.cuda.Event()
@@ -62,18 +77,27 @@ class CudaExchange:
         self._left.synchronize()  # the last outputs may still be on their way
         sizes = [tokens * each for each in rows]
         if sum(sizes) > self._outputs.numel():
-            self._outputs = _page_locked(sum(sizes))
+            self._outputs = _page_locked(self._whole_words(sum(sizes)))
         return [part.view(tokens, -1) for part in self._outputs[: sum(sizes)].split(sizes)]
 
     def to_device(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sizes = [output.numel() for output in outputs]
-        there = self._outputs[: sum(sizes)].to(self._device, non_blocking=True)
+        there = torch.empty(self._whole_words(sum(sizes)), dtype=torch.bfloat16, device=self._device)
+        self._read(self._outputs[: len(there)], there)
         self._left.record(torch.cuda.current_stream(self._device))
-        return [part.view(output.shape) for part, output in zip(there.split(sizes), outputs, strict=True)]
+        parts = there[: sum(sizes)].split(sizes)
+        return [part.view(output.shape) for part, output in zip(parts, outputs, strict=True)]
+
+    def _whole_words(self, elements: int) -> int:
+        return -(-elements // self._word) * self._word
 
 
 def exchange_with(device: torch.device) -> Exchange:
-    """Return what brings tensors to the host and back to ``device``."""
+    """Return what brings tensors to the host and back to ``device``.
+
+    Raises:
+        UnavailableError: a GPU without Triton.
+    """
     return CudaExchange(device) if device.type == "cuda" else CpuExchange()
 
 

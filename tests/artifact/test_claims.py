@@ -288,7 +288,7 @@ def test_older_records_are_judged_by_the_small_buffer_alone() -> None:
     assert evaluate(CLAIMS["C19"], evidence(older, profile=PAPER)).verdict == "NOT RUN"
     outcome = evaluate(CLAIMS["C10b"], evidence(older, profile=PAPER))
     assert (outcome.verdict, outcome.measured) == ("FAIL", pytest.approx(51 / 55))
-    assert "; known of our runs: on shared hosts the link is slower" in outcome.why
+    assert "; of our own runs: the cause is not known" in outcome.why
     faster = [each.model_copy(update={"ceiling_gbps": 50.0}) for each in older]
     assert "no ceiling" in evaluate(CLAIMS["C10b"], evidence(faster, profile=PAPER)).why
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 from fabricated import fabricated, failed
 
+from djinn.artifact.answer import answer, lines
 from djinn.artifact.claims import Outcome, evaluate, load_claims
 from djinn.artifact.closing import speed, verdict
-from djinn.artifact.metrics import Evidence
+from djinn.artifact.metrics import Evidence, read_evidence
+from djinn.artifact.reference import runs
 from djinn.bench.records import Record
+from djinn.bench.run import Run
 from djinn.profiles import load_profile
 
 CLAIMS = {claim.id: claim for claim in load_claims()}
@@ -57,9 +60,9 @@ def test_claims_say_in_a_few_words_what_they_lack() -> None:
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
-        (5.0, "djinn 2.0x faster than Accelerate, disk"),
-        (20.0, "djinn 2.0x slower than Accelerate, disk"),
-        (10.1, "djinn as fast as Accelerate, disk"),
+        (5.0, "per token djinn is 2.0x faster than Accelerate, disk"),
+        (20.0, "per token djinn is 2.0x slower than Accelerate, disk"),
+        (10.1, "per token djinn is as fast as Accelerate, disk"),
     ],
 )
 def test_speed_is_against_the_best_peer_that_finished(seconds: float, said: str) -> None:
@@ -70,6 +73,14 @@ def test_speed_is_against_the_best_peer_that_finished(seconds: float, said: str)
         for run in range(3)
     ]
     assert speed(evidence(*records, failed(SMOKE, "deepspeed:cpu", 0, "oom", "killed"))) == said
+
+
+def test_speed_is_that_of_the_pages_table_whatever_first_tokens_take() -> None:
+    run = Run(next(folder for folder in runs() if Run(folder).profile.name == "compare_70b"))
+    (said,) = [line for line in lines(run.baselines, []) if line.system == "Accelerate, pinned"]
+    words = next(cell.text for cell in said.cells if cell.column == "djinn is")
+    assert speed(read_evidence(run)) == f"per token djinn is {words} than Accelerate, pinned"
+    assert words in answer(run.baselines)
 
 
 def test_no_speed_is_said_without_a_peer() -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from djinn.artifact.bundle import kept_files, verify
+from djinn.artifact.claims import evaluate, load_claims, read_claims
+from djinn.artifact.metrics import read_evidence
 from djinn.artifact.pages import DOCS, pages, results_page
 from djinn.artifact.pictures import PICTURE, figure_frames, picture_frame
-from djinn.artifact.reference import expected, folders, read_manifest
+from djinn.artifact.reference import expected, folders, read_manifest, runs
 from djinn.bench.records import read_records
+from djinn.bench.run import Run
 
 
 @pytest.mark.parametrize("folder", folders(), ids=lambda folder: folder.name)
@@ -30,6 +33,17 @@ def test_a_folder_is_what_its_manifest_and_checksums_say(folder: Path) -> None:
 def test_generated_pages_show_records_and_claims(name: str) -> None:
     """After new records or claims: python -m djinn.artifact.pages."""
     assert pages()[DOCS / name] == (DOCS / name).read_text()
+
+
+@pytest.mark.parametrize("folder", runs(), ids=lambda folder: folder.name)
+def test_verdicts_beside_the_records_are_those_of_todays_claims(folder: Path) -> None:
+    """After new claims: python -m djinn.artifact.pages."""
+    evidence = read_evidence(Run(folder))
+    written, today = read_claims(folder), [evaluate(claim, evidence) for claim in load_claims()]
+    for one, other in zip(written, today, strict=True):
+        assert one.model_copy(update={"measured": None}) == other.model_copy(update={"measured": None})
+        # Processors add up in different orders.
+        assert one.measured == (None if other.measured is None else pytest.approx(other.measured))
 
 
 def test_the_newest_record_of_a_machine_and_model_stands_first() -> None:

@@ -66,6 +66,25 @@ def test_systems_stand_over_models_by_how_much_longer_they_take():
         across.models(across.by_model([alone]))
 
 
+def test_systems_that_left_much_of_their_budget_empty_are_hollow_and_named():
+    records = of_model("m", 100, {"djinn": 2.0, "deepspeed:cpu": 3.0, "accelerate:cpu": 4.0})
+    peaks = dict(zip(("djinn", "deepspeed", "accelerate"), (0.99, 0.81, 0.79), strict=True))
+    sized = [each.model_copy(update={"peak_device_bytes": peaks[each.system] * PROFILE.budget}) for each in records]
+    rows = across.by_model([sized])
+    assert across.unfilled(rows) == (
+        "Memory is not equal. These systems took less than 80% of their budget: Accelerate 8.85 GB of 11.2 GB (m)."
+    )
+    figure = across.models(rows)
+    assert across.unfilled(rows) in caption_of(figure)
+    marks = {
+        line.get_marker(): line.get_markerfacecolor()
+        for line in figure.axes[0].get_lines()
+        if len(line.get_xdata()) == 1
+    }  # type: ignore[arg-type]
+    assert [marker for marker, face in marks.items() if face == "white"] == ["D"]
+    assert across.unfilled(rows[rows["name"] != "accelerate:cpu"]) == ""
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     found = Run.open(tmp_path / "run", PROFILE)
@@ -93,7 +112,8 @@ def test_a_line_is_drawn_under_the_points_and_one_budget_alone_is_no_figure(run:
     with pytest.raises(DjinnError, match="one budget alone"):
         budgets.draw(budgets.predicted(run), points)
     line = pd.DataFrame({"name": "djinn", "budget_bytes": [10**10, 2 * 10**10], "token_s": [2.0, 1.0]})
-    (ax,) = budgets.draw(line, points).axes
+    (ax,) = budgets.draw(line, points, model="m").axes
+    assert ax.get_title(loc="left") == "m: time per token by budget"
     assert not ax.patches
     (ax,) = budgets.draw(line, points, round(line["budget_bytes"].max() / 2)).axes
     assert [patch.get_x() for patch in ax.patches] == [line["budget_bytes"].max() / 2e9]  # type: ignore[attr-defined]

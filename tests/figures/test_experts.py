@@ -23,7 +23,9 @@ PROFILE = load_profile("smoke_moe")
 def record(mode: str, steer: str | None, hits: int, misses: int, token_s: float) -> str:
     counts = {"expert_hits": hits, "expert_misses": misses, "link_bytes": 4 * 10**9}
     times = [1.0, token_s, token_s, token_s]
-    return json.dumps({"model": "m", "mode": mode, "steer": steer, "token_s": token_s, "times": times, **counts})
+    return json.dumps(
+        {"model": "m", "mode": mode, "budget": 24 * 10**9, "steer": steer, "token_s": token_s, "times": times, **counts}
+    )
 
 
 @pytest.fixture
@@ -51,6 +53,16 @@ def test_marks_are_steered_runs_and_whole_layers_a_line(runs: pd.DataFrame) -> N
     assert list(zip(routed.get_xdata(), routed.get_ydata(), strict=True)) == [(0.25, 0.4), (0.75, 0.2)]  # type: ignore[arg-type]
     assert list(zip(coded.get_xdata(), coded.get_ydata(), strict=True)) == [(0.5, 0.3)]  # type: ignore[arg-type]
     assert set(whole.get_ydata()) == {1.6}  # type: ignore[arg-type]
+    assert ax.get_title(loc="left") == "m in 24 GB"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0.2", "0.5", "1", "2"]
+
+
+def test_runs_without_a_pool_are_a_band_of_their_range(runs: pd.DataFrame) -> None:
+    slower = runs.iloc[[0]].assign(token_s=2.0)
+    (ax,) = draw(pd.concat([runs, slower])).axes
+    (band,) = ax.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((1.6, 2.0))  # type: ignore[attr-defined]
+    assert set(ax.get_lines()[2].get_ydata()) == {1.8}  # type: ignore[arg-type]
 
 
 def test_without_steered_runs_there_is_no_figure(runs: pd.DataFrame) -> None:

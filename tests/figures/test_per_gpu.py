@@ -9,8 +9,10 @@ import pytest
 from fabricated import fabricated
 
 from djinn.bench.pcie import COLUMNS
+from djinn.bench.records import append_record
+from djinn.bench.run import Run
 from djinn.figures import draw_all, frames
-from djinn.figures.per_gpu import ceilings, read_timelines
+from djinn.figures.per_gpu import beside_traces, ceilings, read_timelines
 from djinn.profiles import load_profile
 
 RANKS = load_profile("smoke_ranks")
@@ -41,6 +43,23 @@ def test_ceilings_are_medians_by_rank_and_not_of_all_ranks_together() -> None:
     assert ceilings(pairs) == [51.0, 44.0]
     assert ceilings([fabricated(RANKS, "djinn", 0, ceiling_gbps=None)]) == []
     assert ceilings([fabricated(RANKS, "djinn", run, ceiling_gbps=5.0 + run) for run in range(2)]) == [5.5]
+
+
+def test_beside_a_trace_is_the_first_run_of_its_own_point(tmp_path: Path) -> None:
+    """Other points of the sweep, and later runs, met the link in other minutes."""
+    profile = load_profile("virt_mem_h100")
+    run = Run.open(tmp_path, profile)
+
+    def swept(variant: str, number: int, gbps: float) -> None:
+        record = fabricated(profile, "djinn", number, experiment="sweep", variant=variant, ceiling_gbps=gbps)
+        append_record(run.results / "sweep.jsonl", record)
+
+    swept("chunk=64 MiB", 1, 50.0)
+    swept("chunk=64 MiB", 0, 55.0)
+    swept("chunk=16 MiB", 0, 54.0)
+    assert beside_traces(Run(tmp_path)) == {"djinn": 55.0}
+    swept("coding=lossless", 0, 47.5)
+    assert beside_traces(Run(tmp_path)) == {"djinn": 55.0, "djinn:lossless": 47.5}
 
 
 def test_older_traces_are_of_the_first_gpu(tmp_path: Path) -> None:

@@ -83,7 +83,16 @@ def sampled(path: Path, ranks: int, token_s: float) -> Path:
     for run, seconds in enumerate((2 * token_s, token_s)):
         by_rank = [{"link_bytes": 40 * 10**9}, *[{"link_bytes": 30 * 10**9}] * (ranks - 1)]
         times = [seconds] * 4
-        runs.append({"ranks": ranks, "run": run, "times": times, "pinned_bytes": [10**10] * ranks, "by_rank": by_rank})
+        runs.append(
+            {
+                "model": "m",
+                "ranks": ranks,
+                "run": run,
+                "times": times,
+                "pinned_bytes": [10**10] * ranks,
+                "by_rank": by_rank,
+            }
+        )
     runs[0]["bare_gbps_before"], runs[-1]["bare_gbps_after"] = [18.0] * ranks, [22.0] * ranks
     path.write_text("".join(json.dumps(run) + "\n" for run in runs))
     return path
@@ -99,6 +108,12 @@ def test_links_add_up_and_the_bound_is_what_bare_copies_take(tmp_path: Path) -> 
     assert rows["bare_gbps"].tolist() == [20.0, 20.0, 40.0, 40.0]
     assert rows["bound_s"].tolist() == [0.5] * 4
     upper, lower = links(rows).axes
+    assert upper.get_title(loc="left") == "m over one link per GPU"
+    places = [list(line.get_xdata()) for line in lower.lines if line.get_linestyle() == "None"]
+    assert len(places) == 2
+    assert not set(places[0]) & set(places[1]), "first runs stand beside the others"
+    slowest = next(line for line in upper.lines if line.get_marker() == "_")
+    assert list(slowest.get_xdata()) == [2]
     for ax, bound in ((upper, [20.0, 40.0]), (lower, [0.5, 0.5])):
         (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
         assert list(line.get_ydata()) == bound

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from djinn.errors import DjinnError
 from djinn.figures import timelines
 from djinn.figures.frames import TIMELINE_COLUMNS
-from djinn.figures.style import LANES
+from djinn.figures.style import LANES, LOOKS
 
 
 def spans(*rows: tuple[str, str, float, float], nbytes: int = 10**8) -> pd.DataFrame:
@@ -93,6 +93,12 @@ def test_every_larger_copy_has_its_rate_and_copies_that_overlap_have_none():
     assert len(timelines.rates_frame({"djinn": PASSES}, {"djinn": PASSES})) == 4  # of two GPUs, whose copies overlap
     with pytest.raises(DjinnError, match="no timeline of copies"):
         timelines.copy_rates(timelines.rates_frame({}))
-    (ax,) = timelines.copy_rates(rates, [0.03, 0.05]).axes
-    assert "small buffer 0.0400 GB/s" in [line.get_label() for line in ax.get_lines()]
+    both = pd.concat([rates, rates.assign(name="djinn:lossless")])
+    (ax,) = timelines.copy_rates(both, {"djinn": 0.03, "djinn:lossless": 0.05}).axes
+    dashed = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_label() for line in dashed] == [
+        "djinn: a small buffer beside this run, 0.0300 GB/s",
+        "djinn, coded: a small buffer beside this run, 0.0500 GB/s",
+    ]
+    assert [line.get_color() for line in dashed] == [LOOKS[name].colour for name in ("djinn", "djinn:lossless")]
     assert ax.get_ylim() == (0, 1) or ax.get_ylim()[1] >= 1

@@ -25,11 +25,12 @@ from djinn.bench.certify.checks import check_all
 from djinn.bench.certify.findings import Findings, Package
 from djinn.bench.certify.proof import prove
 from djinn.bench.ownership import owned
-from djinn.bench.rates import compute, disk, host, link, several, streaming
+from djinn.bench.rates import compute, disk, link, several, streaming
 from djinn.engine.opened import outlined
 from djinn.errors import ConfigError
 from djinn.files import write_text
 from djinn.hardware import Machine
+from djinn.host import rates as host
 from djinn.places import CERTIFICATION, CHECKPOINT_DIR
 from djinn.planning.placement import Plan
 from djinn.profiles import Profile, load_profile, profile_names

@@ -12,12 +12,12 @@ from djinn.bench.certify.findings import Check
 from djinn.bench.certify.proof import Proof
 from djinn.bench.rates.compute import Compute
 from djinn.bench.rates.disk import BLOCK, DiskRate
-from djinn.bench.rates.host import HostCores
 from djinn.bench.rates.link import LinkRate
 from djinn.bench.rates.several import SUM_BYTES, LinksTogether, SumRate
 from djinn.bench.rates.streaming import Streaming
 from djinn.errors import ConfigError
 from djinn.hardware import Machine
+from djinn.host.rates import HostCores
 from djinn.places import certification_path
 from djinn.planning.rates import Rates
 from djinn.reading import read_json

@@ -10,10 +10,10 @@ from djinn.bench import certify as module
 from djinn.bench.certify import certify
 from djinn.bench.certify.certification import Certification, read_certification
 from djinn.bench.certify.proof import prove
-from djinn.bench.rates.host import ProductRate
 from djinn.bench.rates.several import SUM_BYTES, LinksTogether, SumRate
 from djinn.errors import ConfigError, PlanError
 from djinn.gpus import Gpu
+from djinn.host.rates import ProductRate
 from djinn.places import CERTIFICATION
 from djinn.profiles import load_profile
 

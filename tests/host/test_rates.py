@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from djinn.bench.rates import host
-from djinn.bench.rates.host import HostCores, ProductRate, calls_in_memory, knee, rate
+from djinn.host import rates as host
+from djinn.host.rates import HostCores, ProductRate, calls_in_memory, knee, rate
 
 CPU = torch.device("cpu")
 
@@ -67,4 +67,14 @@ def test_beside_a_gpus_link_both_are_measured() -> None:
     assert [each.tokens for each in found.beside_link] == list(host.TOKENS)
     assert all(each.link_gbps is not None and each.gbps > 0 for each in found.beside_link)
     assert found.round_trip_s is not None
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_what_a_load_measures_is_of_cores_and_link_at_once() -> None:
+    before = torch.cuda.memory_allocated()
+    found = host.beside_link(torch.device("cuda"), 2, (2048, 4096))
+    assert not found.assumed
+    assert min(found.link, found.cores, found.wait_s) > 0
+    assert found.tokens in host.TOKENS
     assert torch.cuda.memory_allocated() == before

@@ -18,12 +18,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from djinn.bench.rates import several
-from djinn.bench.rates.several import Lane
 from djinn.devices import cpus_near
 from djinn.host.products import HostProducts
+from djinn.planning.host import ASSUMED_MODULE_S, HostRates
 from djinn.planning.rates import Rates
 from djinn.sizes import Count
+from djinn.transport.exchange import exchange_with
+from djinn.transport.lane import Lane, lane, memory_near, start
 
 TOKENS = (1, 2, 4, 8, 16)
 SHAPE = (28672, 8192)
@@ -101,6 +102,29 @@ def knee(rates: Sequence[ProductRate]) -> int:
     return max(rate.tokens for rate in cheap)
 
 
+def beside_link(device: torch.device, threads: int | None = None, shape: tuple[int, int] = SHAPE) -> HostRates:
+    """Return what this host's cores and a GPU's link do at once, for a load of which nobody knows; takes two seconds.
+
+    Args:
+        threads: the most that multiply.
+        shape: as in :func:`measure`.
+
+    Raises:
+        PlanError, UnavailableError: as in :func:`measure`.
+    """
+    with ExitStack() as undo:
+        products = HostProducts(threads, cpus_near(device))
+        undo.callback(products.close)
+        calls = undo.enter_context(calls_in_memory([shape, shape], device))
+        link = undo.enter_context(lane(device))
+        found = [rate(products.multiply, calls, tokens, link, windows=1) for tokens in TOKENS]
+        assert found[0].link_gbps is not None
+        return HostRates(
+            link=1e9 * found[0].link_gbps, cores=1e9 * found[0].gbps, wait_s=_round_trip_s(link, *shape),
+            module_s=ASSUMED_MODULE_S, tokens=knee(found),
+        )  # fmt: skip
+
+
 def measure(device: torch.device, shape: tuple[int, int] = SHAPE) -> HostCores:
     """Measure this host's cores, alone and beside the link of a GPU; takes seconds and a GB of memory.
 
@@ -110,19 +134,19 @@ def measure(device: torch.device, shape: tuple[int, int] = SHAPE) -> HostCores:
 
     Raises:
         PlanError: the driver refuses to page-lock host memory.
-        UnavailableError: the system starts no more threads.
+        UnavailableError: the system starts no more threads, or a GPU without Triton.
     """
     with ExitStack() as undo:
         products = HostProducts(near=cpus_near(device))
         undo.callback(products.close)
         calls = undo.enter_context(calls_in_memory([shape, shape], device))
-        lane = undo.enter_context(several.lane(device)) if device.type == "cuda" else None
+        link = undo.enter_context(lane(device)) if device.type == "cuda" else None
         return HostCores(
             kernel=products.name,
             threads=products.threads,
             alone=tuple(rate(products.multiply, calls, tokens) for tokens in TOKENS),
-            beside_link=tuple(rate(products.multiply, calls, tokens, lane) for tokens in TOKENS) if lane else (),
-            round_trip_s=_round_trip_s(lane, *shape) if lane else None,
+            beside_link=tuple(rate(products.multiply, calls, tokens, link) for tokens in TOKENS) if link else (),
+            round_trip_s=_round_trip_s(link, *shape) if link else None,
         )
 
 
@@ -136,56 +160,56 @@ def calls_in_memory(shapes: Sequence[tuple[int, int]], device: torch.device, nby
         PlanError: the driver refuses to page-lock host memory.
     """
     one = sum(2 * math.prod(shape) for shape in shapes)
-    with several.memory_near(device, max(1, nbytes // one) * one, 0x3C) as memory:  # 0.0115 in bfloat16
+    with memory_near(device, max(1, nbytes // one) * one, 0x3C) as memory:  # 0.0115 in bfloat16
         calls = torch.from_numpy(memory.buffer).view(torch.bfloat16).split(one // 2)
         sizes = [math.prod(shape) for shape in shapes]
         yield [[part.view(shape) for part, shape in zip(call.split(sizes), shapes, strict=True)] for call in calls]
 
 
-def rate(multiply: Multiply, calls: Calls, tokens: int, lane: Lane | None = None) -> ProductRate:
-    """Return how fast ``tokens`` are multiplied, one call after the other, and what ``lane`` carries meanwhile.
+def rate(
+    multiply: Multiply, calls: Calls, tokens: int, link: Lane | None = None, windows: int = _WINDOWS
+) -> ProductRate:
+    """Return how fast ``tokens`` are multiplied, one call after the other, and what ``link`` carries meanwhile.
 
     The median of a few windows. Products count that ended while the link was busy.
     """
     vectors = torch.ones(tokens, calls[0][0].shape[1], dtype=torch.bfloat16)
     multiply(calls[-1], vectors)
-    found = [_window(multiply, calls, vectors, lane) for _ in range(_WINDOWS)]
+    found = [_window(multiply, calls, vectors, link) for _ in range(windows)]
     host = statistics.median(host for host, _ in found)
     links = [link for _, link in found if link is not None]
     return ProductRate(tokens=tokens, gbps=host, link_gbps=statistics.median(links) if links else None)
 
 
-def _window(multiply: Multiply, calls: Calls, vectors: Tensor, lane: Lane | None) -> tuple[float, float | None]:
-    if lane is not None:
-        several.start([lane])
+def _window(multiply: Multiply, calls: Calls, vectors: Tensor, link: Lane | None) -> tuple[float, float | None]:
+    if link is not None:
+        start([link])
     begun = now = time.perf_counter()
     moved = read = 0
     for call in itertools.cycle(calls):
         multiply(call, vectors)
         read += sum(matrix.nbytes for matrix in call)
         ended = time.perf_counter()
-        over = ended - begun > _WINDOW_S if lane is None else not lane.busy
+        over = ended - begun > _WINDOW_S if link is None else not link.busy
         if not over or not moved:
             moved, now = read, ended
         if over:
             break
-    return moved / (now - begun) / 1e9, lane.gbps() if lane is not None else None
+    return moved / (now - begun) / 1e9, link.gbps() if link is not None else None
 
 
-def _round_trip_s(lane: Lane, rows: int, columns: int) -> float:
+def _round_trip_s(link: Lane, rows: int, columns: int) -> float:
     """Return the median seconds in which one product's inputs come to the host and two matrices' outputs go back."""
-    inputs = torch.ones(columns, dtype=torch.bfloat16, device=lane.device)
-    there = torch.empty(columns, dtype=torch.bfloat16, pin_memory=True)
-    back = torch.ones(2 * rows, dtype=torch.bfloat16, pin_memory=True)
-    outputs = torch.empty(2 * rows, dtype=torch.bfloat16, device=lane.device)
-    several.start([lane])
+    exchange = exchange_with(link.device)
+    inputs = torch.ones(1, columns, dtype=torch.bfloat16, device=link.device)
     seconds: list[float] = []
-    with torch.cuda.device(lane.device):
-        while lane.busy or not seconds:
+    with torch.cuda.device(link.device):
+        exchange.to_device(exchange.room(1, [rows, rows]))  # allocates
+        start([link])
+        while link.busy or not seconds:
             begun = time.perf_counter()
-            there.copy_(inputs, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            outputs.copy_(back, non_blocking=True)
+            exchange.to_host(inputs)
+            exchange.to_device(exchange.room(1, [rows, rows]))
             torch.cuda.current_stream().synchronize()
             seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds)
