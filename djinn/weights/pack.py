@@ -47,7 +47,7 @@ class TensorSize:
     @property
     def kind(self) -> str:
         """The module's own name, without where it is: ``q_proj``."""
-        return kind_of(self.name)
+        return kind_of(self.name.rpartition(": ")[2])  # without a rank
 
     @property
     def bits(self) -> float:

@@ -223,4 +223,4 @@ def test_the_command_says_what_each_rank_got(source: Path, tmp_path: Path) -> No
     dry = CliRunner().invoke(main, ["pack", str(source), "--dry-run", "--ranks", "2", "--device", "cpu"])
     assert dry.exit_code == 0, dry.stderr
     rows = {line.split("  ")[0]: line for line in dry.stdout.splitlines()}
-    assert {"rank 0, all 21", "rank 1, all 21", "all 42"} <= rows.keys()
+    assert {"rank 0, all 21", "rank 1, all 21", "all 42", "lm_head x 2"} <= rows.keys()
