@@ -332,6 +332,7 @@ def test_a_terminal_shows_what_goes_on_and_standard_output_stays_as_it_is(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = ["plan", str(tiny_checkpoint), "--budget", "5 MB", "--prompt-tokens", "8", "--device", "cpu", "--json"]
+    plan += ["--host-memory", "1 GB"]  # by default a share of what is free, which varies
     generate = ["generate", str(tiny_checkpoint), "--prompt", "Hello", "--budget", "5 MB", "--new-tokens", "4"]
     piped = [djinn(*arguments) for arguments in (plan, generate)]
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
