@@ -60,7 +60,8 @@ def machine(
         found = _here("cuda" if link and device is None else device, asked=link is not None)
     if link is not None or disk is not None:
         rates = found.rates or Rates(device="cpu" if found.device == "cpu" else "cuda")
-        rates = rates if link is None else replace(rates, link=parse_rate(link), links=())
+        if link is not None:  # beside it the cores have not been measured
+            rates = replace(rates, link=parse_rate(link), links=(), link_beside_cores=None, cores_beside_link=None)
         rates = rates if disk is None else replace(rates, disk=parse_rate(disk))
         found = replace(found, name=f"{found.name}, with the given rates", rates=rates)
     return found if ram is None else replace(found, free=parse_bytes(ram), note="", elsewhere=None)

@@ -60,7 +60,8 @@ def decoder(parts: Sections, out: torch.Tensor, warps: int = DECODE_WARPS) -> Ca
 
     def run() -> None:
         # A new torch.cuda.Stream each time would take longer than the launch.
-        launch(*addresses, stream=torch._C._cuda_getCurrentRawStream(index))
+        with torch.cuda.device(index):  # in whose context it is launched
+            launch(*addresses, stream=torch._C._cuda_getCurrentRawStream(index))
 
     return run
 
@@ -104,7 +105,8 @@ def address_decoder(
 
     def at(addresses: torch.Tensor, out: torch.Tensor) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        kernel[tiles, len(addresses), 1](addresses.data_ptr(), out.data_ptr(), *starts, stream=stream)
+        with torch.cuda.device(device):
+            kernel[tiles, len(addresses), 1](addresses.data_ptr(), out.data_ptr(), *starts, stream=stream)
 
     return at
 

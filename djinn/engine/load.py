@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,7 +24,7 @@ from djinn.engine.opened import Opened, opened
 from djinn.engine.ranks import ranks_of
 from djinn.errors import ConfigError, PlanError
 from djinn.hardware import usable_ram
-from djinn.host.rates import beside_link
+from djinn.host.rates import MEASURED_BYTES, beside_link
 from djinn.names import Coding
 from djinn.planning.memory import require_device_memory
 from djinn.planning.placement import Plan
@@ -143,9 +144,11 @@ def load_requested(
         free = ranks.share_of_host(usable_ram())
         with ranks.agreed():
             coder = Coder.on(request.device, request.chunk, undo)
-            planned = _planned(opened(index, request, coder.layout), free)
+            found = opened(index, request, coder.layout)
+            planned = found.plan(free)
             if request.device.type == "cuda":
                 require_device_memory(planned, *free_device_memory(request.device))
+            planned = _with_measured_cores(found, planned, free)
         with ranks.agreed():
             vars(index.model).pop("hf_device_map", None)  # what transformers has noted while it indexed the files
             weights = Weights(ranks.parameters_of(index), coder)
@@ -162,16 +165,24 @@ def load_requested(
     return index.model
 
 
-def _planned(found: Opened, free: int) -> Plan:
-    """Return the plan; if the cores are to compute on a machine that nobody has measured, it is measured for that."""
-    planned, request = found.plan(free), found.request
+def _with_measured_cores(found: Opened, planned: Plan, free: int) -> Plan:
+    """Return the plan; if the cores are to compute and nobody has measured them, they are, and it is made again.
+
+    They are not where the arena is smaller than what measuring takes, or where the driver page-locks nothing.
+    """
+    request = found.request
     if planned.host is None or not planned.host.rates.assumed or request.device.type != "cuda":
         return planned
-    assert request.host is not None
-    try:
-        rates = beside_link(request.device, request.host.threads)
-    except PlanError:  # the driver page-locks no memory to measure with
+    if request.host is None or planned.pinned_bytes < MEASURED_BYTES:
         return planned
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # filling the arena says what cannot be page-locked
+            rates = beside_link(request.device, request.host.threads)
+    except PlanError:
+        return planned
+    finally:
+        torch.cuda.empty_cache()
     return replace(found, request=request.knowing(rates)).plan(free)
 
 

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from djinn.devices import cpus_near
 from djinn.host.products import HostProducts
-from djinn.planning.host import ASSUMED_MODULE_S, RESUME_S, HostRates
+from djinn.planning.host import ASSUMED_MODULE_S, HostRates
 from djinn.planning.rates import Rates
 from djinn.sizes import Count
 from djinn.transport.exchange import exchange_with
 from djinn.transport.lane import Lane, lane, memory_near, start
 
 TOKENS = (1, 2, 4, 8, 16)
+MEASURED_BYTES = 1_500_000_000
+"""The host memory that a measurement takes, and gives back."""
 SHAPE = (28672, 8192)
 """Of Llama-2-70B's gate and up projections, which are one product."""
 _WINDOW_S = 0.1
@@ -103,41 +105,34 @@ def knee(rates: Sequence[ProductRate]) -> int:
 
 
 def beside_link(device: torch.device, threads: int | None = None, shape: tuple[int, int] = SHAPE) -> HostRates:
-    """Return what this host's cores and a GPU's link do at once, for a load of which nobody knows; takes two seconds.
+    """Return what this host's cores and a GPU's link do at once, for a load of which nobody knows; takes five seconds.
 
-    Args:
-        threads: the most that multiply.
-        shape: as in :func:`measure`.
-
-    Raises:
-        PlanError, UnavailableError: as in :func:`measure`.
+    Args, Raises: as for :func:`measure`.
     """
-    with ExitStack() as undo:
-        products = HostProducts(threads, cpus_near(device))
-        undo.callback(products.close)
-        calls = undo.enter_context(calls_in_memory([shape, shape], device))
-        link = undo.enter_context(lane(device))
-        found = [rate(products.multiply, calls, tokens, link, windows=1) for tokens in TOKENS]
-        assert found[0].link_gbps is not None
-        return HostRates(
-            link=1e9 * found[0].link_gbps, cores=1e9 * found[0].gbps, wait_s=_round_trip_s(link, *shape) + RESUME_S,
-            module_s=ASSUMED_MODULE_S, tokens=knee(found),
-        )  # fmt: skip
+    cores = measure(device, shape, threads)
+    with lane(device) as link:
+        start([link])
+        alone = 1e9 * link.gbps()
+    found = cores.added_to(Rates(device="cuda", link=alone, module_s=ASSUMED_MODULE_S)).host
+    assert found is not None, "a GPU has a link"
+    return found
 
 
-def measure(device: torch.device, shape: tuple[int, int] = SHAPE) -> HostCores:
+def measure(device: torch.device, shape: tuple[int, int] = SHAPE, threads: int | None = None) -> HostCores:
     """Measure this host's cores, alone and beside the link of a GPU; takes seconds and a GB of memory.
 
     Args:
         device: the GPU; a CPU to measure the cores alone.
         shape: rows and columns of the two matrices that one product reads.
+        threads: how many multiply; by default all that can be spared.
 
     Raises:
+        ConfigError: more threads than this process may use.
         PlanError: the driver refuses to page-lock host memory.
         UnavailableError: the system starts no more threads, or a GPU without Triton.
     """
     with ExitStack() as undo:
-        products = HostProducts(near=cpus_near(device))
+        products = HostProducts(threads, cpus_near(device))
         undo.callback(products.close)
         calls = undo.enter_context(calls_in_memory([shape, shape], device))
         link = undo.enter_context(lane(device)) if device.type == "cuda" else None
@@ -166,16 +161,14 @@ def calls_in_memory(shapes: Sequence[tuple[int, int]], device: torch.device, nby
         yield [[part.view(shape) for part, shape in zip(call.split(sizes), shapes, strict=True)] for call in calls]
 
 
-def rate(
-    multiply: Multiply, calls: Calls, tokens: int, link: Lane | None = None, windows: int = _WINDOWS
-) -> ProductRate:
+def rate(multiply: Multiply, calls: Calls, tokens: int, link: Lane | None = None) -> ProductRate:
     """Return how fast ``tokens`` are multiplied, one call after the other, and what ``link`` carries meanwhile.
 
     The median of a few windows. Products count that ended while the link was busy.
     """
     vectors = torch.ones(tokens, calls[0][0].shape[1], dtype=torch.bfloat16)
     multiply(calls[-1], vectors)
-    found = [_window(multiply, calls, vectors, link) for _ in range(windows)]
+    found = [_window(multiply, calls, vectors, link) for _ in range(_WINDOWS)]
     host = statistics.median(host for host, _ in found)
     links = [link for _, link in found if link is not None]
     return ProductRate(tokens=tokens, gbps=host, link_gbps=statistics.median(links) if links else None)

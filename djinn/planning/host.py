@@ -30,7 +30,9 @@ ASSUMED_TRIP_S = 110e-6
 """Seconds in which inputs came from the GPU to those hosts, and outputs went back, while the link was busy."""
 RESUME_S = 0.75e-3
 """Seconds that the host takes longer for what it does after a product: the weights have taken the place of all else in
-its caches. Between 0.5 and 1.05 ms a product were not accounted for otherwise in five loads on two of those hosts."""
+its caches. About 0.5 to 1 ms a product were not accounted for otherwise in six loads on two of those hosts."""
+ASSUMED_TOKENS = 4
+"""Up to how many tokens a product took those hosts at most 1.3x as long as with one: 8 on one of three, else 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ def assumed_rates(threads: int, link: float | None = None, device: float | None 
         cores=min(threads * ASSUMED_CORE, ASSUMED_CORES),
         device=device,
         module_s=ASSUMED_MODULE_S,
+        tokens=ASSUMED_TOKENS,
         assumed=True,
     )
 
@@ -160,9 +163,9 @@ def taken_in_turn(
             continue
         copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes)
         copied_s, multiplied_s = link_s + copy_s, cores_s + product_s + rates.module_s
-        growth = unit.raw().image_bytes - unit.image_bytes if unit.coded else 0
-        keeps_up = multiplied_s < copied_s and ahead_s + product_s <= ring_s
-        if unit.name in able and keeps_up and growth <= max(room_bytes, 0):
+        may = unit.name in able and multiplied_s < copied_s and ahead_s + product_s <= ring_s
+        growth = unit.raw().image_bytes - unit.image_bytes if may and unit.coded else 0
+        if may and growth <= max(room_bytes, 0):
             chosen.add(unit.name)
             cores_s = multiplied_s
             ahead_s += product_s

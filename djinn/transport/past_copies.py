@@ -15,6 +15,7 @@ import triton.language as tl
 
 WORD_BYTES = 8
 _BLOCK_WORDS = 512
+"""As in the kernel, which cannot read it."""
 
 
 def reader_of_host_memory(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None]:
@@ -31,7 +32,8 @@ def reader_of_host_memory(device: torch.device) -> Callable[[torch.Tensor, torch
     def copy(source: torch.Tensor, target: torch.Tensor) -> None:
         words = source.nbytes // WORD_BYTES
         stream = torch._C._cuda_getCurrentRawStream(index)
-        kernel[-(-words // _BLOCK_WORDS), 1, 1](source.data_ptr(), target.data_ptr(), words, stream=stream)
+        with torch.cuda.device(index):  # in whose context it is launched
+            kernel[-(-words // _BLOCK_WORDS), 1, 1](source.data_ptr(), target.data_ptr(), words, stream=stream)
 
     return copy
 

@@ -104,7 +104,7 @@ def test_a_run_ends_with_its_verdict(
     assert counts == (
         "5 of 6 claims that apply here pass; 12 need a GPU; 1 was not measured; 1 needs a run that the disk limits; "
         "1 needs a mixture of experts; "
-        "djinn 1.8x faster than DeepSpeed ZeRO-3, disk"
+        "per token djinn is 1.8x faster than DeepSpeed ZeRO-3, disk"
     )
     assert failed.startswith("FAIL C2: Peak device memory stays within the budget: 1.163 is not <= 1 of the budget")
     assert f"{fabricated_run}/logs" in said.out

@@ -18,9 +18,10 @@ from typer.testing import CliRunner, Result
 
 from djinn.bench import machines
 from djinn.bench.records import Record, read_records
-from djinn.cli import main
+from djinn.cli import main, outlook
 from djinn.engine import forecast as forecasts
 from djinn.places import RUNS_DIR
+from djinn.planning.rates import Rates
 from djinn.profiles import Profile, load_profile, profile_names
 from djinn.sizes import format_bytes
 
@@ -180,6 +181,16 @@ def test_plan_from_rates_alone_is_for_a_gpu_and_reads_from_disk_what_memory_does
     assert 0 < plan["pinned_bytes"] <= 16 * 10**9
     assert plan["predicted"]["disk_s"] == pytest.approx(plan["disk_bytes"] / 7e9)
     assert plan["predicted"]["not_measured"] == ["compute", "host"]
+
+
+def test_beside_a_link_that_is_given_the_cores_have_not_been_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates(device="cuda", link=55e9, link_beside_cores=44e9, cores_beside_link=100e9, cores_tokens=8)
+    known = outlook.Machine(name="there", device="cuda", rates=rates, free=None)
+    monkeypatch.setattr(outlook, "_named", lambda *_: known)
+    for told, measured in ({}, True), ({"disk": "7 GB/s"}, True), ({"link": "10 GB/s"}, False):
+        found = outlook.machine("there", None, **told).rates
+        assert found is not None
+        assert (found.host is not None) is measured
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
