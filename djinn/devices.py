@@ -50,6 +50,11 @@ def free_device_memory(device: torch.device) -> tuple[int, int]:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
+def gpu_index(device: torch.device) -> int:
+    """Return the number of a GPU; without one in its name it is the current one's."""
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
 def cpus_near(device: torch.device) -> set[int] | None:
     """Return the processors of the NUMA node that a GPU hangs on; None for a CPU, and where it is not known."""
     return local_cpus(device.index or 0) if device.type == "cuda" else None

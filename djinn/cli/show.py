@@ -83,9 +83,8 @@ def print_tensor_sizes(sizes: Sequence[TensorSize], as_json: bool) -> None:
     rows = [_size_row(f"{kind} x {len(members)}", dtype, members) for (kind, dtype, _), members in kinds.items()]
     ranks: dict[str, list[TensorSize]] = {}
     for size in sizes:
-        rank = size.name.rpartition(": ")[0]
-        if rank:
-            ranks.setdefault(rank, []).append(size)
+        if size.rank:
+            ranks.setdefault(size.rank, []).append(size)
     rows += [_size_row(f"{rank}, all {len(held)}", "", held) for rank, held in ranks.items()]
     rows.append(_size_row(f"all {len(sizes)}", "", sizes))
     print_table(["tensors", "dtype", "stored", "bytes", "as stored", "bits of 16"], rows)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from djinn.codec.layout import TILE, Layout, Sections
+from djinn.devices import gpu_index
 
 ENCODE_WARPS = 4
 DECODE_WARPS = 4
@@ -56,7 +57,7 @@ def decoder(parts: Sections, out: torch.Tensor, warps: int = DECODE_WARPS) -> Ca
     with torch.cuda.device_of(out):
         launch = _decode.warmup(*tensors, grid=grid, num_warps=warps)[grid]
     addresses = [tensor.data_ptr() for tensor in tensors]
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = gpu_index(device)
 
     def run() -> None:
         # A new torch.cuda.Stream each time would take longer than the launch.

@@ -107,7 +107,7 @@ def predict(plan: Plan, rates: Rates, work: Work, hit_rate: float | None = None)
         host_s=sum(visit.host_s for visit in decode),
         cores_s=sum(visit.cores_s for visit in decode),
         batch=load.batch,
-        hit_rate=_hits(plan, load.batch, hit_rate, whole=_is_whole(plan, rates, load.batch)) if plan.routed else 1.0,
+        hit_rate=_hits(plan, load.batch, hit_rate, whole=_is_whole(plan, rates, load.batch)),
         blind=tuple(name for name, rate in known.items() if not rate),
     )
 
@@ -141,7 +141,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
     """Return a pass's visits; ``tokens`` of all sequences go through it, ``extra_s`` is its compute beside weights."""
     pool = plan.pool
     is_whole = _is_whole(plan, rates, tokens)
-    hits = _hits(plan, tokens, hit_rate, whole=is_whole) if plan.routed else 1.0
+    hits = _hits(plan, tokens, hit_rate, whole=is_whole)
     visits: list[_Visit] = []
     on_cpu = rates.device == "cpu"
     host = plan.host if plan.host is not None and tokens <= plan.host.rates.tokens else None
@@ -194,7 +194,9 @@ def _is_whole(plan: Plan, rates: Rates, tokens: int) -> bool:
 
 
 def _hits(plan: Plan, tokens: int, hit_rate: float | None, *, whole: bool) -> float:
-    """Return the hit rate of a pass of ``tokens``: the one that is given, if the pool can hold so many."""
+    """Return the hit rate of a pass of ``tokens``: what is given, if the pool can hold as many; 1 without a pool."""
+    if not plan.routed:
+        return 1.0
     return min(plan.pool.share if hit_rate is None else hit_rate, plan.pool.most_hits(tokens, whole=whole))
 
 

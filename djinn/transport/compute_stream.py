@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from djinn.devices import gpu_index
+
 
 class ComputeStream:
     """The current stream of a device, one order of work even where threads compute on streams of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._index = device.index if device.index is not None else torch.cuda.current_device()
+        self._index = gpu_index(device)
         self._known: dict[int, torch.cuda.Stream] = {}
         self._computing: torch.cuda.Stream | None = None
 

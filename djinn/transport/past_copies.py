@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from djinn.devices import gpu_index
+
 WORD_BYTES = 8
 _BLOCK_WORDS = 512
 """As in the kernel, which cannot read it."""
@@ -24,7 +26,7 @@ def reader_of_host_memory(device: torch.device) -> Callable[[torch.Tensor, torch
     They begin at multiples of 16 bytes and have the same number of bytes, a multiple of ``WORD_BYTES``. The kernel is
     compiled and loaded here, and called with plain addresses: Triton's own call takes longer than what it starts.
     """
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = gpu_index(device)
     with torch.cuda.device(index):
         kernel = _copy.warmup(torch.int64, torch.int64, _BLOCK_WORDS, grid=(1,))
         kernel[1, 1, 1]  # loads it here and now: loading may wait for the device

@@ -47,7 +47,12 @@ class TensorSize:
     @property
     def kind(self) -> str:
         """The module's own name, without where it is: ``q_proj``."""
-        return kind_of(self.name.rpartition(": ")[2])  # without a rank
+        return kind_of(self.name.rpartition(": ")[2])
+
+    @property
+    def rank(self) -> str:
+        """Whose part of a tensor it is, ``rank 0``, where all ranks' are listed; else nothing."""
+        return self.name.rpartition(": ")[0]
 
     @property
     def bits(self) -> float:
