@@ -9,6 +9,9 @@ token, and so its experts. ``--steer 0,0 0.3,0.7`` therefore also steers them, f
 of a stated reuse probability and Zipf exponent (djinn.bench.steering); 0,0 picks evenly, the worst case of a pool. A
 line of JSON for each run has every token's seconds, what crossed the link, hits, and waits.
 
+Times of one and the same work differ by up to 1.8x within minutes where hosts are shared. ``--in-turns`` loads all
+modes at once, on the ``--gpus`` in turn, and lets each run go from one mode to the next.
+
     python benchmarks/experts.py any --draw data/benchmarks/experts_h100_2026-11-27/*.jsonl --output experts
 """
 
@@ -16,11 +19,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,11 @@ from djinn.figures.draw import save
 from djinn.figures.experts import draw, read
 from djinn.sizes import parse_bytes
 from djinn.transport.fetcher import Arrival
+
+COUNTED = (
+    "link_bytes", "expert_hits", "expert_misses", "expert_computed", "routed_layers", "whole_layers", "index_wait_s",
+    "hook_s", "host_computed_bytes", "host_s", "host_wait_s",
+)  # fmt: skip
 
 
 def bare_gbps(experts: Experts) -> float:
@@ -57,68 +68,105 @@ def write(record: dict[str, Any], output: Path) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def measure(mode: str, asked: str, options: argparse.Namespace) -> None:
-    """Load in one mode and budget and generate; write a record for each run under each steering."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model in one mode, and what all its records say."""
+
+    mode: str
+    model: Any
+    shared: dict[str, Any]
+
+    @property
+    def experts(self) -> Experts | None:
+        """What fetches its experts; None of a resident one."""
+        return engine_of(self.model).experts
+
+
+def load(mode: str, asked: str, device: str, options: argparse.Namespace) -> Loaded:
+    """Load in one mode and budget, on one GPU."""
     work = {"prompt_tokens": options.prompt, "new_tokens": options.new_tokens, "batch": 1}
     budget = parse_bytes("200 GB" if mode == "resident" else asked)
     name = f"synthetic:{options.model}"
     if mode == "pool":
-        whole = djinn.plan(name, budget=parse_bytes("1 TB"), device="cuda", host_memory="2 TB", **work)
+        whole = djinn.plan(name, budget=parse_bytes("1 TB"), device=device, host_memory="2 TB", **work)
         budget = whole.device_bytes - whole.model_bytes // 1000
     begin = time.perf_counter()
     model: Any = djinn.load(
-        name, budget=budget, device="cuda", host_memory=options.host_memory, trace=mode in ("routed", "coded"),
+        name, budget=budget, device=device, host_memory=options.host_memory, trace=mode in ("routed", "coded"),
         experts="whole" if mode == "whole" else "routed", coding="lossless" if mode == "coded" else None,
         host_compute=mode == "host", **work,
     )  # fmt: skip
     loaded = time.perf_counter() - begin
     planned, experts = placement(model), engine_of(model).experts
+    shared = {
+        "model": options.model, "mode": mode, "gpu": device, "device": torch.cuda.get_device_name(device),
+        "budget": budget, "load_s": loaded, "pool_slots": planned.pool.slots, "experts": planned.pool.experts,
+        "slot_bytes": planned.pool.slot_bytes, "host_bytes": planned.pinned_bytes, "torch": torch.__version__,
+        "in_turns": options.in_turns, "bare_gbps": bare_gbps(experts) if experts else None,
+        "whole_from": experts and experts._whole_from,
+    }  # fmt: skip
+    return Loaded(mode, model, shared)
+
+
+def measure(group: Sequence[Loaded], options: argparse.Namespace) -> None:
+    """Generate, one model of the group after the other in every run; write a record for each run of each steering."""
+    zeros = [_without_timeline(each.experts) for each in group]
+    prompt = torch.randint(10, 20000, (1, options.prompt), generator=torch.Generator().manual_seed(0))
+    for steer in [None, *options.steer]:
+        for run in range(-1, options.runs):  # the first one only warms up
+            for each in group:
+                record = generate(each, prompt.to(each.model.device), steer, run, options)
+                if run >= 0:
+                    write(record, options.output)
+    for each, zero in zip(group, zeros, strict=True):
+        if each.experts is not None and zero is not None:
+            each.experts.fetcher._zero = zero  # type: ignore[attr-defined]
+            write(traced(each, each.experts, prompt.to(each.model.device)), options.output)
+
+
+def generate(
+    loaded: Loaded, prompt: torch.Tensor, steer: str | None, run: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Generate once; return the record."""
+    model, new_tokens = loaded.model, options.new_tokens if run >= 0 else min(options.new_tokens, 8)
+    reuse, zipf = map(float, steer.split(",")) if steer else (0.0, 0.0)
+    with SteeredRouting(model, reuse=reuse, zipf=zipf) if steer else nullcontext():
+        before = vars(djinn.stats(model)).copy()
+        torch.cuda.reset_peak_memory_stats(model.device)
+        times, tokens = timed_tokens(model, prompt, new_tokens)
+    moved = {key: vars(djinn.stats(model))[key] - before[key] for key in COUNTED}
+    record = {
+        **loaded.shared, "steer": steer, "run": run, "times": times, "tokens": tokens,
+        "token_s": statistics.median(times[1:]), "peak_reserved": torch.cuda.max_memory_reserved(model.device), **moved,
+    }  # fmt: skip
+    shown = ("mode", "steer", "run", "token_s", "bare_gbps", "peak_reserved", *moved)
+    print(json.dumps({key: record[key] for key in shown} | {"ttft": times[0]}), flush=True)
+    return record
+
+
+def _without_timeline(experts: Experts | None) -> Any:
+    """Let the fetcher keep no timeline; return what it needs to keep one again."""
     zero = None
     if experts is not None:
         zero, experts.fetcher._zero = getattr(experts.fetcher, "_zero", None), None  # type: ignore[attr-defined]
-    prompt = torch.randint(10, 20000, (1, options.prompt), generator=torch.Generator().manual_seed(0)).cuda()
-    shared = {
-        "model": options.model, "mode": mode, "device": torch.cuda.get_device_name(), "budget": budget,
-        "load_s": loaded, "pool_slots": planned.pool.slots, "experts": planned.pool.experts,
-        "slot_bytes": planned.pool.slot_bytes, "host_bytes": planned.pinned_bytes, "torch": torch.__version__,
-        "bare_gbps": bare_gbps(experts) if experts else None, "whole_from": experts and experts._whole_from,
-    }  # fmt: skip
-    for steer in [None, *options.steer]:
-        reuse, zipf = map(float, steer.split(",")) if steer else (0.0, 0.0)
-        with SteeredRouting(model, reuse=reuse, zipf=zipf) if steer else nullcontext():
-            timed_tokens(model, prompt, min(options.new_tokens, 8))
-            for run in range(options.runs):
-                before = vars(djinn.stats(model)).copy()
-                torch.cuda.reset_peak_memory_stats()
-                times, tokens = timed_tokens(model, prompt, options.new_tokens)
-                after = vars(djinn.stats(model))
-                moved = {
-                    key: after[key] - before[key]
-                    for key in ("link_bytes", "expert_hits", "expert_misses", "expert_computed", "routed_layers",
-                                "whole_layers", "index_wait_s", "hook_s", "host_computed_bytes", "host_s",
-                                "host_wait_s")
-                }  # fmt: skip
-                record = {
-                    **shared, "steer": steer, "run": run, "times": times, "tokens": tokens,
-                    "token_s": statistics.median(times[1:]), "peak_reserved": torch.cuda.max_memory_reserved(), **moved,
-                }  # fmt: skip
-                write(record, options.output)
-                shown = ("mode", "steer", "token_s", "bare_gbps", "peak_reserved", *moved)
-                print(json.dumps({key: record[key] for key in shown} | {"ttft": times[0]}), flush=True)
-    if zero is not None and experts is not None:
-        experts.fetcher._zero = zero  # type: ignore[attr-defined]
-        first = len(djinn.stats(model).timeline)
-        timed_tokens(model, prompt, 8)
-        copies = [each for each in djinn.stats(model).timeline[first:] if each.lane == "copy"]
-        copies = copies[len(experts._layers) :]
-        busy = sum(copy.end_s - copy.start_s for copy in copies)
-        traced = {
-            **shared,
-            "traced_copy_gbps": sum(copy.nbytes for copy in copies) / max(busy, 1e-9) / 1e9,
-            "busy_s": busy,
-        }
-        write(traced, options.output)
-        print(json.dumps(traced), flush=True)
+    return zero
+
+
+def traced(loaded: Loaded, experts: Experts, prompt: torch.Tensor) -> dict[str, Any]:
+    """Generate with a timeline; return the record of how fast experts came while they came."""
+    model = loaded.model
+    first = len(djinn.stats(model).timeline)
+    timed_tokens(model, prompt, 8)
+    copies = [each for each in djinn.stats(model).timeline[first:] if each.lane == "copy"]
+    copies = copies[len(experts._layers) :]
+    busy = sum(copy.end_s - copy.start_s for copy in copies)
+    found = {
+        **loaded.shared,
+        "traced_copy_gbps": sum(copy.nbytes for copy in copies) / max(busy, 1e-9) / 1e9,
+        "busy_s": busy,
+    }
+    print(json.dumps(found), flush=True)
+    return found
 
 
 def main() -> None:
@@ -132,6 +180,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--in-turns", action="store_true", help="Load all modes at once; runs go from one to the next.")
+    parser.add_argument("--gpus", nargs="+", default=["cuda"], help="Where modes are loaded, one after the other.")
     parser.add_argument("--output", type=Path, default=Path("experts.jsonl"))
     parser.add_argument("--draw", nargs="+", type=Path, help="Draw these records beside --output; measure nothing.")
     options = parser.parse_args()
@@ -139,11 +189,16 @@ def main() -> None:
         runs = read(options.draw)
         save(draw(runs), runs, options.output.with_suffix(""))
         return
-    for mode in options.modes:
-        for budget in options.budget if mode in ("whole", "routed", "coded", "host") else options.budget[:1]:
-            measure(mode, budget, options)
-            gc.collect()
-            torch.cuda.empty_cache()
+    asked = [
+        (mode, budget)
+        for mode in options.modes
+        for budget in (options.budget if mode in ("whole", "routed", "coded", "host") else options.budget[:1])
+    ]
+    gpus = options.gpus
+    for group in [asked] if options.in_turns else [[one] for one in asked]:
+        measure([load(*one, gpu, options) for one, gpu in zip(group, itertools.cycle(gpus))], options)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -83,14 +83,7 @@ class HostCores(BaseModel):
 
     def added_to(self, rates: Rates) -> Rates:
         """Return ``rates`` with what is known of the cores beside a link, and of the link beside them."""
-        beside = self.beside_link[0] if self.beside_link else None
-        return replace(
-            rates,
-            cores_beside_link=1e9 * beside.gbps if beside else None,
-            link_beside_cores=1e9 * beside.link_gbps if beside and beside.link_gbps else None,
-            cores_tokens=self.most_tokens,
-            cores_round_trip_s=self.round_trip_s or 0.0,
-        )
+        return _with_cores(rates, self.beside_link, self.round_trip_s) if self.beside_link else rates
 
     @property
     def most_tokens(self) -> int:
@@ -105,15 +98,17 @@ def knee(rates: Sequence[ProductRate]) -> int:
 
 
 def beside_link(device: torch.device, threads: int | None = None, shape: tuple[int, int] = SHAPE) -> HostRates:
-    """Return what this host's cores and a GPU's link do at once, for a load of which nobody knows; takes five seconds.
+    """Return what this host's cores and a GPU's link do at once, for a load of which nobody knows; takes four seconds.
 
     Args, Raises: as for :func:`measure`.
     """
-    cores = measure(device, shape, threads)
-    with lane(device) as link:
+    with _ready(device, shape, threads) as (products, calls), lane(device) as link:
         start([link])
         alone = 1e9 * link.gbps()
-    found = cores.added_to(Rates(device="cuda", link=alone, module_s=ASSUMED_MODULE_S)).host
+        beside = [rate(products.multiply, calls, tokens, link) for tokens in TOKENS]
+        trip_s = _round_trip_s(link, *shape)
+    known = Rates(device="cuda", link=alone, module_s=ASSUMED_MODULE_S)
+    found = _with_cores(known, beside, trip_s).host
     assert found is not None, "a GPU has a link"
     return found
 
@@ -131,10 +126,7 @@ def measure(device: torch.device, shape: tuple[int, int] = SHAPE, threads: int |
         PlanError: the driver refuses to page-lock host memory.
         UnavailableError: the system starts no more threads, or a GPU without Triton.
     """
-    with ExitStack() as undo:
-        products = HostProducts(threads, cpus_near(device))
-        undo.callback(products.close)
-        calls = undo.enter_context(calls_in_memory([shape, shape], device))
+    with _ready(device, shape, threads) as (products, calls), ExitStack() as undo:
         link = undo.enter_context(lane(device)) if device.type == "cuda" else None
         return HostCores(
             kernel=products.name,
@@ -143,6 +135,28 @@ def measure(device: torch.device, shape: tuple[int, int] = SHAPE, threads: int |
             beside_link=tuple(rate(products.multiply, calls, tokens, link) for tokens in TOKENS) if link else (),
             round_trip_s=_round_trip_s(link, *shape) if link else None,
         )
+
+
+@contextmanager
+def _ready(device: torch.device, shape: tuple[int, int], threads: int | None) -> Iterator[tuple[HostProducts, Calls]]:
+    """Yield the cores that multiply, and the weights of one product of two matrices."""
+    products = HostProducts(threads, cpus_near(device))
+    try:
+        with calls_in_memory([shape, shape], device) as calls:
+            yield products, calls
+    finally:
+        products.close()
+
+
+def _with_cores(rates: Rates, beside: Sequence[ProductRate], trip_s: float | None) -> Rates:
+    """Return ``rates`` with what is known of the cores beside a link, and of the link beside them. Pure."""
+    return replace(
+        rates,
+        cores_beside_link=1e9 * beside[0].gbps,
+        link_beside_cores=1e9 * beside[0].link_gbps if beside[0].link_gbps else None,
+        cores_tokens=knee(beside),
+        cores_round_trip_s=trip_s or 0.0,
+    )
 
 
 @contextmanager

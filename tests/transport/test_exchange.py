@@ -9,7 +9,11 @@ from djinn.transport.exchange import exchange_with
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+    pytest.param("cuda:0", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+    pytest.param(  # while another one is the current one
+        "cuda:1",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")],
+    ),
 ]
 
 
@@ -27,7 +31,7 @@ def test_every_bit_comes_and_goes(device: str, rows: list[int]) -> None:
         for part, values in zip(room, made, strict=True):
             part.view(torch.int16).copy_(values)
         gone = exchange.to_device(room)
-        assert all(part.device.type == device for part in gone)
+        assert all(part.device == torch.device(device) for part in gone)
         assert all(torch.equal(part.cpu().view(torch.int16), values) for part, values in zip(gone, made, strict=True))
 
 
