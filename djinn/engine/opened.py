@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from djinn.gpus import gpus as gpus_here
 from djinn.hardware import usable_ram
 from djinn.host.cores import choose_cpus
 from djinn.names import Coding
-from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units
+from djinn.planning.host import HostCompute, HostRates, assumed_rates, host_units
 from djinn.planning.memory import require_host_memory
 from djinn.planning.placement import Plan, Tier, place_on
 from djinn.planning.request import Experts, Request
@@ -54,6 +55,8 @@ class Opened:
     index: WeightIndex
     request: Request
     units: tuple[Unit, ...]
+    linear: Mapping[str, str]
+    """Units that the host's cores could compute with, and for each what names its inputs; none where none are to."""
 
     def plan(self, free: int | None = None) -> Plan:
         """Return the plan in the host memory that is ``free``, bytes; by default what is free here now.
@@ -123,14 +126,14 @@ class Opened:
         if request.host is None:
             return planned
         rates = _host_rates(request.host, request.device)
-        able = linear_units(self.index.model, planned.at(Tier.PINNED))
+        able = {unit.name: self.linear[unit.name] for unit in planned.at(Tier.PINNED) if unit.name in self.linear}
         # Raw units make the ring larger, at the most by as much as it has: that may push residents into the arena.
         room = arena_bytes - planned.pinned_bytes - planned.ring_bytes
         streamed = {unit.name for unit in planned.streamed}
-        chosen = host_units(planned.units, streamed, able, rates, room, planned.ring_bytes)
-        units = [unit.raw() if unit.name in chosen else unit for unit in self.units]
-        made = place(units, host=HostShare(units=chosen, rates=rates))
-        return made if chosen or made.computed_experts else planned
+        share = host_units(planned.units, streamed, able, rates, room, planned.ring_bytes)
+        units = [unit.raw() if unit.name in share.units else unit for unit in self.units]
+        made = place(units, host=share)
+        return made if share.units or made.computed_experts else planned
 
     def _require_host_memory(self, planned: Plan, free: int) -> None:
         there = free + self.index.in_host_memory_bytes
@@ -211,7 +214,8 @@ def opened(index: WeightIndex, request: Request, layout: LayoutOf, *, experts_al
         units = [unit.raw() for unit in units]
     elif request.coding == "lossless" or is_packed:
         units = coded(units, layout, experts_alike=experts_alike)
-    return Opened(index, request, tuple(units))
+    linear = linear_units(index.model, units) if request.host is not None else {}
+    return Opened(index, request, tuple(units), linear)
 
 
 def _host_rates(host: HostCompute, device: torch.device) -> HostRates:

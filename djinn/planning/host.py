@@ -8,7 +8,7 @@ device, so outputs are close to the resident model's and not equal to them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from djinn.weights.units import Unit
@@ -62,9 +62,9 @@ class HostRates:
         """Bytes/s over the link while the cores are idle."""
         return self.alone or self.link
 
-    def product_s(self, nbytes: int) -> float:
-        """Return the seconds that a product with ``nbytes`` of weights takes."""
-        return self.wait_s + nbytes / self.cores
+    def product_s(self, nbytes: int, *, joined: bool = False) -> float:
+        """Return the seconds of a product with ``nbytes`` of weights, or those that ``joined`` ones make it longer."""
+        return (0.0 if joined else self.wait_s) + nbytes / self.cores
 
     def with_threads(self, threads: int) -> HostRates:
         """Return the rates where only so many threads multiply."""
@@ -105,17 +105,25 @@ class HostShare:
 
     units: frozenset[str]
     rates: HostRates
+    joined: frozenset[str] = frozenset()
+    """Those that read the same inputs as one before them, and are computed in the same product."""
+
+    def product_s(self, unit: Unit) -> float:
+        """Return the seconds that a product takes longer for ``unit``; none where it is not one of these."""
+        if unit.name not in self.units:
+            return 0.0
+        return self.rates.product_s(unit.raw_bytes, joined=unit.name in self.joined)
 
 
 def host_units(
     units: Sequence[Unit],
     streamed: Collection[str],
-    able: Collection[str],
+    able: Mapping[str, str],
     rates: HostRates,
     room_bytes: int,
     ring_bytes: int,
-) -> frozenset[str]:
-    """Return the names of the units that become host units, of those that the host is ``able`` to compute with.
+) -> HostShare:
+    """Return which units become host units, of those that the host is ``able`` to compute with.
 
     Few large products lose less time than many small ones. So of all least sizes that a host unit may have, the one is
     taken with which a pass ends first (:func:`taken_in_turn`). None is a host unit if the link alone is as fast.
@@ -123,36 +131,39 @@ def host_units(
     Args:
         units: all of them, in order.
         streamed: names of those that cross the link.
+        able: names of those that the host can compute with, and for each what names its inputs.
         room_bytes: how much the arena may grow by: the cores need weights raw, and the link may carry them coded.
         ring_bytes: size of the ring.
     """
     alone_s = sum(unit.weight_bytes for unit in units if unit.name in streamed) / rates.idle_link
     sizes = {unit.name: unit.raw_bytes for unit in units if unit.name in able and unit.name in streamed}
-    chosen, best_s = frozenset[str](), alone_s
+    best, best_s = HostShare(units=frozenset(), rates=rates), alone_s
     for least in sorted(set(sizes.values())):
-        large = {name for name, nbytes in sizes.items() if nbytes >= least}
-        taken, seconds = taken_in_turn(units, streamed, large, rates, room_bytes, ring_bytes)
+        large = {name: able[name] for name, nbytes in sizes.items() if nbytes >= least}
+        share, seconds = taken_in_turn(units, streamed, large, rates, room_bytes, ring_bytes)
         if seconds < best_s:
-            chosen, best_s = taken, seconds
-    return chosen
+            best, best_s = share, seconds
+    return best
 
 
 def taken_in_turn(
     units: Sequence[Unit],
     streamed: Collection[str],
-    able: Collection[str],
+    able: Mapping[str, str],
     rates: HostRates,
     room_bytes: int,
     ring_bytes: int,
-) -> tuple[frozenset[str], float]:
+) -> tuple[HostShare, float]:
     """Return what the cores take of a pass in which they take all that they can, and the seconds of that pass.
 
     Each unit that streams goes, in order, to whichever of link and cores will be done with it first, after all that it
-    has been given before. So both are done at about the same time, at the end as at any point before it. While the
+    has been given before. So both are done at about the same time, at the end as at any point before it. One that reads
+    the same inputs as one that the cores have goes to them as well: it costs them no product of its own. While the
     device computes, and while the host launches that, the cores wait and the link does not. While the cores compute,
     the link fills the ring: a product that takes longer than that would leave it idle, and is not made.
     """
-    chosen = set()
+    chosen: dict[str, str] = {}
+    joined = set()
     link_s = cores_s = 0.0
     ahead_s = 0.0  # what the ring holds that the device has still to compute with, in seconds of copies
     ring_s = ring_bytes / rates.link
@@ -161,16 +172,19 @@ def taken_in_turn(
         if unit.name not in streamed:
             cores_s = computed_s
             continue
-        copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes)
+        joins = able.get(unit.name) in chosen.values()
+        copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes, joined=joins)
         copied_s, multiplied_s = link_s + copy_s, cores_s + product_s + rates.module_s
-        may = unit.name in able and multiplied_s < copied_s and ahead_s + product_s <= ring_s
+        may = unit.name in able and (joins or multiplied_s < copied_s) and ahead_s + product_s <= ring_s
         growth = unit.raw().image_bytes - unit.image_bytes if may and unit.coded else 0
         if may and growth <= max(room_bytes, 0):
-            chosen.add(unit.name)
+            chosen[unit.name] = able[unit.name]
+            joined |= {unit.name} if joins else set()
             cores_s = multiplied_s
             ahead_s += product_s
             room_bytes -= growth
         else:
             link_s, cores_s = copied_s, computed_s
             ahead_s = max(ahead_s - copy_s, 0.0)
-    return frozenset(chosen), max(link_s, cores_s)
+    share = HostShare(units=frozenset(chosen), rates=rates, joined=frozenset(joined))
+    return share, max(link_s, cores_s)

@@ -153,7 +153,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
         compute_s = _multiply_s(unit.raw_bytes, rows, work.shares.get(unit.name, 1.0), rates.compute)
         if on_cpu and unit.name in work.head and rows < tokens and rates.last_token:
             compute_s = rows * unit.raw_bytes / rates.last_token
-        product_s = host.rates.product_s(unit.raw_bytes) if host is not None and unit.name in host.units else 0.0
+        product_s = host.product_s(unit) if host is not None else 0.0
         if unit.coded and rates.decode and not product_s:
             read = 1.0 if is_whole or not unit.experts else _touched(work.shares.get(unit.name, 1.0), tokens)
             compute_s += read * unit.raw_bytes / rates.decode

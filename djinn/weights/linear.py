@@ -6,16 +6,23 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from djinn.weights.tracing import first_readers_of_inputs
 from djinn.weights.units import Unit
 
 
-def linear_units(model: nn.Module, units: Iterable[Unit]) -> set[str]:
+def linear_units(model: PreTrainedModel, units: Iterable[Unit]) -> dict[str, str]:
     """Return the names of the ``units`` that one ``nn.Linear`` alone reads: a bfloat16 matrix, with a bias or without.
 
-    A layer whose ``forward`` somebody has replaced is left out, and so is one of a class of its own.
+    For each the name of the layer that is the first to read the same inputs, as gate does before up. A layer whose
+    ``forward`` somebody has replaced is left out, and so is one of a class of its own.
     """
-    return {unit.name for unit in units if not unit.experts and not unit.held and _is_linear(model, unit)}
+    found = {
+        unit.name: unit.readers[0] for unit in units if not unit.experts and not unit.held and _is_linear(model, unit)
+    }
+    first = first_readers_of_inputs(model, found.values())
+    return {name: first.get(layer, layer) for name, layer in found.items()}
 
 
 def _is_linear(model: nn.Module, unit: Unit) -> bool:

@@ -14,7 +14,7 @@ For a module that is in memory the order comes from a pass that :mod:`djinn.weig
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -47,6 +47,34 @@ def traced_readers(model: PreTrainedModel) -> dict[str, list[str]]:
         if known is not None and held_by[id(parameter)] > 1 and owner not in known:
             known.append(owner)
     return readers
+
+
+def first_readers_of_inputs(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
+    """Return for each of the ``layers`` that runs the first of them that reads the same tensor as its first input.
+
+    Nothing where no pass can be traced on the meta device.
+    """
+    first: dict[str, str] = {}
+    read: dict[int, tuple[torch.Tensor, str]] = {}  # the tensors too: else another one may get the address of one
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], torch.Tensor):
+                first.setdefault(name, read.setdefault(id(args[0]), (args[0], name))[1])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
+    try:
+        for inputs in example_inputs(model):
+            with suppress(Exception), _meta_buffers(model), torch.no_grad(), ReadRecorder(lambda _: None):
+                model(**inputs)
+                return first
+            first.clear()
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def read_by_module(reads: list[tuple[str, tuple[str, ...]]]) -> dict[str, list[str]]:

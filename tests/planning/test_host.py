@@ -46,8 +46,9 @@ def host_rates(draw: st.DrawFn) -> HostRates:
     return HostRates(link=draw(rate), cores=draw(rate), wait_s=draw(st.sampled_from([0.0, 1e-6])))
 
 
-def names(units: Iterable[Unit]) -> set[str]:
-    return {each.name for each in units}
+def names(units: Iterable[Unit]) -> dict[str, str]:
+    """All of them, with inputs of their own."""
+    return {each.name: each.name for each in units}
 
 
 def seconds(units: list[Unit], chosen: frozenset[str], rates: HostRates) -> tuple[float, float]:
@@ -57,7 +58,8 @@ def seconds(units: list[Unit], chosen: frozenset[str], rates: HostRates) -> tupl
 
 @given(models(), host_rates())
 def test_link_and_cores_end_together_at_every_point_of_a_pass(units: list[Unit], rates: HostRates) -> None:
-    chosen, took_s = taken_in_turn(units, names(units), names(units), rates, 0, LARGE)
+    share, took_s = taken_in_turn(units, names(units), names(units), rates, 0, LARGE)
+    chosen = share.units
     assert took_s == pytest.approx(max(seconds(units, chosen, rates)))
     for end in range(1, len(units) + 1):
         link_s, cores_s = seconds(units[:end], chosen, rates)
@@ -70,14 +72,14 @@ def test_the_slower_of_both_is_never_slower_than_the_link_alone(
     units: list[Unit], rates: HostRates, data: st.DataObject
 ) -> None:
     able = data.draw(st.sets(st.sampled_from([each.name for each in units])))
-    chosen = host_units(units, names(units), able, rates, 0, LARGE)
+    chosen = host_units(units, names(units), {name: name for name in able}, rates, 0, LARGE).units
     assert chosen <= able
     assert max(seconds(units, chosen, rates)) <= seconds(units, frozenset(), rates)[0] * 1.000001
 
 
 @given(models(), host_rates())
 def test_a_pass_is_never_slower_than_if_the_cores_took_all_that_they_can(units: list[Unit], rates: HostRates) -> None:
-    chosen = host_units(units, names(units), names(units), rates, 0, LARGE)
+    chosen = host_units(units, names(units), names(units), rates, 0, LARGE).units
     _, all_s = taken_in_turn(units, names(units), names(units), rates, 0, LARGE)
     assert max(seconds(units, chosen, rates)) <= all_s * 1.000001
 
@@ -87,8 +89,24 @@ def test_the_cores_take_few_large_units_rather_than_many_small_ones() -> None:
     sizes = {each.name: each.raw_bytes for each in units}
     for wait_s, smallest in ((0.0, 10 * PAGE), (2e-3, 100 * PAGE)):
         rates = HostRates(link=1e8, cores=1e8, wait_s=wait_s)
-        chosen = host_units(units, names(units), names(units), rates, 0, LARGE)
+        chosen = host_units(units, names(units), names(units), rates, 0, LARGE).units
         assert min(sizes[name] for name in chosen) == smallest
+
+
+def test_units_that_read_the_same_inputs_are_one_product() -> None:
+    """The second of each pair costs no wait of its own, and goes where the first one goes."""
+    units = [unit(number, 10 * PAGE) for number in range(80)]
+    pairs = {each.name: f"pair {number // 2}" for number, each in enumerate(units)}
+    rates = HostRates(link=1e9, cores=1e9, wait_s=5 * PAGE / 1e9)
+    share, seconds = taken_in_turn(units, names(units), pairs, rates, 0, LARGE)
+    assert share.joined == {f"u{number + 1}" for number in range(0, 80, 2) if f"u{number}" in share.units}
+    assert share.joined
+    assert share.joined < share.units
+    assert seconds < taken_in_turn(units, names(units), names(units), rates, 0, LARGE)[1]
+    made = make_plan(units, budget=100 * PAGE, workspace_bytes=0, host_bytes=10**9, host=share)
+    alone = replace(made, host=replace(share, joined=frozenset()))
+    saved = [predict(each, Rates(device="cuda", link=1e9), PLAIN).cores_s for each in (alone, made)]
+    assert saved[0] - saved[1] == pytest.approx(len(share.joined) * rates.wait_s)
 
 
 def test_the_cores_wait_while_the_host_launches_modules() -> None:
@@ -98,7 +116,7 @@ def test_the_cores_wait_while_the_host_launches_modules() -> None:
         len(
             host_units(
                 units, names(units), names(units), HostRates(link=1e9, cores=1e9, wait_s=0.0, module_s=each), 0, LARGE
-            )
+            ).units
         )
         for each in (0.0, copy_s / 4, copy_s / 2)
     ]
@@ -109,22 +127,22 @@ def test_the_cores_wait_while_the_host_launches_modules() -> None:
 def test_a_product_that_waits_longer_than_it_saves_is_left_to_the_link() -> None:
     units = [unit(number, 10 * PAGE) for number in range(10)]
     rates = HostRates(link=50e9, cores=50e9, wait_s=1e-3)
-    assert not host_units(units, names(units), names(units), rates, 0, LARGE)
+    assert not host_units(units, names(units), names(units), rates, 0, LARGE).units
 
 
 def test_a_product_during_which_the_ring_would_be_full_is_left_to_the_link() -> None:
     """Two units fit the ring: cores a third as fast as the link would leave it idle, however many units there are."""
     units = [unit(number, 10 * PAGE) for number in range(100)]
     rates = HostRates(link=3e9, cores=1e9, wait_s=0.0)
-    assert not host_units(units, names(units), names(units), rates, 0, 20 * PAGE)
-    assert len(host_units(units, names(units), names(units), rates, 0, 30 * PAGE)) == 25
+    assert not host_units(units, names(units), names(units), rates, 0, 20 * PAGE).units
+    assert len(host_units(units, names(units), names(units), rates, 0, 30 * PAGE).units) == 25
 
 
 def test_products_that_save_less_than_busy_cores_take_from_the_link_are_not_made() -> None:
     units = [unit(number, 10 * PAGE) for number in range(100)]
     for alone, some in ((10.5e9, True), (12e9, False), (None, True)):
         rates = HostRates(link=10e9, cores=1e9, alone=alone, wait_s=0.0)
-        assert bool(host_units(units, names(units), names(units), rates, 0, LARGE)) is some
+        assert bool(host_units(units, names(units), names(units), rates, 0, LARGE).units) is some
 
 
 @given(models(), host_rates(), st.integers(0, 40), st.integers(0, 100))
@@ -136,11 +154,9 @@ def test_a_plan_keeps_its_host_units_in_host_memory(
     budget = least + sum(each.image_bytes for each in units) * percent // 100
     host_bytes = sum(each.image_bytes for each in units)
     before = make_plan(units, budget=budget, workspace_bytes=0, host_bytes=host_bytes)
-    able = {each.name for each in units[: len(units) - more % 3]}
-    chosen = host_units(units, names(before.streamed), able, rates, 0, LARGE)
-    made = make_plan(
-        units, budget=budget, workspace_bytes=0, host_bytes=host_bytes, host=HostShare(units=chosen, rates=rates)
-    )
+    share = host_units(units, names(before.streamed), names(units[: len(units) - more % 3]), rates, 0, LARGE)
+    chosen = share.units
+    made = make_plan(units, budget=budget, workspace_bytes=0, host_bytes=host_bytes, host=share)
     assert made.host is not None
     tiers = {each.name: tier for each, tier in zip(made.units, made.tiers, strict=True)}
     assert all(tiers[name] is Tier.PINNED for name in made.host.units)
@@ -172,8 +188,7 @@ def planned(rates: HostRates | None) -> tuple[float, float]:
     units = [unit(number, 100 * PAGE) for number in range(40)]
     before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9)
     if rates is not None:
-        chosen = host_units(units, names(before.streamed), names(units), rates, 0, LARGE)
-        share = HostShare(units=chosen, rates=rates)
+        share = host_units(units, names(before.streamed), names(units), rates, 0, LARGE)
         before = make_plan(units, budget=1300 * PAGE, workspace_bytes=0, host_bytes=10**9, host=share)
     times = predict(before, Rates(device="cuda", link=1e9), PLAIN)
     return times.ttft_s, times.token_s
