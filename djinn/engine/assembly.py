@@ -27,6 +27,7 @@ from djinn.engine.ranks import Alone
 from djinn.engine.saving import save_from_store
 from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
+from djinn.host.ahead import beside as compute_beside
 from djinn.host.products import HostProducts
 from djinn.planning.placement import Plan, Tier
 from djinn.transport.arena import Arena
@@ -162,7 +163,9 @@ def start(
     if planned.host is not None and products is not None:
         computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
         rates = planned.host.rates
-        host = HostUnits(computed, weights.images, products, device, rates.tokens, stats, lambda: streamer.orders.few)
+        beside = compute_beside(device, products, stats)
+        undo.callback(beside.close)
+        host = HostUnits(computed, weights.images, beside, rates.tokens, lambda: streamer.orders.few)
         if planned.computed_experts:
             host_experts = HostExperts(products, exchange_with(device), rates, stats)
         undo.callback(host.detach)

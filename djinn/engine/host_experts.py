@@ -18,7 +18,7 @@ from torch import nn
 from djinn.engine.expert_layers import Layer
 from djinn.engine.handed import ARGUMENTS, Asked, Call
 from djinn.engine.host_units import stays_bfloat16
-from djinn.host.products import HostProducts
+from djinn.host.products import HostProducts, Linear
 from djinn.planning.host import HostRates
 from djinn.planning.host_experts import misses_to_compute
 from djinn.transport.exchange import Exchange
@@ -128,8 +128,9 @@ class HostPart:
         return self._linear(expert, "down_proj", between.contiguous())
 
     def _linear(self, expert: int, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        (products,) = self.host.products.multiply([self.layer.waiting(expert, name)], inputs)
-        return products + self.layer.waiting(expert, f"{name}_bias") if self.module.has_bias else products
+        bias = self.layer.waiting(expert, f"{name}_bias") if self.module.has_bias else None
+        (outputs,) = self.host.products.outputs_of([Linear(self.layer.waiting(expert, name), bias)], inputs)
+        return outputs
 
 
 def _can_multiply(module: nn.Module, layer: Layer) -> bool:

@@ -9,7 +9,6 @@ computes for all of them, and the others pick up what is theirs. Which those are
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ import torch
 from torch import nn
 from torch.compiler import disable as opaque
 
-from djinn.host.products import HostProducts
-from djinn.transport.exchange import exchange_with
-from djinn.transport.stats import Interval, Stats
+from djinn.host.ahead import Beside
+from djinn.host.products import HostProducts, Linear
 from djinn.weights.units import Unit
 
 
@@ -40,18 +38,14 @@ class HostUnits:
         self,
         units: Sequence[Unit],
         images: Mapping[str, torch.Tensor],
-        products: HostProducts,
-        device: torch.device,
+        beside: Beside,
         tokens: int,
-        stats: Stats,
         is_few: Callable[[], bool],
     ) -> None:
         self._layers = [_Layer.of(unit, images[unit.name]) for unit in units]
-        self.products = products
+        self._beside = beside
         self._tokens = tokens
-        self._stats = stats
         self._is_few = is_few
-        self._exchange = exchange_with(device)
         self._followers: dict[int, list[int]] = {}
         """By layer, those that read its inputs after it did."""
         self._last: tuple[int, _Inputs] | None = None
@@ -77,6 +71,15 @@ class HostUnits:
         self._modules.clear()
         self.forget()
 
+    @property
+    def products(self) -> HostProducts:
+        """What multiplies."""
+        return self._beside.products
+
+    def count(self) -> None:
+        """Bring statistics up to date."""
+        self._beside.count()
+
     def forget(self) -> None:
         """Let go what a turn has left."""
         self._last = None
@@ -99,7 +102,7 @@ class HostUnits:
 
     def _can(self, number: int, x: torch.Tensor) -> bool:
         """Return whether a product is one for the host; of others the layer reads its weights, wherever they wait."""
-        columns = self._layers[number].weight.shape[1]
+        columns = self._layers[number].linear.weight.shape[1]
         return (
             x.dtype == torch.bfloat16
             and x.dim() > 0
@@ -114,24 +117,9 @@ class HostUnits:
         # Nobody will know inputs again of which no version is kept: those of inference mode.
         together = [number, *(self._followers.get(number, []) if inputs.version is not None else [])]
         layers = [self._layers[each] for each in together]
-        weights = [layer.weight for layer in layers]
-        begin = time.perf_counter()
-        vectors = self._exchange.to_host(inputs.tensor.reshape(-1, weights[0].shape[1]))
-        results = self._exchange.room(len(vectors), [len(weight) for weight in weights])
-        there = time.perf_counter()
-        self.products.multiply(weights, vectors, results)
-        done = time.perf_counter()
-        for layer, result in zip(layers, results, strict=True):
-            if layer.bias is not None:
-                result += layer.bias
-        outputs = self._exchange.to_device(results)
-        nbytes = sum(layer.unit.raw_bytes for layer in layers)
-        stats = self._stats
-        stats.host_computed_bytes += nbytes
-        stats.host_wait_s += there - begin
-        stats.host_s += done - there
+        vectors = inputs.tensor.reshape(-1, layers[0].linear.weight.shape[1])
         name = "+".join(layer.unit.name for layer in layers)
-        stats.add(Interval("host", name, there - stats.zero_s, done - stats.zero_s, nbytes))
+        outputs = self._beside.outputs_of([layer.linear for layer in layers], vectors, name)
         self._ready = {each: (inputs, made) for each, made in zip(together[1:], outputs[1:], strict=True)}
         return outputs[0]
 
@@ -158,13 +146,12 @@ class _Layer:
     """One ``nn.Linear``, its weights where they wait in host memory."""
 
     unit: Unit
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    linear: Linear
 
     @classmethod
     def of(cls, unit: Unit, image: torch.Tensor) -> _Layer:
         found = {tensor.name.rpartition(".")[2]: tensor.entry.view(image[tensor.offset :]) for tensor in unit.tensors}
-        return cls(unit, found["weight"], found.get("bias"))
+        return cls(unit, Linear(found["weight"], found.get("bias")))
 
 
 def stays_bfloat16(device: str) -> bool:

@@ -205,6 +205,8 @@ def stats(model: nn.Module) -> Stats:
     engine.copier.resolve_timeline()
     if engine.experts is not None:
         engine.experts.fetcher.resolve_timeline()
+    if engine.host is not None:
+        engine.host.count()
     return engine.stats
 
 

@@ -22,7 +22,7 @@ from djinn.hardware import cpu_flags
 from djinn.places import KERNEL_DIR
 
 _SOURCE = Path(__file__).with_name("products.cpp")
-_HEADER = Path(__file__).with_name("threads.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("queue.h", "threads.h"))
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 _LONGEST_S = 120
 
@@ -63,15 +63,17 @@ def load(instructions: Instructions) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"the kernel for host products cannot be loaded: {error}; delete {path}") from None
-    library.djinn_open.restype = ctypes.c_void_p
-    library.djinn_open.argtypes = (ctypes.c_void_p, ctypes.c_int)
-    library.djinn_close.restype = None
-    library.djinn_close.argtypes = (ctypes.c_void_p,)
-    library.djinn_multiply.restype = None
-    library.djinn_multiply.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64),
-    )
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    for function, result, arguments in (
+        (library.djinn_open, pointer, (pointer, number)),
+        (library.djinn_close, None, (pointer,)),
+        (library.djinn_multiply, None, (pointer, pointer, size, pointer, number, size)),
+        (library.djinn_open_queue, pointer, (pointer, number)),
+        (library.djinn_close_queue, None, (pointer,)),
+        (library.djinn_put, None, (pointer, pointer)),
+        (library.djinn_unfinished, size, (pointer,)),
+    ):
+        function.restype, function.argtypes = result, arguments
     return library
 
 
@@ -79,7 +81,8 @@ def _compiled(instructions: Instructions) -> Path:
     # The compiler that PyTorch's extension loader takes (torch.utils.cpp_extension.get_cxx_compiler).
     compiler = os.environ.get("CXX") or "c++"
     command = [*shlex.split(compiler), *_FLAGS, *instructions.flags]
-    key = hashlib.sha256(_SOURCE.read_bytes() + _HEADER.read_bytes() + repr(command).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in (_SOURCE, *_HEADERS))
+    key = hashlib.sha256(sources + repr(command).encode()).hexdigest()[:16]
     path = KERNEL_DIR / f"products-{platform.machine()}-{instructions.name}-{key}.so"
     if path.is_file():
         return path

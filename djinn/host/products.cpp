@@ -16,7 +16,17 @@
 #include <cstring>
 #include <system_error>
 
+#include "queue.h"
 #include "threads.h"
+
+typedef uint16_t Bf16;
+
+struct Matrix {
+    const Bf16* weights;  // [rows, columns]
+    const Bf16* bias;     // [rows], or null
+    Bf16* results;        // [vectors, rows]
+    int64_t rows;
+};
 
 namespace {
 
@@ -32,14 +42,7 @@ constexpr long PAIR = 2 * LANES, PIECE = 512;  // columns
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Bf16;
-
-struct Matrix {
-    const Bf16* weights;  // [rows, columns]
-    Bf16* results;        // [vectors, rows]
-    int64_t rows;
-    int64_t blocks() const { return (rows + BLOCK - 1) / BLOCK; }
-};
+int64_t blocks_of(const Matrix& matrix) { return (matrix.rows + BLOCK - 1) / BLOCK; }
 
 struct Job {
     const Matrix* matrices;
@@ -86,9 +89,10 @@ Bf16 rounded(float value) {  // to nearest, ties to even
     return value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// Multiplies R rows by all vectors; `next` is what is read after them, or null.
+// Multiplies R rows of a matrix, from `row` on, by all vectors; `next` is what is read after them, or null.
 template <int R>
-void multiply(const Job& job, const Bf16* weights, const Bf16* next, Bf16* results, int64_t rows) {
+void multiply(const Job& job, const Matrix& matrix, int64_t row, const Bf16* next) {
+    const Bf16* weights = matrix.weights + row * job.columns;
     const long columns = job.columns, paired = columns / PAIR * PAIR;
     Floats sums[MOST_VECTORS][ROWS] = {};
     for (long c = 0; c < paired; c += PIECE) {
@@ -106,44 +110,71 @@ void multiply(const Job& job, const Bf16* weights, const Bf16* next, Bf16* resul
             for (int lane = 0; lane < LANES; lane++) sum += sums[v][r][lane];
             for (long c = paired; c < columns; c++)
                 sum += widen(weights[r * columns + c]) * widen(job.vectors[v * columns + c]);
-            results[v * rows + r] = rounded(sum);
+            Bf16 result = rounded(sum);
+            if (matrix.bias) result = rounded(widen(result) + widen(matrix.bias[row + r]));
+            matrix.results[v * matrix.rows + row + r] = result;
         }
 }
 
 void multiply_block(const Job& job, int64_t block) {
     const Matrix* matrix = job.matrices;
-    for (; block >= matrix->blocks(); matrix++) block -= matrix->blocks();
+    for (; block >= blocks_of(*matrix); matrix++) block -= blocks_of(*matrix);
     int64_t row = block * BLOCK, end = std::min(row + BLOCK, matrix->rows);
-    const Bf16* weights = matrix->weights + row * job.columns;
-    for (; row + ROWS <= end; row += ROWS, weights += ROWS * job.columns) {
-        const Bf16* next = row + 2 * ROWS <= end ? weights + ROWS * job.columns : nullptr;
-        multiply<ROWS>(job, weights, next, matrix->results + row, matrix->rows);
+    for (; row + ROWS <= end; row += ROWS) {
+        const Bf16* next = row + 2 * ROWS <= end ? matrix->weights + (row + ROWS) * job.columns : nullptr;
+        multiply<ROWS>(job, *matrix, row, next);
     }
-    for (; row < end; row++, weights += job.columns)
-        multiply<1>(job, weights, nullptr, matrix->results + row, matrix->rows);
+    for (; row < end; row++) multiply<1>(job, *matrix, row, nullptr);
 }
+
+// Threads, and a lock for whoever uses them.
+struct Pool {
+    Threads threads;
+    std::mutex one;
+
+    void multiply(const Matrix* matrices, int64_t many, const Bf16* vectors, int64_t count, int64_t columns) {
+        Job job{matrices, vectors, columns, int(count)};
+        int64_t blocks = 0;
+        for (int64_t i = 0; i < many; i++) blocks += blocks_of(matrices[i]);
+        std::lock_guard<std::mutex> guard(one);
+        threads.run(blocks, [&job](int64_t block) { multiply_block(job, block); });
+    }
+};
 
 }  // namespace
 
 extern "C" {
 
 // Returns null where the system starts no more threads; `cpus` as for Threads.
-Threads* djinn_open(const int* cpus, int count) {
+Pool* djinn_open(const int* cpus, int count) {
     try {
-        return new Threads(cpus, count);
+        return new Pool{{cpus, count}, {}};
     } catch (const std::system_error&) {
         return nullptr;
     }
 }
 
-void djinn_close(Threads* threads) { delete threads; }
+void djinn_close(Pool* pool) { delete pool; }
 
-// Multiplies all matrices by all vectors, at most 16. One call at a time for each pool of threads.
-void djinn_multiply(Threads* threads, const Matrix* matrices, int64_t many, const Bf16* vectors, int count,
-                    int64_t columns) {
-    Job job{matrices, vectors, columns, count};
-    int64_t blocks = 0;
-    for (int64_t i = 0; i < many; i++) blocks += matrices[i].blocks();
-    threads->run(blocks, [&job](int64_t block) { multiply_block(job, block); });
+// Multiplies all matrices by all vectors, at most 16.
+void djinn_multiply(Pool* pool, const Matrix* matrices, int64_t many, const Bf16* vectors, int count, int64_t columns) {
+    pool->multiply(matrices, many, vectors, count, columns);
 }
+
+// Returns a queue whose products a thread on `cpu` computes with the pool, or null where the system starts none.
+Queue* djinn_open_queue(Pool* pool, int cpu) {
+    try {
+        return new Queue(cpu, [pool](const Product& product) {
+            pool->multiply(product.matrices, product.many, product.vectors, product.count, product.columns);
+        });
+    } catch (const std::system_error&) {
+        return nullptr;
+    }
+}
+
+void djinn_close_queue(Queue* queue) { delete queue; }
+
+void djinn_put(Queue* queue, Product* product) { queue->put(product); }
+
+int64_t djinn_unfinished(const Queue* queue) { return queue->unfinished(); }
 }

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from djinn.errors import UnavailableError
 from djinn.host import build
 from djinn.host.cores import choose_cpus
+from djinn.host.queue import ProductQueue
 
 MOST_VECTORS = 16
 """As in products.cpp."""
@@ -22,7 +24,25 @@ MOST_VECTORS = 16
 class _Matrix(ctypes.Structure):
     """As in products.cpp."""
 
-    _fields_ = (("weights", ctypes.c_void_p), ("results", ctypes.c_void_p), ("rows", ctypes.c_int64))
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("results", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What a linear layer multiplies by, in host memory: bfloat16 [rows, columns], and maybe a bias [rows]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of weight and bias."""
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
 
 class HostProducts:
@@ -65,44 +85,53 @@ class HostProducts:
     def multiply(self, weights: Sequence[Tensor], vectors: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return each matrix's products with all vectors, as ``torch.nn.functional.linear`` gives them.
 
-        Sums are float32 and rounded once to bfloat16, to nearest with ties to even. Denormals, infinities and NaN count
-        as IEEE 754 says, whatever ``torch.set_flush_denormal`` says. A result depends on its row and its vector alone.
+        See :meth:`outputs_of`.
+        """
+        return self.outputs_of([Linear(matrix) for matrix in weights], vectors, out)
+
+    def outputs_of(
+        self, layers: Sequence[Linear], vectors: Tensor, out: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return what each of the layers makes of all vectors.
+
+        Sums are float32 and rounded once to bfloat16, to nearest with ties to even; then a bias is added, likewise.
+        Denormals, infinities and NaN count as IEEE 754 says, whatever ``torch.set_flush_denormal`` says. A result
+        depends on its row and its vector alone.
 
         Args:
-            weights: matrices, bfloat16, [rows of each, columns], contiguous, in host memory.
+            layers: with weights and biases that are contiguous.
             vectors: bfloat16, [1 to 16, columns], contiguous, in host memory.
             out: where to put results, as they are returned; made if None.
 
         Returns:
-            A tensor for each matrix: bfloat16, [vectors, rows].
+            A tensor for each layer: bfloat16, [vectors, rows].
 
         Raises:
             ValueError: a tensor is not as above, or this object is closed.
             UnavailableError: in a forked child, the system starts no more threads.
         """
-        count, columns = vectors.shape
-        if not 1 <= count <= MOST_VECTORS:
-            raise ValueError(f"between 1 and {MOST_VECTORS} vectors can be multiplied, not {count}")
-        rows = [matrix.shape[0] for matrix in weights]
-        results = [vectors.new_empty(count, each) for each in rows] if out is None else list(out)
-        _check("vectors", vectors, (count, columns))
-        for matrix, result, each in zip(weights, results, rows, strict=True):
-            _check("weights", matrix, (each, columns))
-            _check("out", result, (count, each))
+        if out is None:
+            out = [vectors.new_empty(len(vectors), len(layer.weight)) for layer in layers]
+        matrices = matrices_of(layers, vectors, out)
         with self._lock:
             if self._closed:
                 raise ValueError("these host products are closed")
             if self._kernel is None:
-                with torch.no_grad():
-                    for matrix, result in zip(weights, results, strict=True):
-                        result.copy_(torch.nn.functional.linear(vectors, matrix))
-                return results
-            matrices = (_Matrix * len(rows))()
-            for place, matrix, result, each in zip(matrices, weights, results, rows, strict=True):
-                place.weights, place.results, place.rows = matrix.data_ptr(), result.data_ptr(), each
-            pool = self._pool or self._start(self._kernel)
-            self._kernel.djinn_multiply(pool, matrices, len(matrices), vectors.data_ptr(), count, columns)
-        return results
+                _multiply_by_torch(layers, vectors, out)
+            else:
+                pool = self._pool or self._start(self._kernel)
+                self._kernel.djinn_multiply(pool, matrices, len(matrices), vectors.data_ptr(), *vectors.shape)
+        return list(out)
+
+    def queue(self) -> ProductQueue | None:
+        """Return a new queue of products, to be closed before this object; None where PyTorch multiplies.
+
+        Raises:
+            UnavailableError: the system starts no more threads.
+        """
+        if self._kernel is None or self._pool is None:
+            return None
+        return ProductQueue(self._kernel, self._pool, self._cpus[0])
 
     def close(self) -> None:
         """End the threads, once a product that is under way is done."""
@@ -140,7 +169,37 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def matrices_of(layers: Sequence[Linear], vectors: Tensor, out: Sequence[Tensor]) -> ctypes.Array[_Matrix]:
+    """Return layers and their results as the kernel wants them; these tensors have to live as long.
+
+    Raises:
+        ValueError: as :meth:`HostProducts.outputs_of`.
+    """
+    count, columns = vectors.shape
+    if not 1 <= count <= MOST_VECTORS:
+        raise ValueError(f"between 1 and {MOST_VECTORS} vectors can be multiplied, not {count}")
+    _check("vectors", vectors, (count, columns))
+    matrices = (_Matrix * len(layers))()
+    for place, layer, result in zip(matrices, layers, out, strict=True):
+        rows = len(layer.weight)
+        _check("weights", layer.weight, (rows, columns))
+        _check("out", result, (count, rows))
+        if layer.bias is not None:
+            _check("bias", layer.bias, (rows,))
+            place.bias = layer.bias.data_ptr()
+        place.weights, place.results, place.rows = layer.weight.data_ptr(), result.data_ptr(), rows
+    return matrices
+
+
+def _multiply_by_torch(layers: Sequence[Linear], vectors: Tensor, out: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for layer, result in zip(layers, out, strict=True):
+            result.copy_(torch.nn.functional.linear(vectors, layer.weight))
+            if layer.bias is not None:
+                result += layer.bias
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.dtype != torch.bfloat16 or not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; contiguous bfloat16 in host memory "

@@ -19,12 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from djinn.devices import cpus_near
-from djinn.host.products import HostProducts
+from djinn.host.ahead import Beside, beside
+from djinn.host.products import HostProducts, Linear
 from djinn.planning.host import ASSUMED_MODULE_S, HostRates
 from djinn.planning.rates import Rates
 from djinn.sizes import Count
-from djinn.transport.exchange import exchange_with
 from djinn.transport.lane import Lane, lane, memory_near, start
+from djinn.transport.stats import Stats
 
 TOKENS = (1, 2, 4, 8, 16)
 MEASURED_BYTES = 1_500_000_000
@@ -34,6 +35,7 @@ SHAPE = (28672, 8192)
 _WINDOW_S = 0.1
 """How long products are repeated without a link; beside one, as long as it is busy."""
 _WINDOWS = 3
+_TRIPS, _FEW_COLUMNS = 20, 16
 _KNEE = 1.3
 Calls = Sequence[Sequence[Tensor]]
 """Matrices that one call multiplies, for several calls in turn."""
@@ -105,12 +107,12 @@ def beside_link(device: torch.device, threads: int | None = None, shape: tuple[i
     with _ready(device, shape, threads) as (products, calls), lane(device) as link:
         start([link])
         alone = 1e9 * link.gbps()
-        beside = [rate(products.multiply, calls, tokens, link) for tokens in TOKENS]
-        trip_s = _round_trip_s(link, *shape)
+        found = [rate(products.multiply, calls, tokens, link) for tokens in TOKENS]
+        trip_s = _round_trip_s(products, link, shape[0])
     known = Rates(device="cuda", link=alone, module_s=ASSUMED_MODULE_S)
-    found = _with_cores(known, beside, trip_s).host
-    assert found is not None, "a GPU has a link"
-    return found
+    rates = _with_cores(known, found, trip_s).host
+    assert rates is not None, "a GPU has a link"
+    return rates
 
 
 def measure(device: torch.device, shape: tuple[int, int] = SHAPE, threads: int | None = None) -> HostCores:
@@ -133,7 +135,7 @@ def measure(device: torch.device, shape: tuple[int, int] = SHAPE, threads: int |
             threads=products.threads,
             alone=tuple(rate(products.multiply, calls, tokens) for tokens in TOKENS),
             beside_link=tuple(rate(products.multiply, calls, tokens, link) for tokens in TOKENS) if link else (),
-            round_trip_s=_round_trip_s(link, *shape) if link else None,
+            round_trip_s=_round_trip_s(products, link, shape[0]) if link else None,
         )
 
 
@@ -205,18 +207,30 @@ def _window(multiply: Multiply, calls: Calls, vectors: Tensor, link: Lane | None
     return moved / (now - begun) / 1e9, link.gbps() if link is not None else None
 
 
-def _round_trip_s(link: Lane, rows: int, columns: int) -> float:
-    """Return the median seconds in which one product's inputs come to the host and two matrices' outputs go back."""
-    exchange = exchange_with(link.device)
-    inputs = torch.ones(1, columns, dtype=torch.bfloat16, device=link.device)
-    seconds: list[float] = []
-    with torch.cuda.device(link.device):
-        exchange.to_device(exchange.room(1, [rows, rows]))  # allocates
-        start([link])
-        while link.busy or not seconds:
-            begun = time.perf_counter()
-            exchange.to_host(inputs)
-            exchange.to_device(exchange.room(1, [rows, rows]))
-            torch.cuda.current_stream().synchronize()
-            seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+def _round_trip_s(products: HostProducts, link: Lane, rows: int) -> float:
+    """Return the seconds from a product's inputs to its outputs on the device, beside the multiplication.
+
+    Of one product after the other while the link is busy, with outputs of two matrices of ``rows`` and hardly any
+    weights; the median of a few windows.
+    """
+    stats = Stats(model_bytes=0, resident_bytes=0, ring_bytes=0, host_bytes=0, disk_bytes=0)
+    inputs = torch.ones(1, _FEW_COLUMNS, dtype=torch.bfloat16, device=link.device)
+    layers = [Linear(torch.ones(rows, _FEW_COLUMNS, dtype=torch.bfloat16)) for _ in range(2)]
+    computing = beside(link.device, products, stats)
+    try:
+        with torch.cuda.device(link.device):
+            return statistics.median(_trip_s(computing, layers, inputs, link) for _ in range(_WINDOWS))
+    finally:
+        computing.close()
+
+
+def _trip_s(computing: Beside, layers: Sequence[Linear], inputs: Tensor, link: Lane) -> float:
+    computing.outputs_of(layers, inputs, "")  # allocates
+    start([link])
+    begun, count = time.perf_counter(), 0
+    while link.busy or not count:
+        for _ in range(_TRIPS):
+            computing.outputs_of(layers, inputs, "")
+        torch.cuda.current_stream().synchronize()
+        count += _TRIPS
+    return (time.perf_counter() - begun) / count

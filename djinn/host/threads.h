@@ -46,19 +46,8 @@ class Threads {
         for (int spins = 1; state.load() % OPEN; spins++) spin(spins);
     }
 
-  private:
     static constexpr auto PATIENCE = std::chrono::milliseconds(50);
-    static constexpr uint64_t OPEN = 1 << 16, CLOSING = 1 << 17, ROUND = uint64_t(1) << 32;
     typedef std::chrono::steady_clock Clock;
-
-    std::function<void(int64_t)> task;
-    int64_t task_blocks = 0;
-    std::vector<std::thread> threads;
-    std::mutex lock;
-    std::condition_variable wake;
-    alignas(64) std::atomic<uint64_t> state{0};  // round, whether its task is open, and how many threads are inside it
-    alignas(64) std::atomic<int64_t> taken{0};   // blocks
-    alignas(64) std::atomic<int> asleep{0};
 
     static void pin(std::thread& thread, int cpu) {
         cpu_set_t only;
@@ -75,6 +64,17 @@ class Threads {
         asm volatile("yield");
 #endif
     }
+
+  private:
+    static constexpr uint64_t OPEN = 1 << 16, CLOSING = 1 << 17, ROUND = uint64_t(1) << 32;
+    std::function<void(int64_t)> task;
+    int64_t task_blocks = 0;
+    std::vector<std::thread> threads;
+    std::mutex lock;
+    std::condition_variable wake;
+    alignas(64) std::atomic<uint64_t> state{0};  // round, whether its task is open, and how many threads are inside it
+    alignas(64) std::atomic<int64_t> taken{0};   // blocks
+    alignas(64) std::atomic<int> asleep{0};
 
     void work() {
         std::fenv_t callers;

@@ -29,8 +29,8 @@ ASSUMED_MODULE_S = 150e-6
 ASSUMED_TRIP_S = 110e-6
 """Seconds in which inputs came from the GPU to those hosts, and outputs went back, while the link was busy."""
 RESUME_S = 0.75e-3
-"""Seconds that the host takes longer for what it does after a product: the weights have taken the place of all else in
-its caches. About 0.5 to 1 ms a product were not accounted for otherwise in six loads on two of those hosts."""
+"""Seconds that the host takes longer for what it does after a product, if it waits for that: the weights have taken the
+place of all else in its caches. About 0.5 to 1 ms a product were lost so in six loads on two of those hosts."""
 ASSUMED_TOKENS = 4
 """Up to how many tokens a product took those hosts at most 1.3x as long as with one: 8 on one of three, else 4."""
 
@@ -45,13 +45,12 @@ class HostRates:
     """Bytes/s of weights that the cores multiply."""
     alone: float | None = None
     """Bytes/s over the link while the cores are idle; None where nobody knows: then as beside busy ones."""
-    wait_s: float = ASSUMED_TRIP_S + RESUME_S
-    """Seconds that a product takes beside the multiplication: a round trip of inputs and outputs, and what the host
-    loses since the weights have gone through its caches."""
+    wait_s: float = ASSUMED_TRIP_S
+    """Seconds that a product takes beside the multiplication: a round trip of inputs and outputs."""
     device: float | None = None
     """Bytes/s of weights that the device multiplies by one token; None where nobody knows: then it takes no time."""
     module_s: float = 0.0
-    """Seconds in which the host launches what a module computes; the cores wait for that."""
+    """Seconds in which the host launches what a module computes, while the cores and the device go on."""
     tokens: int = 16
     """The most tokens of a pass in which the cores compute: with more, a product takes much longer than with one."""
     assumed: bool = False
@@ -159,8 +158,8 @@ def taken_in_turn(
     Each unit that streams goes, in order, to whichever of link and cores will be done with it first, after all that it
     has been given before. So both are done at about the same time, at the end as at any point before it. One that reads
     the same inputs as one that the cores have goes to them as well: it costs them no product of its own. While the
-    device computes, and while the host launches that, the cores wait and the link does not. While the cores compute,
-    the link fills the ring: a product that takes longer than that would leave it idle, and is not made.
+    device computes the cores wait and the link does not. While the cores compute, the link fills the ring: a product
+    that takes longer than that would leave it idle, and is not made. The host launches all of it meanwhile.
     """
     chosen: dict[str, str] = {}
     joined = set()
@@ -168,13 +167,13 @@ def taken_in_turn(
     ahead_s = 0.0  # what the ring holds that the device has still to compute with, in seconds of copies
     ring_s = ring_bytes / rates.link
     for unit in units:
-        computed_s = cores_s + max(unit.raw_bytes / rates.device if rates.device else 0.0, rates.module_s)
+        computed_s = cores_s + (unit.raw_bytes / rates.device if rates.device else 0.0)
         if unit.name not in streamed:
             cores_s = computed_s
             continue
         joins = able.get(unit.name) in chosen.values()
         copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes, joined=joins)
-        copied_s, multiplied_s = link_s + copy_s, cores_s + product_s + rates.module_s
+        copied_s, multiplied_s = link_s + copy_s, cores_s + product_s
         may = unit.name in able and (joins or multiplied_s < copied_s) and ahead_s + product_s <= ring_s
         growth = unit.raw().image_bytes - unit.image_bytes if may and unit.coded else 0
         if may and growth <= max(room_bytes, 0):
@@ -187,4 +186,4 @@ def taken_in_turn(
             link_s, cores_s = copied_s, computed_s
             ahead_s = max(ahead_s - copy_s, 0.0)
     share = HostShare(units=frozenset(chosen), rates=rates, joined=frozenset(joined))
-    return share, max(link_s, cores_s)
+    return share, max(link_s, cores_s, len(units) * rates.module_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from djinn.planning.experts import HOST_S
-from djinn.planning.host import HostRates
+from djinn.planning.host import RESUME_S, HostRates
 from djinn.planning.placement import Plan
 
 
@@ -21,14 +21,14 @@ def whole_from(plan: Plan, link: float) -> int | None:
 def misses_to_compute(lacking: int, nbytes: int, rates: HostRates) -> int:
     """Return how many of the experts that a layer's pool is ``lacking`` the cores compute with; others cross the link.
 
-    Both begin at once. When the cores are done the host still has to launch what a layer computes; if the copies take
-    no longer than that, the cores would only hold it up. ``nbytes`` are one expert's, raw.
+    Both begin at once. The host waits for the cores, and still has to launch what a layer computes when they are done;
+    if the copies take no longer than that, the cores would only hold it up. ``nbytes`` are one expert's, raw.
     """
 
     def seconds(computed: int) -> float:
         if not computed:
             return max(lacking * nbytes / rates.idle_link, HOST_S)
-        cores_s = rates.wait_s + computed * nbytes / rates.cores
+        cores_s = rates.wait_s + RESUME_S + computed * nbytes / rates.cores
         return max((lacking - computed) * nbytes / rates.link, cores_s + HOST_S)
 
     return min(range(lacking + 1), key=seconds)

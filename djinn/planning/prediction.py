@@ -9,7 +9,8 @@ the visit that its slot waits for has been computed, as in the ring; compute beg
 copy out of host memory is work for the cores that compute, so it adds.
 
 A unit that the host's cores compute with (:mod:`djinn.planning.host`) is not copied in a decode step: everything else
-that computes waits for its product, while copies go on. Of a layer's experts the cores take a part, while others come.
+that computes waits for its product, while copies go on, and while the host launches what comes behind it. Of a layer's
+experts the cores take a part, while others come.
 
 What is not counted: the time between two passes, which prefetching hides. A rate that was not measured makes its part
 free; :attr:`Prediction.blind` says which.
@@ -25,6 +26,7 @@ import numpy as np
 
 from djinn.errors import UnavailableError
 from djinn.planning.experts import LAYER_IDLE_S, mean_rate
+from djinn.planning.host import RESUME_S
 from djinn.planning.host_experts import mean_computed, whole_from
 from djinn.planning.placement import Plan, Tier
 from djinn.planning.rates import ComputeRate, Rates
@@ -128,13 +130,15 @@ class _Visit:
     """Whether its copy begins only when compute has come to it: experts that a router has just picked."""
     in_order: bool
     """Whether link and host take the cores' time, as on a CPU."""
+    ahead: bool = False
+    """Whether the host runs ahead of the device, which waits for the cores of the host."""
 
     @property
     def device_s(self) -> float:
-        """How long the device is busy, and the host that asks it."""
+        """How long the device is busy, and the host that asks it unless that runs ahead."""
         if self.in_order:
             return self.link_s + self.compute_s + self.host_s
-        return max(self.compute_s, self.host_s)
+        return self.compute_s if self.ahead else max(self.compute_s, self.host_s)
 
 
 def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, hit_rate: float | None) -> list[_Visit]:
@@ -165,7 +169,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
             if host is not None and not is_whole and unit in computable:
                 computed = min(mean_computed(lacking, each, host.rates), picked - 1)
                 lacking -= computed
-                experts_s = host.rates.product_s(round(computed * each)) if computed > 0 else 0.0
+                experts_s = RESUME_S + host.rates.product_s(round(computed * each)) if computed > 0 else 0.0
             nbytes = round(lacking * each)
         host_s = rates.module_s + (0.0 if visits else rates.pass_s) + (rates.split_s if work.sums else 0.0)
         if tier is not Tier.RESIDENT or unit.coded:
@@ -182,6 +186,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
                 slot=None if tier is Tier.RESIDENT or unit.experts or product_s else next(slots),
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
+                ahead=host is not None and bool(host.units),
             )
         )
     return visits
@@ -232,7 +237,9 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
     ended = [0.0] * len(plan.slots)  # when each streamed unit was last read
     before = [tuple(slot.sharing) for slot in plan.slots]
     for visits in passes:
+        asked_s = now_s  # when the host has launched what it comes to; it waits for the last token
         for visit, tier, unit_of in zip(visits, plan.tiers, plan.units, strict=True):
+            asked_s += visit.host_s
             if tier is not Tier.RESIDENT and unit_of.experts:
                 # What a router picks is fetched when it is known; whole layers come while the one before is computed.
                 begin = now_s if visit.asked else 0.0
@@ -253,6 +260,8 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                 if visit.link_s and not visit.in_order:
                     free_s = link_s = max(link_s, free_s) + visit.link_s
                 now_s = max(now_s, free_s)
+            if visit.ahead:
+                now_s = max(now_s, asked_s)
             now_s += visit.cores_s + visit.device_s
             if visit.slot is not None:
                 ended[visit.slot] = now_s

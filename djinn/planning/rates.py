@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from djinn.planning.host import RESUME_S, HostRates
+from djinn.planning.host import HostRates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Rates:
             return None
         return HostRates(
             link=self.link_beside_cores, cores=self.cores_beside_link, alone=self.link,
-            wait_s=self.cores_round_trip_s + RESUME_S,
+            wait_s=self.cores_round_trip_s,
             device=self.compute[0].rate if self.compute else None, module_s=self.module_s + self.unit_s,
             tokens=self.cores_tokens,
         )  # fmt: skip

@@ -65,12 +65,17 @@ class CudaExchange:
         self._left = torch.cuda.Event()
 
     def to_host(self, inputs: torch.Tensor) -> torch.Tensor:
+        host = self.send(inputs)
+        self._arrived.record(torch.cuda.current_stream(self._device))
+        self._arrived.synchronize()
+        return host
+
+    def send(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`to_host` does, before they are there."""
         if inputs.numel() > self._inputs.numel():
             self._inputs = _page_locked(inputs.numel())
         host = self._inputs[: inputs.numel()].view(inputs.shape)
         host.copy_(inputs, non_blocking=True)
-        self._arrived.record(torch.cuda.current_stream(self._device))
-        self._arrived.synchronize()
         return host
 
     def room(self, tokens: int, rows: Sequence[int]) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ host memory goes past them. Importing this needs Triton.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ _BLOCK_WORDS = 512
 """As in the kernel, which cannot read it."""
 
 
+@functools.cache
 def reader_of_host_memory(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """Return a function that copies a page-locked tensor to one on ``device``, both contiguous, on its current stream.
 

@@ -154,7 +154,7 @@ def test_a_product_that_fails_leaves_nothing_behind(
         raise BrokenError
 
     with monkeypatch.context() as patched:
-        patched.setattr(HostProducts, "multiply", broken)
+        patched.setattr(HostProducts, "outputs_of", broken)
         with pytest.raises(BrokenError):
             logits(model, torch.tensor([[5]]))
     long = torch.arange(3, 23)[None]

@@ -154,13 +154,13 @@ def test_layers_that_read_the_same_inputs_are_one_product(
 ) -> None:
     """From the second step on; the first shows which they are."""
     products: list[int] = []
-    multiply = HostProducts.multiply
+    multiply = HostProducts.outputs_of
 
     def counted(self: HostProducts, weights: Any, *rest: Any) -> Any:
         products.append(len(weights))
         return multiply(self, weights, *rest)
 
-    monkeypatch.setattr(HostProducts, "multiply", counted)
+    monkeypatch.setattr(HostProducts, "outputs_of", counted)
     model = loaded(tiny_checkpoint("llama"), HostRates(link=1e6, cores=1e12, wait_s=0.0))  # all that can be
     names = host_names(model)
     assert {"model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj"} <= names
@@ -236,7 +236,7 @@ def test_ctrl_c_in_a_product_ends_the_pass_and_the_next_generation_is_right(
     folder = tiny_checkpoint("llama")
     undisturbed = generated(loaded(folder)).sequences
     model = loaded(folder)
-    multiply = HostProducts.multiply
+    multiply = HostProducts.outputs_of
     left = [0]
 
     def interrupted(self: HostProducts, *given: Any) -> Any:
@@ -246,7 +246,7 @@ def test_ctrl_c_in_a_product_ends_the_pass_and_the_next_generation_is_right(
             raise KeyboardInterrupt
         return multiply(self, *given)
 
-    monkeypatch.setattr(HostProducts, "multiply", interrupted)
+    monkeypatch.setattr(HostProducts, "outputs_of", interrupted)
     for at in (1, 2, 9, 23):
         left[0] = at
         with pytest.raises(KeyboardInterrupt):

@@ -109,19 +109,16 @@ def test_units_that_read_the_same_inputs_are_one_product() -> None:
     assert saved[0] - saved[1] == pytest.approx(len(share.joined) * rates.wait_s)
 
 
-def test_the_cores_wait_while_the_host_launches_modules() -> None:
+def test_launching_costs_nothing_until_it_takes_longer_than_the_pass() -> None:
     units = [unit(number, 10 * PAGE) for number in range(100)]
     copy_s = 10 * PAGE / 1e9
-    shares = [
-        len(
-            host_units(
-                units, names(units), names(units), HostRates(link=1e9, cores=1e9, wait_s=0.0, module_s=each), 0, LARGE
-            ).units
-        )
-        for each in (0.0, copy_s / 4, copy_s / 2)
-    ]
-    assert shares[0] == 50
-    assert shares == sorted(set(shares), reverse=True)
+    rates = HostRates(link=1e9, cores=1e9, wait_s=0.0)
+    for module_s, expected_s in ((0.0, 50 * copy_s), (copy_s / 3, 50 * copy_s), (copy_s / 1.5, 100 * copy_s / 1.5)):
+        share = host_units(units, names(units), names(units), replace(rates, module_s=module_s), 0, LARGE)
+        assert len(share.units) == 50
+        made = make_plan(units, budget=30 * PAGE, workspace_bytes=0, host_bytes=10**9, host=share)
+        known = Rates(device="cuda", link=1e9, module_s=module_s)
+        assert predict(made, known, PLAIN).token_s == pytest.approx(expected_s, rel=0.05)
 
 
 def test_a_product_that_waits_longer_than_it_saves_is_left_to_the_link() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn.planning.experts import HOST_S, LAYER_IDLE_S
-from djinn.planning.host import HostRates, HostShare
+from djinn.planning.host import RESUME_S, HostRates, HostShare
 from djinn.planning.host_experts import mean_computed, misses_to_compute, whole_from
 from djinn.planning.placement import Plan, make_plan
 from djinn.planning.prediction import predict
@@ -52,7 +52,7 @@ def test_no_other_share_ends_earlier(lacking: int, nbytes: int, link: float, cor
     rates = HostRates(link=link, cores=cores, wait_s=wait_s)
 
     def end(computed: int) -> float:
-        cores_s = wait_s + computed * nbytes / cores if computed else 0.0
+        cores_s = wait_s + RESUME_S + computed * nbytes / cores if computed else 0.0
         return max((lacking - computed) * nbytes / link, cores_s + HOST_S)
 
     chosen = misses_to_compute(lacking, nbytes, rates)
@@ -102,9 +102,9 @@ def test_a_layer_takes_as_long_as_the_longer_of_its_two_parts() -> None:
     each = planned().units[0].experts[0].image_bytes
     predicted = predict(planned(), known, WORK, hit_rate=0.0)
     # Of two experts that a token picks, and lacks, one comes and one is computed.
-    assert predicted.token_s == pytest.approx(4 * (each / 1e9 + LAYER_IDLE_S), rel=1e-3)
+    assert predicted.token_s == pytest.approx(4 * (each / 1e9 + RESUME_S + LAYER_IDLE_S), rel=1e-3)
     assert predicted.link_s == pytest.approx(4 * each / 1e9, rel=1e-3)
-    assert predicted.cores_s == pytest.approx(4 * each / 1e9, rel=1e-3)
+    assert predicted.cores_s == pytest.approx(4 * (each / 1e9 + RESUME_S), rel=1e-3)
     alone = predict(planned(None), replace(known, link=1e9), WORK, hit_rate=0.0)
     assert alone.token_s == pytest.approx(4 * (2 * each / 1e9 + LAYER_IDLE_S), rel=1e-3)
     assert alone.cores_s == 0
