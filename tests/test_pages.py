@@ -194,7 +194,7 @@ def test_times_of_mixtures_are_those_of_the_records() -> None:
         (small, "coded", [even]), (small, "coded", [free]), (small, "routed", [local]), (small, "pool", [even]),
         (small, "resident", [free, even, "0.25,0.7", local, "0.75,1.0"]),
     ]  # fmt: skip
-    rows = PAGES["docs/guide.md"].rows("Mixtures of experts")
+    rows = [row for row in PAGES["docs/guide.md"].rows("Mixtures of experts") if len(row) == 8]
     assert len(rows) == len(expected)
     for row, (file, mode, steers) in zip(rows, expected, strict=True):
         records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
@@ -214,12 +214,15 @@ def test_times_of_mixtures_are_those_of_the_records() -> None:
 
 
 def test_the_table_of_host_compute_is_what_its_records_say() -> None:
-    folder = ROOT / "data" / "benchmarks" / "host_h100_2026-11-28"
+    """The whole model without host compute is of an earlier host."""
+    samples = ROOT / "data" / "benchmarks"
+    now, before = samples / "host_ahead_h100_2026-11-28", samples / "host_h100_2026-11-28"
     modes = [("exact", "none"), ("host", "none"), ("exact", "lossless"), ("host", "lossless")]
     expected = []
     for file in ("l16", "70b"):
-        records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
         for mode in modes:
+            folder = before if file == "70b" and mode[0] == "exact" else now
+            records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
             runs = [each for each in records if (each["mode"], each["coding"]) == mode]
             assert len(runs) == 5
             times, first = [[run[key] for run in runs] for key in ("token_s", "ttft_s")]
@@ -228,10 +231,37 @@ def test_the_table_of_host_compute_is_what_its_records_say() -> None:
             predicted = f"{runs[0]['predicted_token_s']:.{digits}f}"
             expected.append([f"{shown[0]} ({shown[1]} to {shown[2]})", predicted, f"{median(first):.{digits}f}"])
         if file == "l16":
-            best = json.loads((folder / "l16_llamacpp.jsonl").read_text().splitlines()[-1])
+            best = json.loads((now / "l16_llamacpp.jsonl").read_text().splitlines()[-1])
             expected.append([f"{best['tokens_seconds']:.3f}", "", f"{best['prompt_seconds']:.3f}"])
     rows = [row for row in PAGES["docs/guide.md"].rows("The host's cores beside the link") if len(row) == 5]
     assert [row[2:] for row in rows] == expected
+
+
+def test_times_of_mixtures_in_turns_are_those_of_the_records() -> None:
+    folder = ROOT / "data" / "benchmarks" / "experts_h200_2026-11-28"
+    expected = []
+    for file, steer, mode in (
+        ("qwen3-30b-a3b", "0,0", "routed"), ("qwen3-30b-a3b", "0.5,0.7", "routed"), ("qwen3-30b-a3b", None, "routed"),
+        ("qwen3-30b-a3b_pool", None, "pool"),
+    ):  # fmt: skip
+        records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
+        runs = {(run["mode"], run["run"]): run for run in records if "times" in run and run["steer"] == steer}
+        streaming = [run for (way, _), run in sorted(runs.items()) if way == mode]
+        pairs = [(runs["resident", run["run"]], run) for run in streaming]
+        assert all(one["tokens"] == other["tokens"] for one, other in pairs)
+        hits, misses = (median([run[f"expert_{what}"] for run in streaming]) for what in ("hits", "misses"))
+        times = [[time for run in side for time in run["times"][1:]] for side in zip(*pairs, strict=True)]
+        longer = [other["token_s"] / one["token_s"] for one, other in pairs]
+        expected.append(
+            [
+                str(len(pairs)),
+                f"{hits / (hits + misses):.2f}",
+                *(f"{median(side):.3f}" for side in times),
+                f"{median(longer):.2f} ({min(longer):.2f} to {max(longer):.2f})",
+            ]
+        )
+    rows = [row for row in PAGES["docs/guide.md"].rows("Mixtures of experts") if len(row) == 6]
+    assert [row[1:] for row in rows] == expected
 
 
 def test_folders_of_samples_say_what_they_hold() -> None:

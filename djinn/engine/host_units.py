@@ -77,7 +77,7 @@ class HostUnits:
         return self._beside.products
 
     def count(self) -> None:
-        """Bring statistics up to date."""
+        """Bring times and timeline up to date."""
         self._beside.count()
 
     def forget(self) -> None:

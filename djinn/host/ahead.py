@@ -41,7 +41,7 @@ class Beside(Protocol):
         ...
 
     def count(self) -> None:
-        """Bring statistics up to date with what has been computed."""
+        """Bring times and timeline up to date with what has been computed; bytes are when it was asked for."""
         ...
 
     def close(self) -> None:
@@ -74,7 +74,10 @@ class InOrder:
         out = self._exchange.room(len(vectors), [len(layer.weight) for layer in layers])
         there = time.perf_counter()
         self.products.outputs_of(layers, vectors, out)
-        _count(self._stats, name, layers, asked, there, time.perf_counter())
+        done = time.perf_counter()
+        nbytes = sum(layer.nbytes for layer in layers)
+        self._stats.host_computed_bytes += nbytes
+        _count_times(self._stats, name, nbytes, asked, there, done)
         return self._exchange.to_device(out)
 
     def count(self) -> None:
@@ -92,8 +95,8 @@ class _Slot:
         self.arrived, self.computed = (mark.data_ptr() for mark in line.split(_LINE))
         self.product = Product(arrived=self.arrived, computed=self.computed)
         self.number = 0
-        self.named: tuple[str, Sequence[Linear]] | None = None
-        """Of one that has not been counted."""
+        self.named: tuple[str, int] | None = None
+        """Name and bytes of one whose times have not been counted."""
         self.held: object = None
         """What has to live until it is computed."""
         self._computed = line[_LINE:]
@@ -132,10 +135,11 @@ class Ahead:
         product.matrices, product.many = ctypes.addressof(matrices), len(layers)
         product.vectors, product.number = vectors.data_ptr(), slot.number
         product.count, product.columns = vectors.shape
-        slot.named = name, layers
+        slot.named = name, (nbytes := sum(layer.nbytes for layer in layers))
         self._queue.put(product)
         marks.wait(stream, slot.computed, slot.number)
         outputs = slot.exchange.to_device(out)
+        self._stats.host_computed_bytes += nbytes
         self._torn = False
         return outputs
 
@@ -161,13 +165,11 @@ class Ahead:
         named, slot.named = slot.named, None
         if named is not None:
             product = slot.product
-            _count(self._stats, *named, product.asked_s, product.there_s, product.done_s)
+            _count_times(self._stats, *named, product.asked_s, product.there_s, product.done_s)
 
 
-def _count(stats: Stats, name: str, layers: Sequence[Linear], asked: float, there: float, done: float) -> None:
+def _count_times(stats: Stats, name: str, nbytes: int, asked: float, there: float, done: float) -> None:
     """Count a product, for which a thread waited from ``asked``; its inputs were ``there``, and it was ``done``."""
-    nbytes = sum(layer.nbytes for layer in layers)
-    stats.host_computed_bytes += nbytes
     stats.host_wait_s += there - asked
     stats.host_s += done - there
     stats.add(Interval("host", name, there - stats.zero_s, done - stats.zero_s, nbytes))

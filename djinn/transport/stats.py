@@ -71,7 +71,7 @@ class Stats:
     host_computed_bytes: int = 0
     """Weight bytes that the host's cores have computed with."""
     host_s: float = 0.0
-    """Time in which they did."""
+    """Time in which they did; this and the next one are up to date in what ``djinn.stats`` returns."""
     host_wait_s: float = 0.0
     """Time that they waited for inputs: for all compute before them, and for the copy to the host."""
     zero_s: float = 0.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -132,6 +134,16 @@ def test_outputs_are_those_of_a_call_at_the_same_time(cores: HostProducts, queue
     until(lambda: not queue.unfinished)
     for each in queued:
         each.check(cores)
+
+
+def test_a_forked_child_ends_though_it_has_no_thread(queue: ProductQueue) -> None:
+    child = os.fork()
+    if not child:
+        queue.close()
+        del queue
+        gc.collect()
+        os._exit(0)
+    until(lambda: os.waitpid(child, os.WNOHANG) == (child, 0))
 
 
 @pytest.mark.parametrize("sleeps", [False, True])

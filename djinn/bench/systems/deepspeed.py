@@ -36,7 +36,7 @@ from djinn.bench.systems.common import (
 )
 from djinn.errors import UnavailableError
 from djinn.places import CONFIG_DIR
-from djinn.planning.workspace import workspace_bytes
+from djinn.planning.workspace import COLLECTIVES_BYTES, workspace_bytes
 
 TEMPLATE = CONFIG_DIR / "ds_config.json"
 
@@ -126,8 +126,9 @@ def tuned_settings(parameters: Sequence[int], layer: int, job: Job) -> dict[str,
     On a CPU one bucket is the largest parameter and two are live: what is live costs memory, and disk or memory
     copies are already as long as they need be. On a GPU the bucket is one layer and 3.5 layers are live, the fastest
     of the settings tried on an H100 (buckets from one matrix to two layers). Live ones are counted 1.5 times, for what
-    the allocator holds between them. What then is left of the budget persistent parameters fill: any may be one, and
-    DeepSpeed takes them in the model's order as long as they fit (``mark_persistent_parameters`` in its
+    the allocator holds between them; twice on several GPUs, where parts are gathered into buffers first, and NCCL takes
+    some: with 1.5 two H200s ran out of memory. What then is left of the budget persistent parameters fill: any may be
+    one, and DeepSpeed takes them in the model's order as long as they fit (``mark_persistent_parameters`` in its
     ``runtime/zero/parameter_offload.py``, 0.19.8), so that the first layers stay on the GPU, and of later ones norms.
     """
     largest = max(parameters)
@@ -136,7 +137,8 @@ def tuned_settings(parameters: Sequence[int], layer: int, job: Job) -> dict[str,
     else:
         bucket, live, threshold = max(layer, largest), max(int(_LIVE_LAYERS * layer), 2 * largest), largest
         workspace = workspace_bytes(config_of(job), job.dtype, torch.device("cuda"), job.profile.work)
-        room = job.profile.budget - workspace - _REST_BYTES - 3 * live * job.dtype.itemsize // 2
+        rest, times = (_REST_BYTES, 1.5) if job.profile.gpus == 1 else (_REST_BYTES + COLLECTIVES_BYTES, 2.0)
+        room = job.profile.budget - workspace - rest - int(times * live * job.dtype.itemsize)
         persistent = max(room, 0) // job.dtype.itemsize
     return {
         "stage3_prefetch_bucket_size": bucket,
