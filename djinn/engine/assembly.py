@@ -107,7 +107,8 @@ def start(
     residents = load_residents(moved, weights.coder, device)
     for unit in moved:
         weights.take(unit, residents[unit.name])
-    arena = Arena(planned.at(Tier.PINNED), weights, pin=device.type == "cuda", progress=progress)
+    waiting = [*planned.at(Tier.PINNED), *planned.raw_copies]
+    arena = Arena(waiting, weights, pin=device.type == "cuda", progress=progress)
     undo.callback(arena.close)
     for unit in planned.at(Tier.PINNED):
         weights.take(unit, torch.from_numpy(arena.images[unit.name]))
@@ -161,11 +162,12 @@ def start(
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
     host = host_experts = None
     if planned.host is not None and products is not None:
-        computed = [unit for unit in planned.streamed if unit.name in planned.host.units]
+        own = [unit for unit in planned.streamed if unit.name in planned.host.units - planned.host.coded_too]
+        computed = [(unit, torch.from_numpy(arena.images[unit.name])) for unit in (*own, *planned.raw_copies)]
         rates = planned.host.rates
         beside = compute_beside(device, products, stats)
         undo.callback(beside.close)
-        host = HostUnits(computed, weights.images, beside, rates.tokens, lambda: streamer.orders.few)
+        host = HostUnits(computed, beside, rates.tokens, lambda: streamer.orders.few)
         if planned.computed_experts:
             host_experts = HostExperts(products, exchange_with(device), rates, stats)
         undo.callback(host.detach)

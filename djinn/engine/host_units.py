@@ -10,7 +10,7 @@ computes for all of them, and the others pick up what is theirs. Which those are
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,21 +28,19 @@ class HostUnits:
     """Computes with the host units of one model.
 
     Args:
-        units: each the weights of one ``nn.Linear``, raw.
-        images: theirs in host memory, by name.
+        units: each the weights of one ``nn.Linear``, raw, and their image in host memory.
         tokens: the most tokens of a product.
         is_few: says whether the pass under way is one in which the host computes.
     """
 
     def __init__(
         self,
-        units: Sequence[Unit],
-        images: Mapping[str, torch.Tensor],
+        units: Sequence[tuple[Unit, torch.Tensor]],
         beside: Beside,
         tokens: int,
         is_few: Callable[[], bool],
     ) -> None:
-        self._layers = [_Layer.of(unit, images[unit.name]) for unit in units]
+        self._layers = [_Layer.of(unit, image) for unit, image in units]
         self._beside = beside
         self._tokens = tokens
         self._is_few = is_few
@@ -118,7 +116,7 @@ class HostUnits:
         together = [number, *(self._followers.get(number, []) if inputs.version is not None else [])]
         layers = [self._layers[each] for each in together]
         vectors = inputs.tensor.reshape(-1, layers[0].linear.weight.shape[1])
-        name = "+".join(layer.unit.name for layer in layers)
+        name = "+".join(layer.unit.readers[0] for layer in layers)
         outputs = self._beside.outputs_of([layer.linear for layer in layers], vectors, name)
         self._ready = {each: (inputs, made) for each, made in zip(together[1:], outputs[1:], strict=True)}
         return outputs[0]

@@ -131,7 +131,8 @@ class Opened:
         room = arena_bytes - planned.pinned_bytes - planned.ring_bytes
         streamed = {unit.name for unit in planned.streamed}
         share = host_units(planned.units, streamed, able, rates, room, planned.ring_bytes)
-        units = [unit.raw() if unit.name in share.units else unit for unit in self.units]
+        raw = share.units - share.coded_too
+        units = [unit.raw() if unit.name in raw else unit for unit in self.units]
         made = place(units, host=share)
         return made if share.units or made.computed_experts else planned
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+from djinn.weights.tensors import InMemory
 from djinn.weights.units import Unit
 
 ASSUMED_LINK = 48e9
@@ -107,11 +109,19 @@ class HostShare:
     joined: frozenset[str] = frozenset()
     """Those that read the same inputs as one before them, and are computed in the same product."""
 
+    coded_too: frozenset[str] = frozenset()
+    """Those that also wait coded, as passes of many tokens stream them; the others wait raw alone."""
+
     def product_s(self, unit: Unit) -> float:
         """Return the seconds that a product takes longer for ``unit``; none where it is not one of these."""
         if unit.name not in self.units:
             return 0.0
         return self.rates.product_s(unit.raw_bytes, joined=unit.name in self.joined)
+
+
+def raw_copy(unit: Unit) -> Unit:
+    """Return what the cores compute with of a host unit that also waits coded, as a unit with a name of its own."""
+    return replace(unit.raw(), name=f"{unit.name} (raw)")
 
 
 def host_units(
@@ -125,7 +135,8 @@ def host_units(
     """Return which units become host units, of those that the host is ``able`` to compute with.
 
     Few large products lose less time than many small ones. So of all least sizes that a host unit may have, the one is
-    taken with which a pass ends first (:func:`taken_in_turn`). None is a host unit if the link alone is as fast.
+    taken with which a pass ends first (:func:`taken_in_turn`). None is a host unit if the link alone is as fast. The
+    cores need weights raw. Where there is room beside that, passes of many tokens stream coded ones all the same.
 
     Args:
         units: all of them, in order.
@@ -142,7 +153,11 @@ def host_units(
         share, seconds = taken_in_turn(units, streamed, large, rates, room_bytes, ring_bytes)
         if seconds < best_s:
             best, best_s = share, seconds
-    return best
+    coded = [unit for unit in units if unit.name in best.units and unit.coded]
+    room_bytes -= sum(unit.raw().image_bytes - unit.image_bytes for unit in coded)
+    ends = accumulate(unit.image_bytes for unit in coded)
+    fit = (unit.name for unit, end in zip(coded, ends, strict=True) if end <= room_bytes and not _in_memory(unit))
+    return replace(best, coded_too=frozenset(fit))
 
 
 def taken_in_turn(
@@ -187,3 +202,8 @@ def taken_in_turn(
             ahead_s = max(ahead_s - copy_s, 0.0)
     share = HostShare(units=frozenset(chosen), rates=rates, joined=frozenset(joined))
     return share, max(link_s, cores_s, len(units) * rates.module_s)
+
+
+def _in_memory(unit: Unit) -> bool:
+    """Return whether weights move from where the model has them, so that they cannot be taken from there twice."""
+    return any(isinstance(tensor.entry.raw.source, InMemory) for tensor in unit.tensors)

@@ -17,9 +17,10 @@ import torch
 from djinn.errors import PlanError
 from djinn.planning.choice import names_of, singular, spread, total_bytes, with_companions
 from djinn.planning.experts import NO_POOL, Pool, pool_for
-from djinn.planning.host import HostShare
+from djinn.planning.host import HostShare, raw_copy
 from djinn.planning.ring import Slot, default_ring_bytes, ring_floor, schedule
 from djinn.planning.room import require_room
+from djinn.planning.table import table_of
 from djinn.sizes import format_bytes
 from djinn.weights.tensors import PAGE
 from djinn.weights.units import Unit
@@ -74,6 +75,13 @@ class Plan:
         return tuple(unit for unit in self.streamed if unit.name not in self.host.units)
 
     @property
+    def raw_copies(self) -> tuple[Unit, ...]:
+        """What the cores compute with of host units that also wait coded; in host memory, beside these."""
+        if self.host is None:
+            return ()
+        return tuple(raw_copy(unit) for unit in self.streamed if unit.name in self.host.coded_too)
+
+    @property
     def visits(self) -> tuple[Unit, ...]:
         """The units of both orders, the first before the second."""
         return self.streamed + self.second
@@ -102,7 +110,7 @@ class Plan:
     @property
     def pinned_bytes(self) -> int:
         """Size of the arena."""
-        return self._bytes(Tier.PINNED)
+        return self._bytes(Tier.PINNED) + total_bytes(self.raw_copies)
 
     @property
     def disk_bytes(self) -> int:
@@ -131,36 +139,7 @@ class Plan:
 
     def table(self) -> str:
         """Return the plan for people: a line per place."""
-        when = "each pass" if not self.routed else "each pass, but for experts"
-        pool_words = f"{self.pool.slots} of {self.pool.experts} experts; what else a router picks is fetched"
-        rows = [
-            ("model", self.model_bytes, f"{len(self.units)} units, {self.oversubscription:.2f}x the budget"),
-            ("budget", self.budget, "device memory, of which:"),
-            (
-                "  residents",
-                self.resident_bytes,
-                f"{len(self.at(Tier.RESIDENT))} units that never cross the link again",
-            ),
-            ("  ring", self.ring_bytes, "streamed units on their way"),
-            *(
-                [("  scratch", self.scratch_bytes, "where coded units are decoded, one at a time")]
-                * bool(self.scratch_bytes)
-            ),
-            *([("  pool", self.pool.nbytes, pool_words)] * bool(self.pool.slots)),
-            ("  workspace", self.workspace_bytes, "KV cache, activations, libraries"),
-            ("pinned", self.pinned_bytes, f"{len(self.at(Tier.PINNED))} units in host memory, streamed {when}"),
-            *self._host_rows(),
-            ("disk", self.disk_bytes, f"{len(self.at(Tier.DISK))} units read {when}"),
-        ]
-        return "\n".join(f"{name:<12}{format_bytes(size):>9}  {what}" for name, size, what in rows)
-
-    def _host_rows(self) -> list[tuple[str, int, str]]:
-        if self.host is None:
-            return []
-        computed = [unit for unit in self.streamed if unit.name in self.host.units]
-        these = "some of the experts that the pool lacks" if self.computed_experts else f"{len(computed)} of them"
-        words = f"{these}: the host's cores compute with these in passes of up to {self.host.rates.tokens} tokens"
-        return [("  computed", total_bytes(computed), words)]
+        return table_of(self)
 
     def _bytes(self, tier: Tier) -> int:
         return sum(unit.image_bytes for unit in self.at(tier))
@@ -210,7 +189,7 @@ def make_plan(
         ring_bytes: ring size; by default three of the largest streamed unit.
         ring_floor: what the default ring is made at least, if the streamed units are more than that.
         picked: experts that a router picks for a token, where units have experts.
-        host: names units that wait in host memory in any case, for its cores to compute with.
+        host: names units that wait in host memory in any case, for its cores to compute with; some of them twice.
 
     Raises:
         PlanError: a unit larger than the ring, or a budget or host memory too small; says what would do.
@@ -235,7 +214,8 @@ def make_plan(
         others = (other for other in streamable if other.name not in chosen and other is not unit)
         return ring_bytes or _default_ring(others, ring_floor)
 
-    computed = host.units if host is not None else frozenset()
+    computed, coded_too = (host.units, host.coded_too) if host is not None else (frozenset(), frozenset())
+    host_bytes -= total_bytes(raw_copy(unit) for unit in units if unit.name in coded_too)
     waiting = [unit for unit in singular(streamable) if unit.name not in computed]
     while waiting:
         fits = [unit for unit in waiting if fixed + unit.image_bytes + ring_without(unit) <= budget]

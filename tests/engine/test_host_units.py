@@ -139,14 +139,32 @@ def test_host_units_are_not_copied_in_decode_steps(codable_checkpoint: Path, cod
     assert stats.host_s > 0
 
 
-def test_coded_weights_on_the_link_and_raw_ones_for_the_cores(codable_checkpoint: Path) -> None:
-    model, exact = loaded(codable_checkpoint, coding="lossless"), loaded(codable_checkpoint, None, coding="lossless")
-    planned = placement(model)
-    assert all(not unit.coded for unit in planned.units if unit.name in host_names(model))
-    assert any(unit.coded for unit in planned.second)
-    made, expected = generated(model), generated(exact)
-    assert torch.equal(made.logits[0], expected.logits[0])
-    torch.testing.assert_close(made.logits[1], expected.logits[1], atol=0.05, rtol=0.05)
+@pytest.mark.parametrize("room", ["none", "for some", "for all"])
+def test_coded_weights_on_the_link_and_raw_ones_for_the_cores(codable_checkpoint: Path, room: str) -> None:
+    """Where host memory has room for both of a host unit, a prompt streams no more than without the cores."""
+    exact = loaded(codable_checkpoint, None, coding="lossless")
+    request = asked(codable_checkpoint, coding="lossless")
+    most = placement(load_requested(codable_checkpoint, request))
+    assert most.host is not None
+    coded = [unit.image_bytes for unit in most.streamed if unit.name in most.host.units]
+    less = {"none": sum(coded), "for some": sum(coded) - min(coded), "for all": 0}[room]
+    # The plan keeps room for a ring that raw units make larger.
+    model = load_requested(codable_checkpoint, replace(request, host_memory=most.pinned_bytes + most.ring_bytes - less))
+    planned, stats, host = placement(model), djinn.stats(model), placement(model).host
+    assert host is not None
+    assert host.units == most.host.units
+    assert {"none": not host.coded_too, "for some": 0 < len(host.coded_too) < len(coded), "for all": True}[room]
+    assert (host.coded_too == host.units) is (room == "for all")
+    assert all(unit.coded is (unit.name not in host.units - host.coded_too) for unit in planned.streamed)
+    waiting = (*planned.at(Tier.PINNED), *planned.raw_copies)
+    assert stats.host_bytes == planned.pinned_bytes == sum(unit.image_bytes for unit in waiting)
+    with torch.no_grad():
+        assert torch.equal(model(prompt()).logits, exact(prompt()).logits)
+    assert (stats.link_bytes == djinn.stats(exact).link_bytes) is (room == "for all")
+    torch.testing.assert_close(decode(model, prompt()), decode(exact, prompt()), atol=0.05, rtol=0.05)
+    assert stats.host_computed_bytes == sum(unit.raw_bytes for unit in planned.streamed if unit.name in host.units)
+    given_back, whole = djinn.detach(model).parameters(), resident(codable_checkpoint).parameters()
+    assert all(torch.equal(one, other) for one, other in zip(given_back, whole, strict=True))
 
 
 def test_layers_that_read_the_same_inputs_are_one_product(

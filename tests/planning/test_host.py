@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from djinn.codec.layout import Layout
 from djinn.errors import ConfigError
 from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units, taken_in_turn
 from djinn.planning.placement import Tier, make_plan
@@ -162,6 +163,26 @@ def test_a_plan_keeps_its_host_units_in_host_memory(
     assert [slot.nbytes for slot in made.slots] == [each.image_bytes for each in made.visits]
     assert all(slot.offset + slot.nbytes <= made.ring_bytes for slot in made.slots)
     assert made.device_bytes <= budget
+
+
+@given(models(), host_rates(), st.integers(0, 1000))
+def test_host_units_wait_coded_too_where_there_is_room(units: list[Unit], rates: HostRates, percent: int) -> None:
+    """Raw ones take what coded ones leave; copies of them what is left then; and the plan keeps to it."""
+    coded = [each.with_entries(lambda entry: replace(entry, layout=Layout(entry.raw_bytes // 2, 0))) for each in units]
+    room = sum(each.image_bytes for each in coded) * percent // 500
+    share = host_units(coded, names(coded), names(coded), rates, room, LARGE)
+    chosen = [each for each in coded if each.name in share.units]
+    raw = sum(each.raw().image_bytes - each.image_bytes for each in chosen)
+    twice = sum(each.image_bytes for each in chosen if each.name in share.coded_too)
+    assert share.coded_too <= share.units
+    assert raw + twice <= room
+    assert (share.coded_too == share.units) is (sum(each.image_bytes for each in chosen) <= room - raw)
+    waiting = [each.raw() if each.name in share.units - share.coded_too else each for each in coded]
+    budget = 4 * max(each.raw_bytes + 2 * PAGE for each in units)
+    limit = sum(each.image_bytes for each in coded) + raw + twice
+    made = make_plan(waiting, budget=budget, workspace_bytes=0, host_bytes=limit, host=share)
+    assert made.pinned_bytes == sum(each.image_bytes for each in (*made.at(Tier.PINNED), *made.raw_copies)) <= limit
+    assert not made.disk_bytes
 
 
 def test_host_units_are_in_host_memory_where_others_are_on_disk() -> None:
