@@ -130,7 +130,7 @@ def generate(
     """Generate once; return the record."""
     model, new_tokens = loaded.model, options.new_tokens if run >= 0 else min(options.new_tokens, 8)
     reuse, zipf = map(float, steer.split(",")) if steer else (0.0, 0.0)
-    with SteeredRouting(model, reuse=reuse, zipf=zipf) if steer else nullcontext():
+    with SteeredRouting(model, reuse=reuse, zipf=zipf, seed=run + 1) if steer else nullcontext():
         before = vars(djinn.stats(model)).copy()
         torch.cuda.reset_peak_memory_stats(model.device)
         times, tokens = timed_tokens(model, prompt, new_tokens)

@@ -26,15 +26,15 @@ def gpu_shares(stats: Stats, wall_s: float, *, ceiling: float, device_wait_s: fl
     """Return shares of ``wall_s`` on a GPU, where things are done at once, so that they may add up to more than 1.
 
     The link is busy while it carries bytes, at its measured ceiling (bytes/s). The host is busy whenever it does not
-    wait for the device (``device_wait_s``), nor for its cores and what they multiply; its hooks wait for the disk where
-    units come from there. What none of them accounts for is compute.
+    wait for the device (``device_wait_s``), nor for what its cores multiply; its hooks wait for the disk where units
+    come from there. What none of them accounts for is compute.
     """
     busy = 1 - device_wait_s / wall_s
     from_disk = min(stats.hook_s / wall_s, busy) if stats.disk_read_bytes else 0.0
     shares: dict[Limit, float] = {
         "link": min(stats.link_bytes / ceiling / wall_s, 1.0),
         "disk": from_disk,
-        "host": max(busy - from_disk - (stats.host_s + stats.host_wait_s) / wall_s, 0.0),
+        "host": max(busy - from_disk - stats.product_wait_s / wall_s, 0.0),
     }
     if stats.host_s:
         shares["cores"] = stats.host_s / wall_s

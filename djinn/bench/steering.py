@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from djinn.weights.experts import routed_experts
+from djinn.weights.experts import picked_experts, routed_experts
 
 STEPS = 256
 """Tokens after which the process begins anew."""
@@ -46,12 +46,14 @@ class SteeredRouting:
 
     def __init__(self, model: nn.Module, *, reuse: float, zipf: float, seed: int = 0) -> None:
         self._modules = [module for module in model.modules() if routed_experts(module) > 1]
+        self._picked = picked_experts(getattr(model, "config", None))
         self._process = {"reuse": reuse, "zipf": zipf, "seed": seed}
         self._handles: list[Any] = []
 
     def __enter__(self) -> SteeredRouting:
-        picks: torch.Tensor | None = None
         steps = dict.fromkeys(range(len(self._modules)), 0)
+        experts = int(self._modules[0].num_experts)  # type: ignore[arg-type]
+        picks = torch.from_numpy(steered_picks(len(steps), experts, self._picked, **self._process))  # type: ignore[arg-type]
 
         def hook(layer: int) -> Any:
             def steer(
@@ -61,9 +63,7 @@ class SteeredRouting:
                 index = args[1]
                 if len(index) != 1:
                     return None
-                if picks is None:
-                    made = steered_picks(len(steps), int(module.num_experts), index.shape[1], **self._process)  # type: ignore[arg-type]
-                    picks = torch.from_numpy(made).to(index.device)
+                picks = picks.to(index.device)
                 steps[layer] = (steps[layer] + 1) % STEPS
                 return (args[0], picks[steps[layer], layer][None].to(index.dtype), *args[2:]), kwargs
 

@@ -27,7 +27,7 @@ from djinn.engine.ranks import Alone
 from djinn.engine.saving import save_from_store
 from djinn.engine.second_order import SecondOrder
 from djinn.engine.streamer import Streamer
-from djinn.host.ahead import beside as compute_beside
+from djinn.host.ahead import computing_beside
 from djinn.host.products import HostProducts
 from djinn.planning.placement import Plan, Tier
 from djinn.transport.arena import Arena
@@ -165,7 +165,7 @@ def start(
         own = [unit for unit in planned.streamed if unit.name in planned.host.units - planned.host.coded_too]
         computed = [(unit, torch.from_numpy(arena.images[unit.name])) for unit in (*own, *planned.raw_copies)]
         rates = planned.host.rates
-        beside = compute_beside(device, products, stats)
+        beside = computing_beside(device, products, stats)
         undo.callback(beside.close)
         host = HostUnits(computed, beside, rates.tokens, lambda: streamer.orders.few)
         if planned.computed_experts:

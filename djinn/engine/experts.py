@@ -152,7 +152,7 @@ class Experts:
     def _waited(self) -> float:
         """Return how long hooks have waited so far for what is not theirs."""
         stats = self._stats
-        return stats.stall_s + stats.index_wait_s + stats.host_wait_s + stats.host_s
+        return stats.stall_s + stats.index_wait_s + stats.product_wait_s
 
     def _routed(self, number: int, index: torch.Tensor, known: bool, asked: Asked) -> dict[str, Any]:
         """Return what stands for the weights once all that was picked is there, or will come in rounds."""

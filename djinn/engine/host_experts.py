@@ -116,6 +116,7 @@ class HostPart:
         stats = host.stats
         stats.expert_computed += len(self.experts)
         stats.host_computed_bytes += nbytes
+        stats.product_wait_s += done - begin
         stats.host_wait_s += there - begin
         stats.host_s += done - there
         stats.add(Interval("host", self.layer.unit.name, there - stats.zero_s, done - stats.zero_s, nbytes))

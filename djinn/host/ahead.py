@@ -8,6 +8,7 @@ still busy with it: so its time, which is longer after weights have driven all e
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -49,7 +50,7 @@ class Beside(Protocol):
         ...
 
 
-def beside(device: torch.device, products: HostProducts, stats: Stats) -> Beside:
+def computing_beside(device: torch.device, products: HostProducts, stats: Stats) -> Beside:
     """Return what computes layers beside ``device``: the caller waits where the device cannot.
 
     Raises:
@@ -77,6 +78,7 @@ class InOrder:
         done = time.perf_counter()
         nbytes = sum(layer.nbytes for layer in layers)
         self._stats.host_computed_bytes += nbytes
+        self._stats.product_wait_s += done - asked
         _count_times(self._stats, name, nbytes, asked, there, done)
         return self._exchange.to_device(out)
 
@@ -116,6 +118,7 @@ class Ahead:
         self._marks = torch.zeros(SLOTS, 2 * _LINE, dtype=torch.int32, pin_memory=True)
         self._slots = [_Slot(device, line) for line in self._marks]
         self._next = 0
+        self._counting = threading.Lock()
         self._torn = False
 
     def outputs_of(self, layers: Sequence[Linear], inputs: Tensor, name: str) -> list[Tensor]:
@@ -124,29 +127,30 @@ class Ahead:
         self._torn = True
         slot = self._slots[self._next]
         self._next = (self._next + 1) % SLOTS
+        asked = time.perf_counter()
         out = slot.exchange.room(len(inputs), [len(layer.weight) for layer in layers])  # once its outputs have gone
+        self._stats.product_wait_s += time.perf_counter() - asked
         self._count(slot)
         slot.number = (slot.number + 1) % 2**32
         vectors = slot.exchange.send(inputs)
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        marks.write(stream, slot.arrived, slot.number)
+        marks.write(self._index, slot.arrived, slot.number)
         slot.held = matrices = matrices_of(layers, vectors, out)
         product = slot.product
         product.matrices, product.many = ctypes.addressof(matrices), len(layers)
         product.vectors, product.number = vectors.data_ptr(), slot.number
         product.count, product.columns = vectors.shape
-        slot.named = name, (nbytes := sum(layer.nbytes for layer in layers))
+        nbytes = sum(layer.nbytes for layer in layers)
         self._queue.put(product)
-        marks.wait(stream, slot.computed, slot.number)
+        slot.named = name, nbytes
+        marks.wait(self._index, slot.computed, slot.number)
         outputs = slot.exchange.to_device(out)
         self._stats.host_computed_bytes += nbytes
         self._torn = False
         return outputs
 
     def count(self) -> None:
-        for slot in self._slots:
-            if slot.done:
-                self._count(slot)
+        for number in range(SLOTS):  # the longest queued first
+            self._count(self._slots[(self._next + number) % SLOTS])
 
     def close(self) -> None:
         try:
@@ -162,10 +166,11 @@ class Ahead:
         self._torn = False
 
     def _count(self, slot: _Slot) -> None:
-        named, slot.named = slot.named, None
-        if named is not None:
-            product = slot.product
-            _count_times(self._stats, *named, product.asked_s, product.there_s, product.done_s)
+        with self._counting:  # another thread may ask for statistics
+            if slot.named is not None and slot.done:
+                product = slot.product
+                _count_times(self._stats, *slot.named, product.asked_s, product.there_s, product.done_s)
+                slot.named = None
 
 
 def _count_times(stats: Stats, name: str, nbytes: int, asked: float, there: float, done: float) -> None:

@@ -9,7 +9,7 @@
 
 #include "threads.h"
 
-// As in djinn/host/ahead.py. Times are seconds of std::chrono::steady_clock.
+// As in djinn/host/queue.py. Times are seconds of std::chrono::steady_clock.
 struct Product {
     const struct Matrix* matrices;
     int64_t many;
@@ -29,11 +29,12 @@ class Queue {
         if (cpu >= 0) Threads::pin(worker, cpu);
     }
 
-    // Ends without products whose inputs are not there.
+    // Ends without products whose inputs are not there, and marks them: a device that waits for one goes on.
     ~Queue() {
         closing = true;
         rouse();
         worker.join();
+        for (Product* product : waiting) finish(*product);
     }
 
     // Adds a product, which stays where it is until it is computed.
@@ -65,6 +66,11 @@ class Queue {
         wake.notify_one();
     }
 
+    void finish(const Product& product) {
+        product.computed->store(product.number);
+        left--;
+    }
+
     Product* next() {
         auto since = Threads::Clock::now();
         for (int spins = 1; left == 0 && Threads::Clock::now() - since < Threads::PATIENCE; spins++) {
@@ -83,14 +89,13 @@ class Queue {
         while (Product* product = next()) {
             product->asked = now();
             for (int spins = 1; int32_t(product->arrived->load() - product->number) < 0; spins++) {
-                if (closing) return;
+                if (closing) return finish(*product);
                 Threads::spin(spins);
             }
             product->there = now();
             compute(*product);
             product->done = now();
-            product->computed->store(product->number);
-            left--;
+            finish(*product);
         }
     }
 };

@@ -33,7 +33,7 @@ class Product(ctypes.Structure):
 class ProductQueue:
     """Computes products in the order in which they are put here, on the threads of a pool and one of its own.
 
-    Made by :meth:`djinn.host.products.HostProducts.queue`, which has to outlive it.
+    Made by :meth:`djinn.host.products.HostProducts.queue`; to be closed before these products are.
     """
 
     def __init__(self, kernel: ctypes.CDLL, pool: int, cpu: int) -> None:
@@ -55,7 +55,7 @@ class ProductQueue:
         return int(self._kernel.djinn_unfinished(self._handle))
 
     def close(self) -> None:
-        """End the thread. Products whose inputs are not there are not computed."""
+        """End the thread. Products whose inputs are not there are not computed, but marked as if: a device may wait."""
         self._ending()
 
     def forget(self) -> None:

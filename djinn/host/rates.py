@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from djinn.devices import cpus_near
-from djinn.host.ahead import Beside, beside
+from djinn.hardware import usable_ram
+from djinn.host.ahead import Beside, computing_beside
 from djinn.host.products import HostProducts, Linear
 from djinn.planning.host import ASSUMED_MODULE_S, HostRates
 from djinn.planning.rates import Rates
@@ -32,7 +33,7 @@ WEIGHTS_BYTES = 2_900_000_000
 """Of weights that are multiplied in turn beside a GPU's link. With 0.94 GB of them cores were measured a tenth faster
 than they then were with a model's: hosts with last caches of 300 MB may have read a part from there."""
 MEASURED_BYTES = WEIGHTS_BYTES + HOST_BYTES
-"""The host memory that a measurement takes, and gives back."""
+"""The host memory that a measurement takes, and gives back; less where a host has little."""
 SHAPE = (28672, 8192)
 """Of Llama-2-70B's gate and up projections, which are one product."""
 _WINDOW_S = 0.1
@@ -103,7 +104,9 @@ def knee(rates: Sequence[ProductRate]) -> int:
 
 
 def beside_link(device: torch.device, threads: int | None = None, shape: tuple[int, int] = SHAPE) -> HostRates:
-    """Return what this host's cores and a GPU's link do at once, for a load of which nobody knows; takes six seconds.
+    """Return what this host's cores and a GPU's link do at once, for a load of which nobody knows.
+
+    It takes about six seconds with a Gen5 link.
 
     Args, Raises: as for :func:`measure`.
     """
@@ -119,7 +122,7 @@ def beside_link(device: torch.device, threads: int | None = None, shape: tuple[i
 
 
 def measure(device: torch.device, shape: tuple[int, int] = SHAPE, threads: int | None = None) -> HostCores:
-    """Measure this host's cores, alone and beside the link of a GPU; takes seconds and three GB of memory.
+    """Measure this host's cores, alone and beside the link of a GPU; takes seconds and up to five GB of memory.
 
     Args:
         device: the GPU; a CPU to measure the cores alone.
@@ -147,7 +150,8 @@ def _ready(device: torch.device, shape: tuple[int, int], threads: int | None) ->
     """Yield the cores that multiply, and the weights of one product of two matrices."""
     products = HostProducts(threads, cpus_near(device))
     try:
-        with calls_in_memory([shape, shape], device, WEIGHTS_BYTES if device.type == "cuda" else 0) as calls:
+        nbytes = min(WEIGHTS_BYTES, usable_ram() // 8) if device.type == "cuda" else 0
+        with calls_in_memory([shape, shape], device, nbytes) as calls:
             yield products, calls
     finally:
         products.close()
@@ -219,7 +223,7 @@ def _round_trip_s(products: HostProducts, link: Lane, rows: int) -> float:
     stats = Stats(model_bytes=0, resident_bytes=0, ring_bytes=0, host_bytes=0, disk_bytes=0)
     inputs = torch.ones(1, _FEW_COLUMNS, dtype=torch.bfloat16, device=link.device)
     layers = [Linear(torch.ones(rows, _FEW_COLUMNS, dtype=torch.bfloat16)) for _ in range(2)]
-    computing = beside(link.device, products, stats)
+    computing = computing_beside(link.device, products, stats)
     try:
         with torch.cuda.device(link.device):
             return statistics.median(_trip_s(computing, layers, inputs, link) for _ in range(_WINDOWS))

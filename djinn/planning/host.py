@@ -28,8 +28,9 @@ On one host with an H100 8 cores had 90, and 14 had 107 beside a busy link; on o
 
 ASSUMED_MODULE_S = 150e-6
 """Seconds in which those hosts launched what a module computes."""
-ASSUMED_TRIP_S = 110e-6
-"""Seconds in which inputs came from the GPU to those hosts, and outputs went back, while the link was busy."""
+ASSUMED_TRIP_S = 270e-6
+"""Seconds of a queued product with hardly any weights, while the link was busy: its inputs' way to the host, its
+outputs' way back. 254 and 282 us on one of those hosts (data/benchmarks/host_ahead_h100_2026-11-28)."""
 RESUME_S = 0.75e-3
 """Seconds that the host takes longer for what it does after a product, if it waits for that: the weights have taken the
 place of all else in its caches. About 0.5 to 1 ms a product were lost so in six loads on two of those hosts."""

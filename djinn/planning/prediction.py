@@ -249,6 +249,7 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                     begin = link_s = max(link_s, begin) + visit.link_s
                 # The cores compute with their part of the experts while the others come.
                 now_s = max(now_s + visit.cores_s, begin) + visit.device_s
+                asked_s = max(asked_s, now_s) if visit.asked else asked_s  # the host waits for a router's answer
                 now_s += LAYER_IDLE_S if visit.asked and not visit.in_order else 0.0
                 continue
             if visit.slot is not None:

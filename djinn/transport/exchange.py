@@ -42,7 +42,7 @@ class CpuExchange:
 class CudaExchange:
     """Both on the stream that the caller computes on, through page-locked memory that is used again each time.
 
-    Only for inputs the host waits. Outputs would wait behind the copies of prefetching, so a kernel reads them.
+    Only :meth:`to_host` waits. Outputs would wait behind the copies of prefetching, so a kernel reads them.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -11,17 +11,16 @@ import torch
 
 from djinn.devices import cpus_near
 from djinn.errors import PlanError
+from djinn.hardware import usable_ram
 from djinn.transport.arena import PinnedMemory
 from djinn.transport.reader import run_on
 
 _CHUNK = 64 * 2**20
-_CHUNKS = 32
-"""Chunks of page-locked memory for each GPU: 2 GB, more than a host's caches hold. With a quarter of that two links
-together were measured a tenth faster than they then copied a model's weights."""
-HOST_BYTES = _CHUNK * _CHUNKS
-ROUNDS = 5
-_WARM_ROUNDS = 1
-"""Of all chunks: 10 GB are timed, a fifth of a second on a Gen5 link."""
+HOST_BYTES = 32 * _CHUNK
+"""Page-locked memory for each GPU: more than a host's caches hold. With a quarter of that two links together were
+measured a tenth faster than they then copied a model's weights. Less where a host has less than 16 times that free."""
+_TIMED_BYTES = 10 * 2**30
+"""A fifth of a second on a Gen5 link; a fifth of that is copied before."""
 
 
 class Lane:
@@ -31,14 +30,19 @@ class Lane:
         self.device = device
         self.stream = torch.cuda.Stream(self.device)
         self._target = torch.empty(_CHUNK, dtype=torch.uint8, device=self.device)
-        self._chunks = host.split(_CHUNK)
+        self._host = host
         self.marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def copy_all(self) -> None:
         """Queue a copy of every chunk."""
         with torch.cuda.stream(self.stream):
-            for chunk in self._chunks:
+            for chunk in self._host.split(_CHUNK):
                 self._target.copy_(chunk, non_blocking=True)
+
+    @property
+    def rounds(self) -> int:
+        """How often all of it is copied to be timed."""
+        return _TIMED_BYTES // self._host.nbytes
 
     @property
     def busy(self) -> bool:
@@ -48,7 +52,7 @@ class Lane:
     def gbps(self) -> float:
         """Wait for what was started; return its rate, 10^9 bytes/s."""
         self.stream.synchronize()
-        return ROUNDS * HOST_BYTES / (self.marks[0].elapsed_time(self.marks[1]) / 1e3) / 1e9
+        return self.rounds * self._host.nbytes / (self.marks[0].elapsed_time(self.marks[1]) / 1e3) / 1e9
 
 
 @contextmanager
@@ -58,7 +62,8 @@ def lane(device: torch.device) -> Iterator[Lane]:
     Raises:
         PlanError: the driver refuses to page-lock host memory.
     """
-    with memory_near(device, HOST_BYTES, 1) as memory:
+    nbytes = min(HOST_BYTES, max(usable_ram() // 16 // _CHUNK, 1) * _CHUNK)
+    with memory_near(device, nbytes, 1) as memory:
         try:
             yield Lane(device, torch.from_numpy(memory.buffer))
         finally:
@@ -86,9 +91,11 @@ def memory_near(device: torch.device, nbytes: int, value: int) -> Iterator[Pinne
 
 def start(lanes: Sequence[Lane]) -> None:
     """Queue on all lanes what is timed, so much that it takes a fifth of a second on a Gen5 link."""
-    for number in range(_WARM_ROUNDS + ROUNDS):
+    rounds = min(each.rounds for each in lanes)
+    warm = max(rounds // 5, 1)
+    for number in range(warm + rounds):
         for each in lanes:
-            if number == _WARM_ROUNDS:
+            if number == warm:
                 each.marks[0].record(each.stream)
             each.copy_all()
     for each in lanes:

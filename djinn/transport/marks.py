@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from djinn.devices import gpu_index
+
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ: of the difference as a signed number, so that counting may wrap around
 _AFTER_ALL = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: everything before it can be seen by whoever sees the mark
 
@@ -21,28 +23,29 @@ def work_on(device: torch.device) -> bool:
     if torch.version.hip is not None:
         return False
     mark = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    stream = torch.cuda.current_stream(device)
     try:
-        write(stream.cuda_stream, mark.data_ptr(), 1)
-        wait(stream.cuda_stream, mark.data_ptr(), 1)
+        write(gpu_index(device), mark.data_ptr(), 1)
+        wait(gpu_index(device), mark.data_ptr(), 1)
     except (RuntimeError, OSError, AttributeError):
         return False
-    stream.synchronize()
+    finally:
+        torch.cuda.synchronize(device)
     return int(mark[0]) == 1
 
 
-def write(stream: int, address: int, number: int) -> None:
-    """Queue on a ``stream`` (its handle) that ``number`` is written to page-locked memory, an int32 at ``address``."""
-    _call(_driver().cuStreamWriteValue32_v2, stream, address, number, _AFTER_ALL)
+def write(gpu: int, address: int, number: int) -> None:
+    """Queue on the current stream of a GPU that ``number`` is written to page-locked memory, 4 bytes at ``address``."""
+    _call(_driver().cuStreamWriteValue32_v2, gpu, address, number, _AFTER_ALL)
 
 
-def wait(stream: int, address: int, number: int) -> None:
-    """Queue on a ``stream`` that it goes on when the int32 at ``address`` is ``number``, or later than that."""
-    _call(_driver().cuStreamWaitValue32_v2, stream, address, number, _AT_LEAST)
+def wait(gpu: int, address: int, number: int) -> None:
+    """Queue on the current stream of a GPU that it goes on when the 4 bytes at ``address`` are ``number``, or later."""
+    _call(_driver().cuStreamWaitValue32_v2, gpu, address, number, _AT_LEAST)
 
 
-def _call(function: Any, stream: int, address: int, number: int, flags: int) -> None:
-    error = function(stream, address, number, flags)
+def _call(function: Any, gpu: int, address: int, number: int, flags: int) -> None:
+    with torch.cuda.device(gpu):  # the default stream is that of the current context
+        error = function(torch._C._cuda_getCurrentRawStream(gpu), address, number, flags)
     if error != 0:
         raise RuntimeError(f"{function.__name__} failed with CUDA error {error}")
 

@@ -74,6 +74,8 @@ class Stats:
     """Time in which they did; this and the next one are up to date in what ``djinn.stats`` returns."""
     host_wait_s: float = 0.0
     """Time that they waited for inputs: for all compute before them, and for the copy to the host."""
+    product_wait_s: float = 0.0
+    """Time that the caller waited for what the cores compute, or for room to queue more of it; it launched nothing."""
     zero_s: float = 0.0
     """What the host's clock (``time.perf_counter``) showed at the zero of the timeline."""
     timeline: list[Interval] = field(default_factory=list)

@@ -71,6 +71,7 @@ def first_readers_of_inputs(model: PreTrainedModel, layers: Iterable[str]) -> di
                 model(**inputs)
                 return first
             first.clear()
+            read.clear()
         return {}
     finally:
         for handle in handles:

@@ -49,6 +49,8 @@ def test_a_cpu_waits_computes_or_minds_its_hooks(stats: Stats, limit: Limit, sha
         (totals(link_bytes=2e9, hook_s=0.5), 0.5, "host", 0.95),
         (totals(link_bytes=3e9, hook_s=7.0, disk_read_bytes=2e9), 2.0, "disk", 0.7),
         (totals(), 9.9, "compute", 0.99),
+        (totals(link_bytes=2e9, host_s=8.0, product_wait_s=9.0), 0.5, "cores", 0.8),
+        (totals(link_bytes=2e9, host_s=8.0), 0.5, "host", 0.95),  # queued: it launches beside them
     ],
 )
 def test_a_gpu_is_judged_by_its_link_and_by_who_waits(

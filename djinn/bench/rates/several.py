@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from djinn.sizes import Count
-from djinn.transport.lane import ROUNDS, Lane, lane, start
+from djinn.transport.lane import Lane, lane, start
 
 SUM_BYTES = (16 * 2**10, 8 * 2**20)
 """What GPUs add up: a token's hidden state of a 70B model in bfloat16, and that of 512 tokens."""
@@ -85,7 +85,7 @@ def _sum_s(count: int, nbytes: int, lanes: Sequence[Lane]) -> float:
     torch.cuda.nccl.all_reduce(parts)  # which makes NCCL's rings
     for index in range(count):
         torch.cuda.synchronize(index)
-    for _ in range(ROUNDS if lanes else 0):
+    for _ in range(min((each.rounds for each in lanes), default=0)):
         for each in lanes:
             each.copy_all()
     with torch.cuda.device(0):
