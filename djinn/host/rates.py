@@ -118,7 +118,7 @@ def beside_link(device: torch.device, threads: int | None = None, shape: tuple[i
     known = Rates(device="cuda", link=alone, module_s=ASSUMED_MODULE_S)
     rates = _with_cores(known, found, trip_s).host
     assert rates is not None, "a GPU has a link"
-    return rates
+    return replace(rates, threads=products.threads)
 
 
 def measure(device: torch.device, shape: tuple[int, int] = SHAPE, threads: int | None = None) -> HostCores:

@@ -56,6 +56,8 @@ class HostRates:
     """Seconds in which the host launches what a module computes, while the cores and the device go on."""
     tokens: int = 16
     """The most tokens of a pass in which the cores compute: with more, a product takes much longer than with one."""
+    threads: int | None = None
+    """How many multiplied when this was measured; None where that is not known."""
     assumed: bool = False
     """Whether nobody has measured them on this machine."""
 
@@ -69,7 +71,9 @@ class HostRates:
         return (0.0 if joined else self.wait_s) + nbytes / self.cores
 
     def with_threads(self, threads: int) -> HostRates:
-        """Return the rates where only so many threads multiply."""
+        """Return the rates where only so many threads multiply; nothing is lost by as many as were measured."""
+        if self.threads is not None and threads >= self.threads:
+            return self
         return replace(self, cores=min(self.cores, threads * CORE_MOST))
 
 

@@ -18,7 +18,7 @@ from djinn.planning.workspace import Workload
 
 FREE = 10**12
 WORK = Workload(prompt_tokens=64, new_tokens=16, batch=1)
-FAST = HostRates(link=40e9, cores=110e9, alone=50e9, tokens=8)
+FAST = HostRates(link=40e9, cores=110e9, alone=50e9, tokens=8, threads=9)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_plan_with_assumed_rates_is_made_again_with_measured_ones(measured: li
     planned = load._with_measured_cores(found, assumed, FREE)
     assert measured == [9]
     assert planned.host is not None
-    assert (planned.host.rates.cores, planned.host.rates.assumed) == (9 * 11.2e9, False)
+    assert (planned.host.rates.cores, planned.host.rates.assumed) == (110e9, False)
     assert len(planned.host.units) > len(assumed.host.units)
 
 

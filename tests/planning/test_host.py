@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from djinn.codec.layout import Layout
 from djinn.errors import ConfigError
-from djinn.planning.host import HostCompute, HostRates, HostShare, assumed_rates, host_units, taken_in_turn
+from djinn.planning.host import CORE_MOST, HostCompute, HostRates, HostShare, assumed_rates, host_units, taken_in_turn
 from djinn.planning.placement import Tier, make_plan
 from djinn.planning.prediction import predict
 from djinn.planning.rates import Rates
@@ -108,6 +108,12 @@ def test_units_that_read_the_same_inputs_are_one_product() -> None:
     alone = replace(made, host=replace(share, joined=frozenset()))
     saved = [predict(each, Rates(device="cuda", link=1e9), PLAIN).cores_s for each in (alone, made)]
     assert saved[0] - saved[1] == pytest.approx(len(share.joined) * rates.wait_s)
+
+
+def test_fewer_threads_than_were_measured_are_given_less() -> None:
+    rates = HostRates(link=1e9, cores=100e9, threads=6)
+    assert [rates.with_threads(threads).cores for threads in (7, 6, 5)] == [100e9, 100e9, 5 * CORE_MOST]
+    assert replace(rates, threads=None).with_threads(7).cores == 7 * CORE_MOST
 
 
 def test_launching_costs_nothing_until_it_takes_longer_than_the_pass() -> None:
