@@ -134,7 +134,8 @@ class Ahead:
         slot.number = (slot.number + 1) % 2**32
         vectors = slot.exchange.send(inputs)
         marks.write(self._index, slot.arrived, slot.number)
-        slot.held = matrices = matrices_of(layers, vectors, out)
+        matrices = matrices_of(layers, vectors, out)
+        slot.held = matrices, layers
         product = slot.product
         product.matrices, product.many = ctypes.addressof(matrices), len(layers)
         product.vectors, product.number = vectors.data_ptr(), slot.number
