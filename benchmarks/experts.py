@@ -75,6 +75,8 @@ class Loaded:
     mode: str
     model: Any
     shared: dict[str, Any]
+    zero: Any
+    """What its fetcher needs to keep a timeline, which it does not while times count."""
 
     @property
     def experts(self) -> Experts | None:
@@ -97,7 +99,9 @@ def load(mode: str, asked: str, device: str, options: argparse.Namespace) -> Loa
         host_compute=mode == "host", **work,
     )  # fmt: skip
     loaded = time.perf_counter() - begin
-    planned, experts = placement(model), engine_of(model).experts
+    planned, experts, zero = placement(model), engine_of(model).experts, None
+    if experts is not None:
+        zero, experts.fetcher._zero = getattr(experts.fetcher, "_zero", None), None  # type: ignore[attr-defined]
     shared = {
         "model": options.model, "mode": mode, "gpu": device, "device": torch.cuda.get_device_name(device),
         "budget": budget, "load_s": loaded, "pool_slots": planned.pool.slots, "experts": planned.pool.experts,
@@ -105,12 +109,11 @@ def load(mode: str, asked: str, device: str, options: argparse.Namespace) -> Loa
         "in_turns": options.in_turns, "bare_gbps": bare_gbps(experts) if experts else None,
         "whole_from": experts and experts._whole_from,
     }  # fmt: skip
-    return Loaded(mode, model, shared)
+    return Loaded(mode, model, shared, zero)
 
 
 def measure(group: Sequence[Loaded], options: argparse.Namespace) -> None:
     """Generate, one model of the group after the other in every run; write a record for each run of each steering."""
-    zeros = [_without_timeline(each.experts) for each in group]
     prompt = torch.randint(10, 20000, (1, options.prompt), generator=torch.Generator().manual_seed(0))
     for steer in [None, *options.steer]:
         for run in range(-1, options.runs):  # the first one only warms up
@@ -118,9 +121,9 @@ def measure(group: Sequence[Loaded], options: argparse.Namespace) -> None:
                 record = generate(each, prompt.to(each.model.device), steer, run, options)
                 if run >= 0:
                     write(record, options.output)
-    for each, zero in zip(group, zeros, strict=True):
-        if each.experts is not None and zero is not None:
-            each.experts.fetcher._zero = zero  # type: ignore[attr-defined]
+    for each in group:
+        if each.experts is not None and each.zero is not None:
+            each.experts.fetcher._zero = each.zero  # type: ignore[attr-defined]
             write(traced(each, each.experts, prompt.to(each.model.device)), options.output)
 
 
@@ -142,14 +145,6 @@ def generate(
     shown = ("mode", "steer", "run", "token_s", "bare_gbps", "peak_reserved", *moved)
     print(json.dumps({key: record[key] for key in shown} | {"ttft": times[0]}), flush=True)
     return record
-
-
-def _without_timeline(experts: Experts | None) -> Any:
-    """Let the fetcher keep no timeline; return what it needs to keep one again."""
-    zero = None
-    if experts is not None:
-        zero, experts.fetcher._zero = getattr(experts.fetcher, "_zero", None), None  # type: ignore[attr-defined]
-    return zero
 
 
 def traced(loaded: Loaded, experts: Experts, prompt: torch.Tensor) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class SteeredRouting:
 
     def __enter__(self) -> SteeredRouting:
         steps = dict.fromkeys(range(len(self._modules)), 0)
-        experts = int(self._modules[0].num_experts)  # type: ignore[arg-type]
+        experts = max((int(module.num_experts) for module in self._modules), default=1)  # type: ignore[arg-type]
         picks = torch.from_numpy(steered_picks(len(steps), experts, self._picked, **self._process))  # type: ignore[arg-type]
 
         def hook(layer: int) -> Any:

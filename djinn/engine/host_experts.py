@@ -22,7 +22,7 @@ from djinn.host.products import HostProducts, Linear
 from djinn.planning.host import HostRates
 from djinn.planning.host_experts import misses_to_compute
 from djinn.transport.exchange import Exchange
-from djinn.transport.stats import Interval, Stats
+from djinn.transport.stats import Stats
 
 _WEIGHTS = {"gate_up_proj", "up_proj", "down_proj"}
 _BIASES = {f"{name}_bias" for name in _WEIGHTS}
@@ -117,9 +117,7 @@ class HostPart:
         stats.expert_computed += len(self.experts)
         stats.host_computed_bytes += nbytes
         stats.product_wait_s += done - begin
-        stats.host_wait_s += there - begin
-        stats.host_s += done - there
-        stats.add(Interval("host", self.layer.unit.name, there - stats.zero_s, done - stats.zero_s, nbytes))
+        stats.count_product(self.layer.unit.name, nbytes, begin, there, done)
 
     def _outputs(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
         """Return what one expert makes of ``inputs``, [rows, columns]: as transformers' experts do it."""

@@ -21,7 +21,7 @@ from djinn.host.products import HostProducts, Linear, matrices_of
 from djinn.host.queue import Product, ProductQueue
 from djinn.transport import marks
 from djinn.transport.exchange import CudaExchange, Exchange, exchange_with
-from djinn.transport.stats import Interval, Stats
+from djinn.transport.stats import Stats
 
 SLOTS = 8
 """Products that may be queued at once; each has page-locked memory of its own for inputs and outputs."""
@@ -79,7 +79,7 @@ class InOrder:
         nbytes = sum(layer.nbytes for layer in layers)
         self._stats.host_computed_bytes += nbytes
         self._stats.product_wait_s += done - asked
-        _count_times(self._stats, name, nbytes, asked, there, done)
+        self._stats.count_product(name, nbytes, asked, there, done)
         return self._exchange.to_device(out)
 
     def count(self) -> None:
@@ -94,19 +94,18 @@ class _Slot:
 
     def __init__(self, device: torch.device, line: Tensor) -> None:
         self.exchange = CudaExchange(device)
-        self.arrived, self.computed = (mark.data_ptr() for mark in line.split(_LINE))
-        self.product = Product(arrived=self.arrived, computed=self.computed)
-        self.number = 0
+        arrived, computed = line.split(_LINE)
+        self.product = Product(arrived=arrived.data_ptr(), computed=computed.data_ptr())
         self.named: tuple[str, int] | None = None
         """Name and bytes of one whose times have not been counted."""
         self.held: object = None
         """What has to live until it is computed."""
-        self._computed = line[_LINE:]
+        self._computed = computed
 
     @property
     def done(self) -> bool:
         """Whether it is computed."""
-        return int(self._computed[0]) % 2**32 == self.number  # as it is unsigned
+        return int(self._computed[0]) % 2**32 == self.product.number  # as it is unsigned
 
 
 class Ahead:
@@ -131,19 +130,19 @@ class Ahead:
         out = slot.exchange.room(len(inputs), [len(layer.weight) for layer in layers])  # once its outputs have gone
         self._stats.product_wait_s += time.perf_counter() - asked
         self._count(slot)
-        slot.number = (slot.number + 1) % 2**32
+        product = slot.product
+        product.number += 1  # of 32 bits
         vectors = slot.exchange.send(inputs)
-        marks.write(self._index, slot.arrived, slot.number)
+        marks.write(self._index, product.arrived, product.number)
         matrices = matrices_of(layers, vectors, out)
         slot.held = matrices, layers
-        product = slot.product
         product.matrices, product.many = ctypes.addressof(matrices), len(layers)
-        product.vectors, product.number = vectors.data_ptr(), slot.number
+        product.vectors = vectors.data_ptr()
         product.count, product.columns = vectors.shape
         nbytes = sum(layer.nbytes for layer in layers)
         self._queue.put(product)
         slot.named = name, nbytes
-        marks.wait(self._index, slot.computed, slot.number)
+        marks.wait(self._index, product.computed, product.number)
         outputs = slot.exchange.to_device(out)
         self._stats.host_computed_bytes += nbytes
         self._torn = False
@@ -170,12 +169,5 @@ class Ahead:
         with self._counting:  # another thread may ask for statistics
             if slot.named is not None and slot.done:
                 product = slot.product
-                _count_times(self._stats, *slot.named, product.asked_s, product.there_s, product.done_s)
+                self._stats.count_product(*slot.named, product.asked_s, product.there_s, product.done_s)
                 slot.named = None
-
-
-def _count_times(stats: Stats, name: str, nbytes: int, asked: float, there: float, done: float) -> None:
-    """Count a product, for which a thread waited from ``asked``; its inputs were ``there``, and it was ``done``."""
-    stats.host_wait_s += there - asked
-    stats.host_s += done - there
-    stats.add(Interval("host", name, there - stats.zero_s, done - stats.zero_s, nbytes))

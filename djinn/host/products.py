@@ -69,6 +69,7 @@ class HostProducts:
         self._lock = threading.Lock()
         self._pool: int | None = None
         self._ending: weakref.finalize[..., HostProducts] | None = None
+        self._queues: weakref.WeakSet[ProductQueue] = weakref.WeakSet()
         self._closed = False
         self._kernel: ctypes.CDLL | None = None
         self.reason = ""
@@ -131,7 +132,9 @@ class HostProducts:
         """
         if self._kernel is None or self._pool is None:
             return None
-        return ProductQueue(self._kernel, self._pool, self._cpus[0])
+        queue = ProductQueue(self._kernel, self._pool, self._cpus[0])
+        self._queues.add(queue)
+        return queue
 
     def close(self) -> None:
         """End the threads, once a product that is under way is done."""
@@ -156,6 +159,8 @@ class HostProducts:
         self._pool = None
         if self._ending is not None:
             self._ending.detach()
+        for queue in self._queues:
+            queue.forget()
 
 
 _ALL: weakref.WeakSet[HostProducts] = weakref.WeakSet()

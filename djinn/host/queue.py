@@ -6,7 +6,6 @@ See queue.h, and :mod:`djinn.host.ahead` for how a model uses it.
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 
 from djinn.errors import UnavailableError
@@ -43,7 +42,6 @@ class ProductQueue:
             raise UnavailableError("the system starts no thread for host products; lower host_threads")
         self._ending = weakref.finalize(self, kernel.djinn_close_queue, self._handle)
         self._ending.atexit = False  # as that of the threads
-        _ALL.add(self)
 
     def put(self, product: Product) -> None:
         """Add a product. It, and all that it names, has to stay where it is until it is computed."""
@@ -61,14 +59,3 @@ class ProductQueue:
     def forget(self) -> None:
         """Leave the thread to the process that has it: a forked child has none."""
         self._ending.detach()
-
-
-_ALL: weakref.WeakSet[ProductQueue] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for queue in _ALL:
-        queue.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)

@@ -91,11 +91,6 @@ class HostCores(BaseModel):
         """Return ``rates`` with what is known of the cores beside a link, and of the link beside them."""
         return _with_cores(rates, self.beside_link, self.round_trip_s) if self.beside_link else rates
 
-    @property
-    def most_tokens(self) -> int:
-        """Up to how many tokens a product takes at most 1.3x as long as with one, beside the link if there is one."""
-        return knee(self.beside_link or self.alone)
-
 
 def knee(rates: Sequence[ProductRate]) -> int:
     """Return up to how many tokens no product takes more than 1.3x as long as the first one. Pure."""

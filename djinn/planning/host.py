@@ -113,7 +113,6 @@ class HostShare:
     rates: HostRates
     joined: frozenset[str] = frozenset()
     """Those that read the same inputs as one before them, and are computed in the same product."""
-
     coded_too: frozenset[str] = frozenset()
     """Those that also wait coded, as passes of many tokens stream them; the others wait raw alone."""
 
@@ -181,8 +180,7 @@ def taken_in_turn(
     device computes the cores wait and the link does not. While the cores compute, the link fills the ring: a product
     that takes longer than that would leave it idle, and is not made. The host launches all of it meanwhile.
     """
-    chosen: dict[str, str] = {}
-    joined = set()
+    chosen, joined, read = set[str](), set[str](), set[str]()
     link_s = cores_s = 0.0
     ahead_s = 0.0  # what the ring holds that the device has still to compute with, in seconds of copies
     ring_s = ring_bytes / rates.link
@@ -191,14 +189,16 @@ def taken_in_turn(
         if unit.name not in streamed:
             cores_s = computed_s
             continue
-        joins = able.get(unit.name) in chosen.values()
+        joins = able.get(unit.name) in read
         copy_s, product_s = unit.weight_bytes / rates.link, rates.product_s(unit.raw_bytes, joined=joins)
         copied_s, multiplied_s = link_s + copy_s, cores_s + product_s
         may = unit.name in able and (joins or multiplied_s < copied_s) and ahead_s + product_s <= ring_s
         growth = unit.raw().image_bytes - unit.image_bytes if may and unit.coded else 0
         if may and growth <= max(room_bytes, 0):
-            chosen[unit.name] = able[unit.name]
-            joined |= {unit.name} if joins else set()
+            chosen.add(unit.name)
+            read.add(able[unit.name])
+            if joins:
+                joined.add(unit.name)
             cores_s = multiplied_s
             ahead_s += product_s
             room_bytes -= growth

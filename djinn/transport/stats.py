@@ -85,6 +85,12 @@ class Stats:
         self.link_bytes += nbytes
         self.disk_read_bytes += nbytes if from_disk else 0
 
+    def count_product(self, name: str, nbytes: int, asked: float, there: float, done: float) -> None:
+        """Count a product of the cores: asked for, its inputs there, and done, in seconds of the host's clock."""
+        self.host_wait_s += there - asked
+        self.host_s += done - there
+        self.add(Interval("host", name, there - self.zero_s, done - self.zero_s, nbytes))
+
     def add(self, interval: Interval) -> None:
         """Append to the timeline if it is kept, up to its limit."""
         if self.traced and len(self.timeline) < TIMELINE_LIMIT:

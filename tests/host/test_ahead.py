@@ -198,6 +198,22 @@ def test_a_stream_gets_what_was_computed_for_it(
     assert stats.host_computed_bytes == sum(each.nbytes for each in stats.timeline)
 
 
+def interrupt(computing: Ahead, at: str, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a product and interrupt it after one of its steps."""
+    exchange = computing._slots[computing._next].exchange
+    owner = computing._queue if at == "put" else ahead.marks if at in ("write", "wait") else exchange
+    real = getattr(owner, at)
+
+    def interrupted(*given: object) -> None:
+        real(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            computing.outputs_of(layers(9), inputs, "")
+
+
 @pytest.mark.parametrize("at", ["room", "send", "write", "put", "wait", "to_device"])
 def test_after_an_interrupt_products_are_right(
     queued: Ahead, products: HostProducts, stream: Stream, monkeypatch: pytest.MonkeyPatch, at: str
@@ -208,18 +224,7 @@ def test_after_an_interrupt_products_are_right(
         queued.outputs_of(layers(seed), vectors(seed), "")
     stream.put(lambda: late.wait(20))  # type: ignore[arg-type]
     threading.Timer(0.2, late.set).start()
-    slot = queued._slots[queued._next]
-    owner = queued._queue if at == "put" else ahead.marks if at in ("write", "wait") else slot.exchange
-    real = getattr(owner, at)
-
-    def interrupted(*given: object) -> None:
-        real(*given)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, at, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            queued.outputs_of(layers(9), vectors(9), "")
+    interrupt(queued, at, vectors(9), monkeypatch)
     made = [queued.outputs_of(layers(seed), vectors(seed), "") for seed in range(3 * SLOTS)]
     stream.synchronize()
     for seed, outputs in enumerate(made):
@@ -251,20 +256,7 @@ def test_an_interrupt_leaves_nothing_that_later_products_meet(
 ) -> None:
     computing = computing_beside(torch.device("cuda"), products, stats)
     assert isinstance(computing, Ahead)
-    owner = {
-        "send": computing._slots[0].exchange, "to_device": computing._slots[0].exchange, "put": computing._queue,
-        "write": ahead.marks, "wait": ahead.marks,
-    }[at]  # fmt: skip
-    real = getattr(owner, at)
-
-    def interrupted(*given: object) -> None:
-        real(*given)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, at, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            computing.outputs_of(layers(0), vectors(0).cuda(), "")
+    interrupt(computing, at, vectors(0).cuda(), monkeypatch)
     for seed in range(3 * SLOTS):
         made = computing.outputs_of(layers(seed), vectors(seed).cuda(), "")
         known = products.outputs_of(layers(seed), vectors(seed))
