@@ -138,15 +138,19 @@ def test_outputs_are_those_of_a_call_at_the_same_time(cores: HostProducts, queue
 
 def test_a_forked_child_ends_though_it_has_no_thread(queue: ProductQueue) -> None:
     """And leaves what is queued to the process that has the thread."""
-    each = Queued(0)
-    queue.put(each.product)
+    queued = [Queued(seed) for seed in range(2)]
+    for each in queued:
+        queue.put(each.product)
     child = os.fork()
     if not child:
         queue.close()
         del queue
         gc.collect()
-        os._exit(each.is_computed)
+        os._exit(any(each.is_computed for each in queued))
     until(lambda: os.waitpid(child, os.WNOHANG) == (child, 0))
+    for each in queued:
+        each.arrive()
+    until(lambda: all(each.is_computed for each in queued))  # they have to live until then
 
 
 @pytest.mark.parametrize("sleeps", [False, True])
