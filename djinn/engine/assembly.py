@@ -147,7 +147,7 @@ def start(
     move_buffers(model, dict.fromkeys(before.buffers, device))
     gathered = gather_states(model)
     if device.type == "cuda":
-        hold_workspace(planned.workspace_bytes - gathered, device)
+        hold_workspace(planned.workspace_bytes - gathered - ranks.collectives_bytes, device)
     if isinstance(model, PreTrainedModel):
         # Where pipelines and adapters put their tensors. "disk" or "cpu" would make PEFT dispatch the model anew.
         vars(model)["hf_device_map"] = {"": device}

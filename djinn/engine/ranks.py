@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from djinn.engine.sharding import local_parameters, sharded
 from djinn.errors import ConfigError, DjinnError, UnavailableError
 from djinn.gpus import own_gpu, ranks_started
 from djinn.planning.request import Request
+from djinn.planning.workspace import COLLECTIVES_BYTES
 from djinn.weights.index import WeightIndex
 
 TIMEOUT = timedelta(minutes=10)
@@ -43,6 +44,9 @@ ENDED = 70
 
 class Alone:
     """A process that holds a whole model."""
+
+    collectives_bytes: ClassVar[int] = 0
+    """Device memory of a plan's workspace that is not torch's to take: what adding up takes on a GPU."""
 
     def share(self, request: Request) -> Request:
         """Return what one process may take of what was asked for."""
@@ -77,6 +81,8 @@ class Alone:
 
 class Ranks(Alone):
     """The processes that hold one model together, as one of them sees them."""
+
+    collectives_bytes = COLLECTIVES_BYTES
 
     def __init__(self, config: DistributedConfig | None, device: torch.device) -> None:
         if not dist.is_initialized():

@@ -132,6 +132,8 @@ class _Visit:
     """Whether link and host take the cores' time, as on a CPU."""
     ahead: bool = False
     """Whether the host runs ahead of the device, which waits for the cores of the host."""
+    idle_share: float = 1.0
+    """How long a copy takes while the cores are idle, as a share of what it takes beside busy ones."""
 
     @property
     def device_s(self) -> float:
@@ -187,6 +189,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
                 ahead=host is not None and bool(host.units),
+                idle_share=1.0 if host is None else host.rates.link / host.rates.idle_link,
             )
         )
     return visits
@@ -260,6 +263,8 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                     free_s = max(disk_s, free_s)
                 if visit.link_s and not visit.in_order:
                     free_s = link_s = max(link_s, free_s) + visit.link_s
+                    if visit.ahead and now_s < link_s:  # nothing is left for the cores to do
+                        free_s = link_s = now_s + visit.idle_share * (link_s - now_s)
                 now_s = max(now_s, free_s)
             if visit.ahead:
                 now_s = max(now_s, asked_s)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from djinn.host import rates as host
-from djinn.host.rates import HostCores, ProductRate, calls_in_memory, knee, rate
+from djinn.host.rates import HostCores, ProductRate, by_one_token, calls_in_memory, knee, rate
+from djinn.planning.rates import Rates
 
 CPU = torch.device("cpu")
 
@@ -22,6 +23,21 @@ def test_the_knee_is_where_a_product_takes_longer_than_with_one_token() -> None:
     assert knee(rates((1, 50.0), (2, 30.0), (4, 50.0))) == 1
     assert knee(rates((1, 50.0), (16, 38.5))) == 16
     assert knee(rates((1, 50.0), (16, 38.4))) == 1
+
+
+def test_what_cores_do_by_few_tokens_they_do_by_one() -> None:
+    cold, warm = (
+        ProductRate(tokens=tokens, gbps=gbps, link_gbps=link)
+        for tokens, gbps, link in ((1, 131.0, 39.9), (2, 143.0, 45.0))
+    )
+    beyond = ProductRate(tokens=8, gbps=90.0, link_gbps=52.0)
+    assert by_one_token([cold, warm, beyond]) == warm
+    assert by_one_token([warm, cold.model_copy(update={"tokens": 2})]) == warm
+    found = HostCores(kernel="torch", threads=1, alone=(cold,), beside_link=(cold, warm, beyond))
+    assert (found.host_gbps_beside_link, found.link_gbps_beside_host) == (143.0, 45.0)
+    known = found.added_to(Rates(device="cuda", link=55e9)).host
+    assert known is not None
+    assert (known.cores, known.link, known.alone) == (143e9, 45e9, 55e9)
 
 
 def test_calls_lie_one_behind_the_other_and_fill_the_memory() -> None:

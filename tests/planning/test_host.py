@@ -230,6 +230,17 @@ def test_waits_are_part_of_a_prediction() -> None:
     assert waiting > without
 
 
+@pytest.mark.parametrize(("alone", "expected"), [(None, 30), (1e9, 30), (2e9, 20)])
+def test_the_link_is_faster_while_the_cores_wait_for_it(alone: float | None, expected: int) -> None:
+    """A copy of 30 pages beside a product of 10: two thirds of it are left when the product is done."""
+    units = [unit(0, 30 * PAGE), unit(1, 10 * PAGE)]
+    share = HostShare(units=frozenset({"u1"}), rates=HostRates(link=1e9, cores=1e9, wait_s=0.0, alone=alone))
+    made = make_plan(units, budget=35 * PAGE, workspace_bytes=0, host_bytes=10**9, host=share)
+    assert [each.name for each in made.second] == ["u0"]
+    token_s = predict(made, Rates(device="cuda", link=1e9), PLAIN).token_s
+    assert token_s == pytest.approx(expected * PAGE / 1e9, rel=0.05)
+
+
 def test_what_cannot_be_asked_of_the_cores_is_refused() -> None:
     shared = {"budget": "1 GB", "keep": WORK}
     for device, dtype, threads, words in (

@@ -12,7 +12,7 @@ from djinn.bench.rates import compute
 @pytest.mark.slow
 def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "_HEAD", (512, 512))
-    monkeypatch.setattr(compute, "_LAYER_OF", "llama-tiny")
+    monkeypatch.setattr(compute, "_LAYER_OF", {"cpu": "llama-tiny"})
     monkeypatch.setattr(compute, "_STEPS", 2)
     monkeypatch.setattr(compute, "_LAYERS", (1, 8))
     found = compute.measure(torch.device("cpu"))
@@ -26,7 +26,7 @@ def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_device_is_not_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "_LAYER_OF", "llama-tiny")
+    monkeypatch.setattr(compute, "_LAYER_OF", {"cpu": "llama-tiny"})
     monkeypatch.setattr(compute, "_LONGEST_S", 0.0)
     assert [rate.tokens for rate in compute._rates(torch.device("cpu"))] == [1]
 
