@@ -48,7 +48,7 @@ class Page:
 
     def section(self, heading: str) -> str:
         """The text under a heading, to the next of its level or above."""
-        match = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#|\Z)", self.text, flags=re.M | re.S)
+        match = re.search(rf"^(#+) {re.escape(heading)}\n((?:^```.*?^```|.)*?)(?=^#|\Z)", self.text, flags=re.M | re.S)
         assert match is not None, f"{self.path.name} has no section {heading!r}"
         return match[2]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from statistics import median
 
 import pytest
 import typer.main
@@ -168,111 +166,6 @@ def test_the_appendix_names_what_is_there() -> None:
     assert set(re.findall(r"PROFILE=(\w+)", APPENDIX.text)) == set(profile_names())
     assert set(re.findall(r"`make (\w+)", APPENDIX.text)) <= {"reproduce", "replay"}
     assert len(APPENDIX.text.split()) < 1200
-
-
-def test_bits_of_trained_weights_are_those_of_the_record() -> None:
-    record = ROOT / "data" / "benchmarks" / "bits_2026-11-28" / "bits.jsonl"
-    names = {"smollm2": "SmolLM2", "minilm": "MiniLM"}
-    rows = []
-    for line in record.read_text().splitlines():
-        kind = json.loads(line)
-        bits = [kind["bits"], kind["exponent"], kind["entropy"], kind["gaussian"]["bits"]]
-        sizes = [f"{kind['weights'] / 1e6:.3g} M", *(f"{each:.2f}" for each in bits)]
-        rows.append([names[kind["checkpoint"]], kind["kind"], *sizes])
-        assert kind["exponent"] < kind["bits"] < 16
-    assert PAGES["docs/guide.md"].rows("Trained weights") == rows
-
-
-def test_times_of_mixtures_are_those_of_the_records() -> None:
-    folder = ROOT / "data" / "benchmarks" / "experts_h100_2026-11-27"
-    first, second, small = "mixtral-8x7b_1", "mixtral-8x7b_2", "qwen3-30b-a3b"
-    even, free, local = "0,0", None, "0.5,0.7"
-    expected = [
-        (second, "whole", [free]), (second, "routed", [even]), (second, "routed", [free]), (first, "routed", [even]),
-        (first, "routed", [free]), (first, "coded", [even]), (first, "coded", [free]), (first, "routed", [local]),
-        (first, "coded", [local]), (small, "whole", [free]), (small, "routed", [even]), (small, "routed", [free]),
-        (small, "coded", [even]), (small, "coded", [free]), (small, "routed", [local]), (small, "pool", [even]),
-        (small, "resident", [free, even, "0.25,0.7", local, "0.75,1.0"]),
-    ]  # fmt: skip
-    rows = [row for row in PAGES["docs/guide.md"].rows("Mixtures of experts") if len(row) == 8]
-    assert len(rows) == len(expected)
-    for row, (file, mode, steers) in zip(rows, expected, strict=True):
-        records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
-        runs = [each for each in records if each["mode"] == mode and "times" in each and each["steer"] in steers]
-        hits, misses = (sum(run[f"expert_{what}"] for run in runs) for what in ("hits", "misses"))
-        times = [time for run in runs for time in run["times"][1:]]
-        moved = misses * runs[0]["slot_bytes"] / len(times) if hits else runs[0]["host_bytes"]
-        medians = [run["token_s"] for run in runs]
-        assert row[2:] == [
-            str(len(runs)),
-            f"{hits / (hits + misses):.2f}" if hits else "",
-            f"{moved / 1e9:.3g}",
-            f"{median(times):.3f} ({min(medians):.3f} to {max(medians):.3f})",
-            f"{median(run['times'][0] for run in runs):.2f}",
-            f"{runs[0]['host_bytes'] / 1e9:.1f}",
-        ], row
-
-
-def test_the_table_of_host_compute_is_what_its_records_say() -> None:
-    """The whole model without host compute is of an earlier host."""
-    samples = ROOT / "data" / "benchmarks"
-    now, before = samples / "host_ahead_h100_2026-11-28", samples / "host_h100_2026-11-28"
-    modes = [("exact", "none"), ("host", "none"), ("exact", "lossless"), ("host", "lossless")]
-    expected = []
-    for file in ("l16", "70b"):
-        for mode in modes:
-            folder = before if file == "70b" and mode[0] == "exact" else now
-            records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
-            runs = [each for each in records if (each["mode"], each["coding"]) == mode]
-            assert len(runs) == 5
-            times, first = [[run[key] for run in runs] for key in ("token_s", "ttft_s")]
-            digits = 3 if file == "l16" else 2
-            shown = [f"{number:.{digits}f}" for number in (median(times), min(times), max(times))]
-            predicted = f"{runs[0]['predicted_token_s']:.{digits}f}"
-            expected.append([f"{shown[0]} ({shown[1]} to {shown[2]})", predicted, f"{median(first):.{digits}f}"])
-        if file == "l16":
-            best = json.loads((now / "l16_llamacpp.jsonl").read_text().splitlines()[-1])
-            expected.append([f"{best['tokens_seconds']:.3f}", "", f"{best['prompt_seconds']:.3f}"])
-    rows = [row for row in PAGES["docs/guide.md"].rows("The host's cores beside the link") if len(row) == 5]
-    assert [row[2:] for row in rows] == expected
-
-
-def test_times_of_mixtures_in_turns_are_those_of_the_records() -> None:
-    folder = ROOT / "data" / "benchmarks" / "experts_h200_2026-11-28"
-    expected = []
-    for file, steer, mode in (
-        ("qwen3-30b-a3b", "0,0", "routed"), ("qwen3-30b-a3b", "0.5,0.7", "routed"), ("qwen3-30b-a3b", None, "routed"),
-        ("qwen3-30b-a3b_pool", None, "pool"),
-    ):  # fmt: skip
-        records = [json.loads(line) for line in (folder / f"{file}.jsonl").read_text().splitlines()]
-        runs = {(run["mode"], run["run"]): run for run in records if "times" in run and run["steer"] == steer}
-        streaming = [run for (way, _), run in sorted(runs.items()) if way == mode]
-        pairs = [(runs["resident", run["run"]], run) for run in streaming]
-        assert all(one["tokens"] == other["tokens"] for one, other in pairs)
-        hits, misses = (median([run[f"expert_{what}"] for run in streaming]) for what in ("hits", "misses"))
-        times = [[time for run in side for time in run["times"][1:]] for side in zip(*pairs, strict=True)]
-        longer = [other["token_s"] / one["token_s"] for one, other in pairs]
-        expected.append(
-            [
-                str(len(pairs)),
-                f"{hits / (hits + misses):.2f}",
-                *(f"{median(side):.3f}" for side in times),
-                f"{median(longer):.2f} ({min(longer):.2f} to {max(longer):.2f})",
-            ]
-        )
-    rows = [row for row in PAGES["docs/guide.md"].rows("Mixtures of experts") if len(row) == 6]
-    assert [row[1:] for row in rows] == expected
-
-
-def test_folders_of_samples_say_what_they_hold() -> None:
-    """Machine, date, command, and each file by its name."""
-    for folder in (ROOT / "data" / "benchmarks").iterdir():
-        text = (folder / "README.md").read_text()
-        for heading in ("- Machine: ", "- Date: ", "- Command: "):
-            assert heading in text, folder.name
-        assert [
-            path.name for path in folder.iterdir() if f"`{path.name}`" not in text and path.name != "README.md"
-        ] == []
 
 
 def test_notebooks_are_all_there_with_their_command() -> None:
