@@ -8,7 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pytest
 from pages import PAGES, ROOT
+
+from djinn.bench.certify.certification import Certification
+from djinn.engine.forecast import forecast
+from djinn.names import Coding
 
 SAMPLES = ROOT / "data" / "benchmarks"
 GUIDE = PAGES["docs/guide.md"]
@@ -156,6 +161,22 @@ def test_times_of_mixtures_in_turns_are_those_of_the_records() -> None:
         )
     rows = [row for row in GUIDE.rows("Mixtures of experts") if len(row) == 6]
     assert [row[1:] for row in rows] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coding", ["none", "lossless"])
+def test_two_gpus_are_predicted_within_three_hundredths(coding: Coding) -> None:
+    """From what was certified there. The runs were made with 0.5 GB less of weights on each GPU."""
+    folder = SAMPLES / "ranks_peers_h200_2026-11-28"
+    rates = Certification.model_validate_json((folder / "certify.json").read_text()).rates
+    foreseen = forecast(
+        "synthetic:llama-2-70b", budget="24 GB", device="cuda", rates=rates, free=268 * 10**9, host_memory="123 GB",
+        prompt_tokens=512, new_tokens=16, coding=coding, gpus=2,
+    ).predicted  # fmt: skip
+    runs = [run for run in read(folder / "djinn.jsonl") if run["coding"] == coding]
+    assert foreseen is not None
+    assert foreseen.token_s == pytest.approx(median(time for run in runs for time in run["per_token_s"][1:]), rel=0.03)
+    assert foreseen.ttft_s == pytest.approx(median(run["ttft_s"] for run in runs), rel=0.03)
 
 
 def test_folders_of_samples_say_what_they_hold() -> None:
