@@ -5,6 +5,7 @@ Called with a folder for its words, and the folder of checkpoints; see tests/eng
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -25,7 +26,13 @@ from djinn.engine.load import placement
 from djinn.engine.sharding import filled
 from djinn.errors import DjinnError
 from djinn.planning.placement import Tier
-from djinn.planning.workspace import CUDA_OVERHEAD_BYTES, Workload, kv_cache_bytes
+from djinn.planning.workspace import (
+    COLLECTIVES_BYTES,
+    CUDA_CONTEXT_BYTES,
+    CUDA_OVERHEAD_BYTES,
+    Workload,
+    kv_cache_bytes,
+)
 from djinn.weights.models import empty_model
 
 WORDS, CHECKPOINTS = (Path(argument) for argument in sys.argv[1:3])
@@ -122,6 +129,7 @@ def each_family() -> None:
 def each_way(folder: Path) -> None:
     """All that one model does, and all that its weights may come from."""
     model, whole = streamed(folder), resident(folder)
+    say(WORDS, "room for sums", DEVICE == "cpu" or leaves_room_for_sums(folder))
     for mode, options in MODES.items():
         say(WORDS, mode, equal(generated(model, **options), generated(whole, **options)))
     say(WORDS, "padded", equal(*(generated(each, **padded()) for each in (model, whole))))
@@ -162,6 +170,16 @@ def each_way(folder: Path) -> None:
     empty = empty_model(whole.config, torch.bfloat16)
     made = filled(empty, split(), whole.device, lambda name, each: synthetic_weight(name, each.shape, each.dtype, 0))
     say(WORDS, "made where it stays", equal(logits(made.eval()), logits(whole)))
+
+
+def leaves_room_for_sums(folder: Path) -> bool:
+    """Return whether torch's allocator takes no more for a model than what is neither CUDA's nor NCCL's of its plan."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    plan = placement(streamed(folder))
+    taken = torch.cuda.memory_reserved() - before
+    return taken <= plan.device_bytes - CUDA_CONTEXT_BYTES - COLLECTIVES_BYTES
 
 
 def offloaded(folder: Path) -> None:

@@ -9,7 +9,6 @@ arrives in a window of the pool while the one before is computed. See :mod:`djin
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -70,7 +69,8 @@ class Experts:
         """Layers of which a whole pass has moved experts, and whose whereabouts are to be told anew."""
         self._torn = False
         self._handles: list[Any] = []
-        self._handed: list[tuple[weakref.ref[nn.Module], Layer]] = []
+        self._handed: list[tuple[dict[str, Any], Layer]] = []
+        """Attributes of modules that have what stands for their weights among them, and the layer that it is of."""
         self.picked: Picked | None = None
 
     def attach(self, model: nn.Module) -> None:
@@ -109,11 +109,9 @@ class Experts:
             self.cool()
 
     def _take_away(self) -> None:
-        for reference, layer in self._handed:
-            module = reference()
-            if module is not None:
-                for tensor in layer.tensors:
-                    vars(module).pop(tensor.local, None)
+        for attributes, layer in self._handed:
+            for tensor in layer.tensors:
+                attributes.pop(tensor.local, None)
         self._handed.clear()
 
     def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -130,8 +128,9 @@ class Experts:
         except BaseException:
             self.cool()  # so that the next pass asks for all of it again
             raise
-        self._handed.append((weakref.ref(module), layer))
-        vars(module).update(given)
+        attributes = vars(module)
+        self._handed.append((attributes, layer))
+        attributes.update(given)
         self._torn = False
         self._stats.hook_s += time.perf_counter() - begin - (self._waited() - waited)
         return None if self._part is None else self._part.instead
@@ -141,7 +140,7 @@ class Experts:
         try:
             for name in list(self._fetched):
                 self._arrive(name)
-            if self._pool.windows and number % self._pool.windows in self._released:
+            if self._released and number % self._pool.windows in self._released:
                 self._released[number % self._pool.windows] = self.fetcher.mark()
         finally:
             self._take_away()
@@ -186,17 +185,23 @@ class Experts:
 
     def _bring(self, number: int, call: Call) -> None:
         """Let come what is not in the pool of the experts that were picked, and tell ``call`` where each one is."""
-        cache, layer = self._cache, self._layers[number]
-        places = cache.use(number, call.wanted)
+        cache = self._cache
+        call.places = places = cache.use(number, call.wanted)
         missing = [expert for expert in call.wanted if expert not in places]
         self._stats.expert_hits += len(places)
         self._stats.expert_misses += len(missing)
-        keep = frozenset(call.wanted)
-        coming = {expert: cache.make_room(number, keep) for expert in missing}
-        call.places = places | coming
-        self._tell(number, coming if number not in self._told_otherwise else cache.held(number) | coming)
-        if not missing:
-            return
+        if missing:
+            keep = frozenset(call.wanted)
+            coming = {expert: cache.make_room(number, keep) for expert in missing}
+            call.places = places | coming
+            self._tell(number, coming if number not in self._told_otherwise else cache.held(number) | coming)
+            self._begin_fetch(number, call, coming)
+        elif number in self._told_otherwise:
+            self._tell(number, cache.held(number))
+
+    def _begin_fetch(self, number: int, call: Call, coming: Mapping[int, int]) -> None:
+        """Let experts come to their slots, of which ``call`` knows; compute waits for them when it reads them."""
+        layer, cache = self._layers[number], self._cache
         # A router's answer that came from the device came after all compute before it: nothing is to be waited for.
         after = None if call.index.is_cuda else self.fetcher.mark()
         if self._pool.slot_bytes < SPLIT_BYTES:
@@ -212,8 +217,7 @@ class Experts:
 
     def _tell(self, number: int, places: Mapping[int, int]) -> None:
         """Upload where experts are; before their copies begin, behind which it would arrive after them."""
-        if places:
-            self._layers[number].where.note(places)
+        self._layers[number].where.note(places)
         self._told_otherwise.discard(number)
 
     def _arrive(self, name: str) -> None:

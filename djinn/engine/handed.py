@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +60,7 @@ class Asked(NamedTuple):
 
         Where it does not, they are all of the ``experts``.
         """
-        found = self.named.get("top_k_index")
+        found = self.args[1] if len(self.args) > 1 else self.kwargs.get("top_k_index")
         if isinstance(found, torch.Tensor) and found.dim() == 2 and found.dtype in (torch.int32, torch.int64):
             return found, True
         return torch.arange(experts)[None], False
@@ -97,8 +98,7 @@ class Call:
     @cached_property
     def picks(self) -> list[int]:
         """The picked experts, token by token, on the host."""
-        picks: list[int] = self.index.reshape(-1).tolist()
-        return picks
+        return list(chain.from_iterable(self.index.tolist()))
 
     @cached_property
     def wanted(self) -> list[int]:
@@ -111,12 +111,12 @@ class Call:
         return np.bincount(self.picks, minlength=self.experts)
 
     def look_up(self, tensor: ExpertTensor, key: torch.Tensor) -> torch.Tensor:
-        """Return by each number of an expert in ``key`` its slot, or where its coded parts are; never waits."""
+        """Return for each number of an expert in ``key`` its slot, or where its coded parts are; never waits."""
         if self._key is not key:
             self._key = key
             self._found.clear()
         if tensor.table not in self._found:
-            self._found[tensor.table] = self.where.look_up(tensor, key.reshape(-1))
+            self._found[tensor.table] = self.where.look_up(tensor, key)
         return self._found[tensor.table]
 
     def slots(self, name: str, experts: Sequence[int]) -> dict[int, int]:
@@ -198,11 +198,9 @@ class HandedWeights:
         return self._call.experts
 
     def __getitem__(self, key: Any) -> torch.Tensor:
-        if isinstance(key, int) or (isinstance(key, torch.Tensor) and key.dim() == 0):
-            return self._turned(self._one(int(key)))
         if isinstance(key, torch.Tensor) and key.dtype in (torch.int32, torch.int64):
-            return self._turned(self._gathered(key))
-        return self._all()[key]
+            return self._turned(self._gathered(key) if key.dim() else self._one(int(key)))
+        return self._turned(self._one(key)) if isinstance(key, int) else self._all()[key]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -234,8 +232,9 @@ class HandedWeights:
         if call.places is not None and (key.is_cuda or not tensor.coded):
             found = call.look_up(tensor, key)
             call.arrive(tensor.name)
-            made = tensor.decode_at(found.reshape(-1), len(found)) if tensor.coded else tensor.slots[found]
-            return made.view(*key.shape, *tensor.shape)
+            if not tensor.coded:
+                return tensor.slots[found]
+            return tensor.decode_at(found.reshape(-1), key.numel()).view(*key.shape, *tensor.shape)
         ids = key.reshape(-1).tolist()
         out = tensor.empty(len(ids))
         left = sorted(set(ids))

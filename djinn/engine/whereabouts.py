@@ -37,5 +37,5 @@ class Whereabouts:
             self._there[name].copy_(self._host[name], non_blocking=True)
 
     def look_up(self, tensor: ExpertTensor, key: torch.Tensor) -> torch.Tensor:
-        """Return by each number of an expert in ``key`` its slot, or where its coded parts are."""
+        """Return for each number of an expert in ``key`` its slot, or where its coded parts are."""
         return self._there[tensor.table][key]

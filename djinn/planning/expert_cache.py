@@ -86,8 +86,9 @@ class ExpertCache:
 
     def take_back(self) -> None:
         """Make all slots that are still lent free."""
-        self._free += sorted(self._lent, reverse=True)
-        self._lent.clear()
+        if self._lent:
+            self._free += sorted(self._lent, reverse=True)
+            self._lent.clear()
 
     def forget(self) -> None:
         """Make all slots free."""

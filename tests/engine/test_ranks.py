@@ -48,6 +48,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
 WAYS = (
     "greedy", "sampled", "beams", "static cache", "prompt lookup", "padded", "several sequences", "with gradients",
     "read while away", "synthetic", "made where it stays", "while an error is handled", "cache", "host memory",
+    "room for sums",
 )  # fmt: skip
 STORED = (
     "offloaded", "a plan of its own on each rank", "coded", "packed", "packed, decoded", "converted", "cut",
