@@ -73,15 +73,20 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         on_gpu = machine.torch_sees_gpu and torch.cuda.is_available()
         gpus = torch.cuda.device_count() if on_gpu else 0
         links, links_reason = _tried(lambda: several.links(gpus)) if gpus > 1 else (None, "")
-        sums, _ = _tried(lambda: several.sums(gpus)) if gpus > 1 else (None, "")
+        missing: dict[str, str] = {}
+        sums, missing["sums over GPUs"] = _tried(lambda: several.sums(gpus)) if gpus > 1 else (None, "")
         step("disk")
         disk_rates, disk_reason = _tried(lambda: disk.rates(folder, min(2**30, profile.min_disk // 4)))
+        device = torch.device("cuda" if on_gpu else "cpu")
         step("compute")
-        computed, _ = _tried(lambda: compute.measure(torch.device("cuda" if on_gpu else "cpu")))
+        computed, missing["compute"] = _tried(lambda: compute.measure(device))
         step("streaming")
-        streamed, _ = _tried(lambda: streaming.measure(torch.device("cuda" if on_gpu else "cpu"), profile.gpus))
+        streamed, missing["streaming"] = _tried(lambda: streaming.measure(device))
+        if streamed is not None and profile.gpus > 1:
+            split_s, missing["split modules"] = _tried(lambda: streaming.split_s(device))
+            streamed = streamed.model_copy(update={"split_s": split_s})
         step("host")
-        cores, _ = _tried(lambda: host.measure(torch.device("cuda" if on_gpu else "cpu")))
+        cores, missing["host's cores"] = _tried(lambda: host.measure(device))
         step("plan")
         plan, plan_reason = _tried(lambda: plan_of(profile))
         step("streamed = resident")
@@ -100,6 +105,7 @@ def _certified(profile: Profile, run_dir: Path, progress: bool) -> Certification
         disk_reason=disk_reason,
         links=links or [],
         links_reason=links_reason,
+        missing=missing,
         plan=plan,
         plan_reason=plan_reason,
         tools=_tools(),

@@ -24,6 +24,7 @@ def check_all(findings: Findings) -> list[Check]:
     checks = [*device_checks(findings), *host_checks(findings), _plan(findings)]
     if any(system.startswith("deepspeed") for system in findings.profile.systems):
         checks += [_tool(name, found) for name, found in findings.tools.items()]
+    checks += [_missing(name, reason) for name, reason in findings.missing.items() if reason]
     return [*checks, *map(_package, findings.packages), _proof(findings)]
 
 
@@ -36,6 +37,10 @@ def _plan(findings: Findings) -> Check:
         "pass" if plan else "fail",
         findings.plan_reason,
     )
+
+
+def _missing(name: str, reason: str) -> Check:
+    return verdict_of(name, "not measured", "for predictions", "warn", f"predicted without: {reason}")
 
 
 def _tool(name: str, found: bool) -> Check:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -65,6 +65,8 @@ class Findings:
     disk_reason: str
     links: Sequence[LinksTogether] = ()
     links_reason: str = ""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """By what else predictions are made from, why it was not measured; empty where it was."""
     plan: Plan | None
     plan_reason: str
     tools: dict[str, bool]

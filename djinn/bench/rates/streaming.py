@@ -49,13 +49,9 @@ class Streaming(BaseModel):
         return replace(rates, decode=decode, unit_s=self.unit_s, split_s=self.split_s or 0.0)
 
 
-def measure(device: torch.device, gpus: int = 1) -> Streaming:
-    """Measure ``device``; takes seconds."""
-    return Streaming(
-        decode_gbps=_decode_gbps(device),
-        unit_s=_unit_s(device),
-        split_s=_split_s(device) if gpus > 1 else None,
-    )
+def measure(device: torch.device) -> Streaming:
+    """Measure ``device``, but for what splitting takes (:func:`split_s`); takes seconds."""
+    return Streaming(decode_gbps=_decode_gbps(device), unit_s=_unit_s(device))
 
 
 def _decode_gbps(device: torch.device) -> float | None:
@@ -92,11 +88,12 @@ def _unit_s(device: torch.device) -> float:
     return max(streamed_s - resident_s, 0.0) / units
 
 
-def _split_s(device: torch.device) -> float:
+def split_s(device: torch.device) -> float:
+    """Return the host seconds that a module with weights takes more where its model is split; takes a second."""
     whole = small_model(_LAYERS, device)
     resident_s, _ = times_of_host(whole, device)
     weights = {name: parameter.cpu() for name, parameter in whole.named_parameters()}
     with pretended(2) as config:
         split = filled(empty_model(whole.config, torch.bfloat16), config, device, lambda name, _: weights[name])
-        split_s, _ = times_of_host(split.eval(), device)
-    return max(split_s - resident_s, 0.0) / modules_of(whole)
+        seconds, _ = times_of_host(split.eval(), device)
+    return max(seconds - resident_s, 0.0) / modules_of(whole)

@@ -38,6 +38,22 @@ def test_this_machine_passes_the_smallest_profile(certification: Certification) 
     assert certification.proof.holds
 
 
+def test_what_predictions_lack_is_said_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no group")
+
+    monkeypatch.setattr(module, "CHECKPOINT_DIR", tmp_path / "checkpoints")
+    monkeypatch.setattr(module.streaming, "split_s", failing)
+    monkeypatch.setattr(module.compute, "measure", failing)
+    found = certify(load_profile("smoke_ranks"), tmp_path, progress=False)
+    assert found.streaming is not None
+    assert found.streaming.decode_gbps
+    assert found.compute is None
+    lacking = {check.name: check for check in found.checks if check.measured == "not measured"}
+    assert lacking.keys() == {"compute", "split modules"}
+    assert all("no group" in check.remedy and check.verdict == "warn" for check in lacking.values())
+
+
 def test_the_result_is_written_whole_and_read_back(certification: Certification, run_dir: Path) -> None:
     assert read_certification(run_dir) == certification
     assert [path.name for path in (run_dir / CERTIFICATION).parent.iterdir()] == ["certify.json"]

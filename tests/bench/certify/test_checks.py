@@ -152,6 +152,7 @@ def test_a_good_gpu_machine_passes_every_check(found: list[LinksTogether]) -> No
         ("memlock", "fail", "ulimit", {"machine": {"memlock_bytes": 8 * 2**20}, "link": []}),
         ("disk space", "fail", "free", {"machine": {"disk_free_bytes": 10**9}}),
         ("direct I/O", "warn", "ext4", {"disk": DISK[:1]}),
+        ("split modules", "warn", "no group", {"missing": {"compute": "", "split modules": "no group"}}),
         ("plan", "fail", "ring too small", {"plan": None, "plan_reason": "ring too small"}),
         ("ninja", "warn", "pip install ninja", {"tools": {"ninja": False}}),
         ("libaio headers", "warn", "apt install libaio-dev", {"tools": {"libaio headers": False}}),

@@ -18,8 +18,7 @@ def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = streaming.measure(torch.device("cpu"))
     assert alone.decode_gbps
     assert alone.split_s is None
-    split = streaming.measure(torch.device("cpu"), gpus=2)
-    assert split.split_s is not None
+    assert streaming.split_s(torch.device("cpu")) >= 0
     assert not dist.is_initialized()
 
 
@@ -37,7 +36,7 @@ def test_old_certifications_have_none() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_decodes_faster_than_any_link() -> None:
-    found = streaming.measure(torch.device("cuda"), gpus=2)
+    found = streaming.measure(torch.device("cuda"))
     assert found.decode_gbps
     assert found.decode_gbps > 100
     assert 0 < found.unit_s < 1e-3
