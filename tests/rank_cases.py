@@ -129,7 +129,6 @@ def each_family() -> None:
 def each_way(folder: Path) -> None:
     """All that one model does, and all that its weights may come from."""
     model, whole = streamed(folder), resident(folder)
-    say(WORDS, "room for sums", DEVICE == "cpu" or leaves_room_for_sums(folder))
     for mode, options in MODES.items():
         say(WORDS, mode, equal(generated(model, **options), generated(whole, **options)))
     say(WORDS, "padded", equal(*(generated(each, **padded()) for each in (model, whole))))
@@ -170,16 +169,17 @@ def each_way(folder: Path) -> None:
     empty = empty_model(whole.config, torch.bfloat16)
     made = filled(empty, split(), whole.device, lambda name, each: synthetic_weight(name, each.shape, each.dtype, 0))
     say(WORDS, "made where it stays", equal(logits(made.eval()), logits(whole)))
+    say(WORDS, "room for sums", DEVICE == "cpu" or leaves_room_for_sums(folder, plan.budget, plan.ring_bytes))
 
 
-def leaves_room_for_sums(folder: Path) -> bool:
+def leaves_room_for_sums(folder: Path, budget: int, ring: int) -> bool:
     """Return whether torch's allocator takes no more for a model than what is neither CUDA's nor NCCL's of its plan."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    plan = placement(streamed(folder))
+    model = streamed(folder, budget=budget, ring=ring)
     taken = torch.cuda.memory_reserved() - before
-    return taken <= plan.device_bytes - CUDA_CONTEXT_BYTES - COLLECTIVES_BYTES
+    return taken <= placement(model).device_bytes - CUDA_CONTEXT_BYTES - COLLECTIVES_BYTES
 
 
 def offloaded(folder: Path) -> None:

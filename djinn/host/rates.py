@@ -93,15 +93,17 @@ class HostCores(BaseModel):
 
 
 def knee(rates: Sequence[ProductRate]) -> int:
-    """Return up to how many tokens no product takes more than 1.3x as long as the first one. Pure."""
-    cheap = itertools.takewhile(lambda rate: rates[0].gbps <= _KNEE * rate.gbps, rates)
-    return max(rate.tokens for rate in cheap)
+    """Return up to how many tokens no product takes more than 1.3x as long as the fastest of fewer. Pure."""
+    fastest = itertools.accumulate((rate.gbps for rate in rates), max)
+    cheap = itertools.takewhile(lambda both: both[0] <= _KNEE * both[1].gbps, zip(fastest, rates, strict=True))
+    return max(rate.tokens for _, rate in cheap)
 
 
 def by_one_token(rates: Sequence[ProductRate]) -> ProductRate:
     """Return the fastest up to the :func:`knee`: what a host does by few tokens, it does by one. Pure.
 
-    The same product took up to a tenth longer by one token than by two or four when that was measured first.
+    On one host with H200s the same product took a tenth longer by one token, which was measured first, than by two
+    (data/benchmarks/ranks_peers_h200_2026-11-28).
     """
     most = knee(rates)
     return max((rate for rate in rates if rate.tokens <= most), key=lambda rate: rate.gbps)

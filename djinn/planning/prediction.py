@@ -9,8 +9,9 @@ the visit that its slot waits for has been computed, as in the ring; compute beg
 copy out of host memory is work for the cores that compute, so it adds.
 
 A unit that the host's cores compute with (:mod:`djinn.planning.host`) is not copied in a decode step: everything else
-that computes waits for its product, while copies go on, and while the host launches what comes behind it. Of a layer's
-experts the cores take a part, while others come.
+that computes waits for its product, while copies go on, and while the host launches what comes behind it. While the
+device waits for a copy the cores are idle, and the link carries what it carries alone. Of a layer's experts the cores
+take a part, while others come.
 
 What is not counted: the time between two passes, which prefetching hides. A rate that was not measured makes its part
 free; :attr:`Prediction.blind` says which.
@@ -189,7 +190,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
                 ahead=host is not None and bool(host.units),
-                idle_share=1.0 if host is None else host.rates.link / host.rates.idle_link,
+                idle_share=1.0 if host is None else min(host.rates.link / host.rates.idle_link, 1.0),
             )
         )
     return visits
@@ -262,9 +263,10 @@ def _end(plan: Plan, passes: Sequence[Sequence[_Visit]]) -> float:
                     disk_s = (max(disk_s, free_s) if visit.in_order else disk_s) + visit.disk_s
                     free_s = max(disk_s, free_s)
                 if visit.link_s and not visit.in_order:
-                    free_s = link_s = max(link_s, free_s) + visit.link_s
-                    if visit.ahead and now_s < link_s:  # nothing is left for the cores to do
-                        free_s = link_s = now_s + visit.idle_share * (link_s - now_s)
+                    begin = max(link_s, free_s)
+                    idle_s = max(now_s, begin)  # from when the device, and with it the cores, wait for this copy
+                    end_s = begin + visit.link_s
+                    free_s = link_s = end_s if end_s <= idle_s else idle_s + visit.idle_share * (end_s - idle_s)
                 now_s = max(now_s, free_s)
             if visit.ahead:
                 now_s = max(now_s, asked_s)

@@ -19,7 +19,8 @@ def rates(*found: tuple[int, float]) -> list[ProductRate]:
 
 def test_the_knee_is_where_a_product_takes_longer_than_with_one_token() -> None:
     assert knee(rates((1, 50.0))) == 1
-    assert knee(rates((1, 50.0), (2, 52.0), (4, 39.0), (8, 20.0))) == 4
+    assert knee(rates((1, 50.0), (2, 52.0), (4, 40.0), (8, 20.0))) == 4
+    assert knee(rates((1, 131.0), (2, 144.0), (4, 145.0), (8, 141.0), (16, 110.0))) == 8
     assert knee(rates((1, 50.0), (2, 30.0), (4, 50.0))) == 1
     assert knee(rates((1, 50.0), (16, 38.5))) == 16
     assert knee(rates((1, 50.0), (16, 38.4))) == 1

@@ -241,6 +241,17 @@ def test_the_link_is_faster_while_the_cores_wait_for_it(alone: float | None, exp
     assert token_s == pytest.approx(expected * PAGE / 1e9, rel=0.05)
 
 
+def test_a_faster_link_makes_no_disk_faster() -> None:
+    """A read of 60 pages, then a copy of 30 beside a product of 10."""
+    units = [unit(0, 30 * PAGE, made=False), unit(1, 10 * PAGE)]
+    rates = HostRates(link=1e9, cores=1e9, wait_s=0.0, alone=2e9)
+    share = HostShare(units=frozenset({"u1"}), rates=rates)
+    made = make_plan(units, budget=35 * PAGE, workspace_bytes=0, host_bytes=10 * PAGE, host=share)
+    assert made.tiers == (Tier.DISK, Tier.PINNED)
+    token_s = predict(made, Rates(device="cuda", link=1e9, disk=0.5e9), PLAIN).token_s
+    assert token_s >= 60 * PAGE / 1e9
+
+
 def test_what_cannot_be_asked_of_the_cores_is_refused() -> None:
     shared = {"budget": "1 GB", "keep": WORK}
     for device, dtype, threads, words in (
