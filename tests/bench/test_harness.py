@@ -56,8 +56,19 @@ def test_every_system_gets_what_the_profile_asks_of_it(monkeypatch, tmp_path):
     assert (by_name["djinn"].most_runs, by_name["djinn"].profile.new_tokens) == (5, 16)
 
 
+BEFORE = set()
+"""Children of this process that other tests have left: a compiler's, say."""
+
+
+@pytest.fixture(autouse=True)
+def only_own_children():
+    BEFORE.clear()
+    BEFORE.update(child.pid for child in psutil.Process().children())
+
+
 def children():
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    found = (child for child in psutil.Process().children() if child.pid not in BEFORE)
+    return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow
