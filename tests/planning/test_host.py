@@ -241,6 +241,16 @@ def test_the_link_is_faster_while_the_cores_wait_for_it(alone: float | None, exp
     assert token_s == pytest.approx(expected * PAGE / 1e9, rel=0.05)
 
 
+def test_without_host_units_the_link_is_idle_already() -> None:
+    units = [unit(0, 30 * PAGE), unit(1, 10 * PAGE)]
+    share = HostShare(units=frozenset(), rates=HostRates(link=1e9, cores=1e9, wait_s=0.0, alone=2e9))
+    plans = [
+        make_plan(units, budget=35 * PAGE, workspace_bytes=0, host_bytes=10**9, host=host) for host in (None, share)
+    ]
+    alone, beside = (predict(plan, Rates(device="cuda", link=2e9), PLAIN).token_s for plan in plans)
+    assert beside == pytest.approx(alone)
+
+
 def test_a_faster_link_makes_no_disk_faster() -> None:
     """A read of 60 pages, then a copy of 30 beside a product of 10."""
     units = [unit(0, 30 * PAGE, made=False), unit(1, 10 * PAGE)]
