@@ -190,7 +190,7 @@ def _visits(plan: Plan, rates: Rates, work: Work, tokens: int, extra_s: float, h
                 asked=bool(unit.experts) and tier is not Tier.RESIDENT and not is_whole,
                 in_order=on_cpu,
                 ahead=host is not None and bool(host.units),
-                idle_share=min(host.rates.link / host.rates.idle_link, 1.0) if host is not None and host.units else 1.0,
+                idle_share=min(host.rates.link / host.rates.idle_link, 1.0) if host and host.units else 1.0,
             )
         )
     return visits
