@@ -8,6 +8,9 @@ tile has 4096 weights, 1024 words of ``sm``, 3 planes of 128 words, 2048 words d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -48,21 +51,28 @@ def write(weights: torch.Tensor, parts: Sections) -> None:
 def decoder(parts: Sections, out: torch.Tensor, warps: int = DECODE_WARPS) -> Callable[[], None]:
     """Return a function that decodes ``parts`` into ``out`` (uint8 [decoded_bytes]) on the current stream.
 
-    Triton's own call looks at every argument anew, at 10 to 20 µs; a compiled kernel called with plain addresses does
-    not. The arguments' types and alignment are what the kernel is compiled for, so they are tensors once, here.
+    The arguments' types and alignment are what the kernel is compiled for, so they are tensors once, here.
     """
-    device = out.device
     tensors = decode_arguments(parts, out)
-    grid = (len(parts.sm), 1, 1)
+    tiles = len(parts.sm)
     with torch.cuda.device_of(out):
-        launch = _decode.warmup(*tensors, grid=grid, num_warps=warps)[grid]
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    index = gpu_index(device)
+        launch = _launcher(_decode.warmup(*tensors, grid=(tiles, 1, 1), num_warps=warps), gpu_index(out.device))
+    return partial(launch, tiles, 1, *[tensor.data_ptr() for tensor in tensors])
 
-    def run() -> None:
+
+def _launcher(kernel: Any, index: int) -> Callable[..., None]:
+    """Return a function that launches a compiled kernel on the current stream of a GPU, by columns, rows and arguments.
+
+    Triton's own call looks at every argument anew, at 10 to 20 µs, and a compiled kernel's at its own parts each time.
+    """
+    launch = kernel.run  # loads it here and now: loading may wait for the device
+    function, metadata, here = kernel.function, kernel.packed_metadata, nullcontext()
+
+    def run(columns: int, rows: int, *arguments: int) -> None:
         # A new torch.cuda.Stream each time would take longer than the launch.
-        with torch.cuda.device(index):  # in whose context it is launched
-            launch(*addresses, stream=torch._C._cuda_getCurrentRawStream(index))
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        with here if torch._C._cuda_getDevice() == index else torch.cuda.device(index):  # in its context
+            launch(columns, rows, 1, stream, function, metadata, None, None, None, *arguments)
 
     return run
 
@@ -102,12 +112,10 @@ def address_decoder(
     tiles = elements // TILE
     with torch.cuda.device(device):
         kernel = _decode_batch.warmup(torch.int64, torch.uint32, *starts, grid=(tiles, 1), num_warps=warps)
-        kernel[tiles, 1, 1]  # loads it here and now: loading may wait for the device
+        launch = _launcher(kernel, gpu_index(device))
 
     def at(addresses: torch.Tensor, out: torch.Tensor) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        with torch.cuda.device(device):
-            kernel[tiles, len(addresses), 1](addresses.data_ptr(), out.data_ptr(), *starts, stream=stream)
+        launch(tiles, len(addresses), addresses.data_ptr(), out.data_ptr(), *starts)
 
     return at
 

@@ -30,6 +30,7 @@ from djinn import errors
 from djinn.devices import require_here
 from djinn.engine.binding import parameters_of
 from djinn.engine.sharding import local_parameters, sharded
+from djinn.engine.split_linear import shorten
 from djinn.errors import ConfigError, DjinnError, UnavailableError
 from djinn.gpus import own_gpu, ranks_started
 from djinn.planning.request import Request
@@ -128,6 +129,7 @@ class Ranks(Alone):
     def hold_together(self, model: nn.Module) -> Iterator[Any]:
         yield model.register_forward_pre_hook(self._compare, prepend=True, with_kwargs=True)
         yield model.register_forward_hook(self._end, always_call=True)
+        yield from shorten(model)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in their order.
@@ -136,11 +138,27 @@ class Ranks(Alone):
             UnavailableError: a rank has ended, or has not come for a long time.
         """
         found: list[Any] = [None] * self.count
-        try:
+        with self._answering():
             dist.all_gather_object(found, value, self._group)
+        return found
+
+    def _numbers(self, mine: int) -> list[int]:
+        """Return the numbers of all ranks, in their order: what :meth:`gather` does, in one message and not in two.
+
+        Raises:
+            UnavailableError: as for :meth:`gather`.
+        """
+        found = torch.empty(self.count, dtype=torch.int64)
+        with self._answering():
+            dist.all_gather_into_tensor(found, torch.tensor([mine]), group=self._group)
+        return found.tolist()
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise UnavailableError(f"rank {self.rank}: another rank has ended or does not answer: {error}") from error
-        return found
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -157,7 +175,7 @@ class Ranks(Alone):
             if isinstance(value, torch.Tensor):
                 stored = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
                 checksum = zlib.crc32(stored.numpy().data, zlib.crc32(str(tuple(value.shape)).encode(), checksum))
-        found = self.gather(checksum)
+        found = self._numbers(checksum)
         if len(set(found)) > 1:
             other = next(rank for rank, each in enumerate(found) if each != found[0])
             raise RanksDifferError(

@@ -68,7 +68,7 @@ class CudaCopier:
         """By unit, its last reading."""
         if any(source.image is None for source in sources):
             self.disk = DiskStream(ring.device, reader)
-        self._trace = _Trace(stats) if stats.traced else None
+        self._trace = _Trace(stats, self._compute.stream()) if stats.traced else None
 
     @property
     def zero(self) -> torch.cuda.Event | None:
@@ -187,10 +187,10 @@ def _commands(target: torch.Tensor, image: Buffer, chunk_bytes: int) -> list[Com
 class _Trace:
     """Timing events of the visits, turned into intervals once the device is idle."""
 
-    def __init__(self, stats: Stats) -> None:
+    def __init__(self, stats: Stats, stream: torch.cuda.Stream) -> None:
         self._stats = stats
         self.zero = torch.cuda.Event(enable_timing=True)
-        self.zero.record()
+        self.zero.record(stream)  # of the ring's GPU, which need not be the current one
         self.zero.synchronize()
         stats.zero_s = time.perf_counter()
         self._open: dict[int, dict[str, torch.cuda.Event]] = {}

@@ -92,7 +92,7 @@ def split_s(device: torch.device) -> float:
     """Return the host seconds that a module with weights takes more where its model is split; takes a second."""
     whole = small_model(_LAYERS, device)
     resident_s, _ = times_of_host(whole, device)
-    weights = {name: parameter.cpu() for name, parameter in whole.named_parameters()}
+    weights = {name: parameter.detach().cpu() for name, parameter in whole.named_parameters()}
     with pretended(2) as config:
         split = filled(empty_model(whole.config, torch.bfloat16), config, device, lambda name, _: weights[name])
         seconds, _ = times_of_host(split.eval(), device)
