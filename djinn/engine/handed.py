@@ -66,6 +66,10 @@ class Asked(NamedTuple):
         return torch.arange(experts)[None], False
 
 
+def _no_rounds(name: str, experts: Sequence[int]) -> dict[int, int]:
+    raise AssertionError(f"{name}: experts {experts} were not picked")
+
+
 @dataclass
 class Call:
     """One call of an experts module. ``index``: the numbers of the experts that each token picked."""
@@ -73,8 +77,8 @@ class Call:
     experts: int
     index: torch.Tensor
     where: Whereabouts
-    bring: Bring
-    places: dict[int, int] | None = None
+    bring: Bring = _no_rounds
+    places: Mapping[int, int] | None = None
     """The slot of every expert that was picked; None where they come in rounds."""
     is_known: bool = True
     """Whether the call shows what was picked; if not, ``index`` is all experts."""
@@ -119,7 +123,7 @@ class Call:
             self._found[tensor.table] = self.where.look_up(tensor, key)
         return self._found[tensor.table]
 
-    def slots(self, name: str, experts: Sequence[int]) -> dict[int, int]:
+    def slots(self, name: str, experts: Sequence[int]) -> Mapping[int, int]:
         """Return the slots of ``experts``, of those first among them that fit at once; their tensor is there."""
         if self.places is not None:
             self.arrive(name)
@@ -221,7 +225,7 @@ class HandedWeights:
     def _turned(self, weights: torch.Tensor) -> torch.Tensor:
         return weights.transpose(-2, -1) if self._transposed else weights
 
-    def _slots(self, experts: Sequence[int]) -> dict[int, int]:
+    def _slots(self, experts: Sequence[int]) -> Mapping[int, int]:
         return self._call.slots(self._tensor.name, experts)
 
     def _one(self, expert: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ it where the pool is smaller than a token's demand.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 Trace = Sequence[Sequence[Collection[int]]]
 """Of every pass, for every layer in order, the experts that its router picked."""
@@ -36,6 +36,11 @@ class ExpertCache:
     def held(self, layer: int) -> dict[int, int]:
         """Return the slot of every expert of ``layer`` that is in the pool."""
         return dict(self._layers[layer])
+
+    def whole(self, layer: int, experts: int) -> Mapping[int, int] | None:
+        """Return the slots of all ``experts`` of a layer, as they are now; None where one is not in the pool."""
+        held = self._layers[layer]
+        return held if len(held) == experts else None
 
     def use(self, layer: int, experts: Iterable[int]) -> dict[int, int]:
         """Note that ``experts`` are used now; return the slot of each that is in the pool."""

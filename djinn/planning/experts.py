@@ -57,6 +57,14 @@ class Pool:
         """How many whole layers it holds at once, as far as that matters."""
         return min(WINDOWS, self.slots // self.widest) if self.widest else 0
 
+    def kept(self, free: int, layers: int) -> int:
+        """Return how many experts of a layer that passes by stay in ``free`` slots, with so many ``layers`` to come.
+
+        All layers keep equally many; but where the pool has all experts but less than a layer's, the first layers keep
+        all of theirs: of a layer that is there as a whole nobody has to ask what was picked.
+        """
+        return free if self.experts - self.slots < self.widest else free // layers
+
     def distinct(self, tokens: int) -> float:
         """Return how many experts of a layer ``tokens`` need together, if routers pick evenly."""
         return self.widest * (1 - (1 - min(self.picked / self.widest, 1)) ** tokens)

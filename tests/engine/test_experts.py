@@ -243,6 +243,40 @@ def test_what_is_in_the_pool_moves_nothing(streaming: PreTrainedModel) -> None:
     assert djinn.stats(streaming).expert_hits == before["expert_hits"] + 3 * 2
 
 
+@pytest.mark.parametrize("coding", [None, "lossless"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nobody_asks_what_was_picked_of_a_layer_that_is_there(
+    folders: Folders, residents: Residents, implementation: str, coding: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, resident = routed(folders("qwen3_moe"), "all but one", coding=coding), residents("qwen3_moe")
+    for each in (resident, model):
+        each.set_experts_implementation(implementation)
+    experts = engine_experts(model)
+    asked: list[int] = []
+    bring = experts._bring
+    monkeypatch.setattr(experts, "_bring", lambda number, call: asked.append(number) or bring(number, call))
+    poisoned(model)
+    experts._whole_from = 8
+    token = PROMPT[:1, :1]
+    assert torch.equal(logits(model, PROMPT), logits(resident, PROMPT))
+    for expected in ([0, 1, 2], [0]):  # one lacks an expert; the others are asked once, after they were in windows
+        asked.clear()
+        before = vars(djinn.stats(model)).copy()
+        assert torch.equal(logits(model, token), logits(resident, token))
+        assert asked == expected
+        stats = djinn.stats(model)
+        counted = stats.expert_hits + stats.expert_misses - before["expert_hits"] - before["expert_misses"]
+        assert counted == 3 * 3
+    asked.clear()
+    assert torch.equal(logits(model, PROMPT[:, :3]), logits(resident, PROMPT[:, :3]))
+    assert asked == [0, 1, 2], "several tokens may pick an expert twice"
+    asked.clear()
+    with djinn.trace_experts(model) as passes:
+        logits(model, token)
+    assert asked == [0, 1, 2]
+    assert [len(picked) for picked in passes[0]] == [3, 3, 3]
+
+
 def test_cooling_empties_the_pool(streaming: PreTrainedModel) -> None:
     first = logits(streaming, PROMPT[:1, :1])
     cool(streaming)

@@ -1,4 +1,4 @@
-"""Split linear layers computed directly give what transformers' own way gives, bit for bit, and leave nothing behind."""
+"""Split linear layers computed directly give what transformers' own way gives, bit for bit, and can be undone."""
 
 from __future__ import annotations
 

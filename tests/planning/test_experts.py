@@ -78,6 +78,13 @@ def test_a_pools_numbers() -> None:
     assert (NO_POOL.nbytes, NO_POOL.share, NO_POOL.windows, NO_POOL.whole_from(1e9)) == (0, 1.0, 0, None)
 
 
+def test_layers_that_pass_by_leave_equally_many_or_all_of_the_first() -> None:
+    half = Pool(slots=40, slot_bytes=1, experts=80, widest=8, picked=2)
+    assert [half.kept(24, layers) for layers in (10, 5, 1)] == [2, 4, 24]
+    assert Pool(72, 1, 80, 8, 2).kept(56, 10) == 5, "a layer's worth is missing"
+    assert Pool(73, 1, 80, 8, 2).kept(57, 10) == 57
+
+
 def test_tokens_that_pick_evenly_need_as_many_experts_as_drawing_them_shows() -> None:
     pool = Pool(8, 1, 64, 32, 4)
     assert pool.distinct(1) == pytest.approx(4)
