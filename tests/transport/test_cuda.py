@@ -213,6 +213,16 @@ def test_the_timeline_shows_copies_compute_and_stalls(tiny_checkpoint: Tiny) -> 
     assert stats.stall_s >= 0
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU, and there is none here")
+def test_the_timeline_of_a_gpu_that_is_not_the_current_one(tiny_checkpoint: Tiny) -> None:
+    model = streaming(tiny_checkpoint("llama"), "pinned", trace=True, device="cuda:1")
+    with torch.no_grad():
+        model(prompt(7).to("cuda:1"))
+    spans = djinn.stats(model).timeline
+    assert {"copy", "compute", "stall"} == {span.lane for span in spans}
+    assert all(0 <= span.start_s <= span.end_s for span in spans)
+
+
 def test_bytes_are_counted_by_tier(tiny_checkpoint: Tiny) -> None:
     model = streaming(tiny_checkpoint("llama"), "both")
     made = placement(model)

@@ -18,6 +18,7 @@ from djinn.codec.encode import encode
 from djinn.engine.load import detach, placement
 from djinn.engine.offload import offload
 from djinn.engine.sharding import filled, pretended
+from djinn.engine.split_linear import shorten
 from djinn.errors import UnavailableError
 from djinn.planning.rates import Rates
 from djinn.planning.workspace import CUDA_OVERHEAD_BYTES
@@ -95,5 +96,6 @@ def split_s(device: torch.device) -> float:
     weights = {name: parameter.detach().cpu() for name, parameter in whole.named_parameters()}
     with pretended(2) as config:
         split = filled(empty_model(whole.config, torch.bfloat16), config, device, lambda name, _: weights[name])
+        list(shorten(split))
         seconds, _ = times_of_host(split.eval(), device)
     return max(seconds - resident_s, 0.0) / modules_of(whole)

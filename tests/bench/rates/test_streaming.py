@@ -40,3 +40,4 @@ def test_a_gpu_decodes_faster_than_any_link() -> None:
     assert found.decode_gbps
     assert found.decode_gbps > 100
     assert 0 < found.unit_s < 1e-3
+    assert streaming.split_s(torch.device("cuda")) < 1e-3
