@@ -12,6 +12,8 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
 from djinn import hardware
 from djinn.bench.machines import kind_of
 from djinn.bench.run import Run
@@ -73,7 +75,7 @@ def _software() -> dict[str, Any]:
     return {
         **git_state(),
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
-        "packages": {each.name: each.version for each in sorted(importlib.metadata.distributions(), key=_by_name)},
+        "packages": _packages(),
     }
 
 
@@ -101,5 +103,9 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _by_name(distribution: importlib.metadata.Distribution) -> str:
-    return distribution.name.lower()
+def _packages() -> dict[str, str]:
+    """Return the version of every package; of one that is installed twice, that which Python imports."""
+    found: dict[str, tuple[str, str]] = {}
+    for each in importlib.metadata.distributions():  # in the order in which Python looks for modules
+        found.setdefault(canonicalize_name(each.name), (each.name, each.version))
+    return dict(found[name] for name in sorted(found))

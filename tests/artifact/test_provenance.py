@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
+import pytest
+
+from djinn.artifact import provenance
 from djinn.artifact.provenance import write_provenance
 from djinn.places import REFERENCE_DIR, ROOT
 from djinn.profiles import load_profile
@@ -57,3 +61,17 @@ def test_what_is_drawn_elsewhere_keeps_what_it_was_measured_with(fabricated_run:
     (fabricated_run / "provenance.json").unlink()
     unknown = json.loads(write_provenance(fabricated_run, load_profile("smoke_13b")).read_text())
     assert {name: unknown[name] for name in measured} == dict.fromkeys(measured)
+
+
+def test_of_a_package_that_is_installed_twice_the_one_that_is_imported_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("first", "2.0"), ("second", "1.0")):
+        info = tmp_path / folder / f"a_package-{version}.dist-info"
+        info.mkdir(parents=True)
+        name = {"first": "a_package", "second": "a-package"}[folder]
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    found = provenance._packages()
+    assert found["a_package"] == "2.0"
+    assert "a-package" not in found
