@@ -167,13 +167,14 @@ def test_times_beside_deepspeed_on_two_gpus_are_those_of_the_records() -> None:
 
 
 def test_times_of_mixtures_in_turns_are_those_of_the_records() -> None:
-    folder = SAMPLES / "experts_h200_2026-11-28"
     expected = []
-    for file, steer, mode in (
-        ("qwen3-30b-a3b", "0,0", "routed"), ("qwen3-30b-a3b", "0.5,0.7", "routed"), ("qwen3-30b-a3b", None, "routed"),
-        ("qwen3-30b-a3b_pool", None, "pool"),
+    for host, file, steer, mode in (
+        ("h200", "", "0,0", "routed"), ("h200", "", "0.5,0.7", "routed"), ("h200", "", None, "routed"),
+        ("h200", "_pool", None, "pool"), ("h200_again", "", "0,0", "routed"), ("h200_again", "", "0.5,0.7", "routed"),
+        ("h200_again", "", None, "routed"), ("h200_again", "_pool", None, "pool"),
+        ("h200_again", "_pool", "0,0", "pool"),
     ):  # fmt: skip
-        records = read(folder / f"{file}.jsonl")
+        records = read(SAMPLES / f"experts_{host}_2026-11-28" / f"qwen3-30b-a3b{file}.jsonl")
         runs = {(run["mode"], run["run"]): run for run in records if "times" in run and run["steer"] == steer}
         streaming = [run for (way, _), run in sorted(runs.items()) if way == mode]
         pairs = [(runs["resident", run["run"]], run) for run in streaming]
@@ -208,6 +209,16 @@ def test_two_gpus_are_predicted_within_a_hundredth(coding: Coding, monkeypatch: 
     assert foreseen is not None
     assert foreseen.token_s == pytest.approx(median(time for run in runs for time in run["per_token_s"][1:]), rel=0.01)
     assert foreseen.ttft_s == pytest.approx(median(run["ttft_s"] for run in runs), rel=0.01)
+
+
+def test_the_clean_run_took_as_long_as_its_plans_said() -> None:
+    records = read(ROOT / "data" / "reference" / "h200-34b_2026-11-28" / "results" / "baselines.jsonl")
+    for variant, planned_s in (("", "1.07"), ("lossless", "0.71")):
+        runs = [run for run in records if (run["system"], run["variant"]) == ("djinn", variant)]
+        assert len(runs) == 5
+        for run in runs:
+            assert f"{run['settings']['planned_pass_s']:.2f}" == planned_s
+            assert median(run["per_token_s"]) == pytest.approx(run["settings"]["planned_pass_s"], rel=0.01)
 
 
 def test_folders_of_samples_say_what_they_hold() -> None:

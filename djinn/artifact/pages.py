@@ -55,12 +55,12 @@ and model stands first; older and partial records stand below the line. The word
   buffer to a GPU, direct reads from a disk. Where a run was faster than the raw rate by more than that itself
   varied, it says so: then it is no ceiling.
 - **of bare copies** is the link's rate over that of copies of the same weights with nothing computed, directly before
-  and after the run. No record has it yet.
+  and after the run. Only the newest record has it.
 - **djinn is** and **djinn, coded is** say how much faster djinn generates a token than the system of that row.
 - Rows with different budgets are different settings of a system. They are no comparison.
 - "Device memory capped" in the name of a machine means that the budget was smaller than the GPU's memory.
 
-![Time per token of Llama-2-70B in 24 GB of an H100, by system](images/70b.png)
+![Time per token of CodeLlama-34B in 11.2 GB of an H200, by system](images/headline.png)
 
 ![Time per token of each system over djinn's, for three models](images/models.png)
 

@@ -13,10 +13,10 @@ from djinn.figures.draw import save
 from djinn.places import ROOT
 from djinn.sizes import format_bytes
 
-PICTURE = ROOT / "docs" / "images" / "70b"
+PICTURE = ROOT / "docs" / "images" / "headline"
 """README's picture, without its suffix."""
-PICTURED = "compare_70b"
-"""The profile whose newest reference run README's picture shows."""
+PICTURED, BY_BUDGET = "compare_h100", "compare_70b"
+"""The profiles whose newest reference runs README's picture and the figure over budgets show."""
 _RANKS = ROOT / "data" / "benchmarks" / "ranks_h100_2026-11-28"
 """Samples of one host with four GPUs."""
 _EXPERTS = ROOT / "data" / "benchmarks" / "experts_h100_2026-11-27"
@@ -25,12 +25,13 @@ _EXPERTS = ROOT / "data" / "benchmarks" / "experts_h100_2026-11-27"
 
 def picture_frame() -> pd.DataFrame:
     """Return the rows of README's picture (see :func:`djinn.figures.headline.medians`)."""
-    return headline.medians(_pictured().baselines)
+    return headline.medians(_newest(PICTURED).baselines)
 
 
 def models_frame() -> pd.DataFrame:
-    """Return the systems of all runs over their models (see :func:`djinn.figures.across.by_model`)."""
-    return across.by_model([Run(folder).baselines for folder in runs()])
+    """Return the systems of each model's newest run (see :func:`djinn.figures.across.by_model`)."""
+    by_date = sorted(runs(), key=lambda folder: read_manifest(folder).date)
+    return across.by_model([Run(folder).baselines for folder in by_date])
 
 
 def figure_frames() -> dict[str, pd.DataFrame]:
@@ -39,7 +40,7 @@ def figure_frames() -> dict[str, pd.DataFrame]:
     return {
         "models": models_frame(),
         "predictions": across.read_predictions(folders()),
-        "budgets": budgets.measured(_pictured()),
+        "budgets": budgets.measured(_newest(BY_BUDGET)),
         "gpus": scaling.read_links(_RANKS / f"l16_{count}.jsonl" for count in (1, 2, 4)),
         "experts": experts.read(sorted(_EXPERTS.glob("*.jsonl"))),
     }
@@ -47,16 +48,16 @@ def figure_frames() -> dict[str, pd.DataFrame]:
 
 def write_picture(stem: Path = PICTURE) -> list[Path]:
     """Draw README's picture as PDF and PNG, with the CSV that it shows; return the paths."""
-    run, rows = _pictured(), picture_frame()
-    budget = format_bytes(int(rows["budget_bytes"].iloc[0]))
-    title = f"Time per token: Llama-2-70B (138 GB) in {budget} of an H100"
+    run, rows = _newest(PICTURED), picture_frame()
+    budget, size = (format_bytes(int(rows[name].iloc[0])) for name in ("budget_bytes", "model_bytes"))
+    title = f"Time per token: CodeLlama-34B ({size}) in {budget} of an H200"
     figure = headline.draw(rows, title, headline.about(run.baselines, rows, read_manifest(run.folder).date))
     return save(figure, rows, stem)
 
 
 def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
     """Draw the figures of several runs that the pages show, in the form of README's picture; return the paths."""
-    found, run = figure_frames(), _pictured()
+    found, run = figure_frames(), _newest(BY_BUDGET)
     figures = {
         "models": across.models(found["models"]),
         "predictions": across.predictions(found["predictions"]),
@@ -69,7 +70,7 @@ def write_figures(folder: Path = PICTURE.parent) -> list[Path]:
     return [path for name, figure in figures.items() for path in save(figure, found[name], folder / name)]
 
 
-def _pictured() -> Run:
-    folder = run_of(PICTURED)
-    assert folder is not None, f"no reference run of {PICTURED}"
+def _newest(profile: str) -> Run:
+    folder = run_of(profile)
+    assert folder is not None, f"no reference run of {profile}"
     return Run(folder)

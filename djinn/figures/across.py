@@ -112,21 +112,24 @@ def _plain_log(ax: Axes) -> None:
 def by_model(runs: Sequence[Sequence[Record]]) -> pd.DataFrame:
     """Return the systems of several runs beside djinn, smallest model first; runs without both are left out.
 
+    Of several runs of one model the last one counts.
+
     Columns: model, model_bytes, name, budget_bytes, peak_device_bytes, token_s, and djinn: how many times longer than
     djinn.
     """
-    found = []
+    found = {}
     for records in runs:
         try:
             rows = headline.medians(records)
         except UnavailableError:
             continue
         if not rows["name"].isin(headline.OURS).all():
-            found.append(rows.assign(model=records[0].model.removeprefix("synthetic:")))
+            model = records[0].model.removeprefix("synthetic:")
+            found[model] = rows.assign(model=model)
     columns = ["model", "model_bytes", "name", "budget_bytes", "peak_device_bytes", "token_s", "djinn"]
     if not found:
         return pd.DataFrame([], columns=columns)
-    return pd.concat(found)[columns].sort_values("model_bytes", kind="stable")
+    return pd.concat(found.values())[columns].sort_values("model_bytes", kind="stable")
 
 
 def _left_empty(rows: pd.DataFrame) -> pd.Series:

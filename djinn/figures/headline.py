@@ -143,7 +143,7 @@ def draw(rows: pd.DataFrame, title: str, caption: str, ax: Axes | None = None, *
             va="center",
             fontweight="bold" if ours else "normal",
             zorder=6,
-            bbox=_GROUND if narrow else None,
+            bbox=_GROUND,
         )
         gains = [] if ours else [f"{LOOKS[each].label} {faster(system[each])}" for each in _measured(system)]
         if narrow:

@@ -18,7 +18,8 @@ def test_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = streaming.measure(torch.device("cpu"))
     assert alone.decode_gbps
     assert alone.split_s is None
-    assert streaming.split_s(torch.device("cpu")) >= 0
+    if not torch.cuda.is_available():  # where there are GPUs, transformers splits models over them alone
+        assert streaming.split_s(torch.device("cpu")) >= 0
     assert not dist.is_initialized()
 
 
