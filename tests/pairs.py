@@ -36,8 +36,8 @@ def streamed(folder: Path, device: str = "cpu", **options: object) -> PreTrained
 
 
 def resident(folder: Path, device: str = "cpu") -> PreTrainedModel:
-    """Return the checkpoint loaded whole, for inference: torch takes another kernel for weights that want gradients."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False).to(device)
+    """Return the checkpoint loaded whole."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
 
 
 def pair(folder: Path, device: str = "cpu", **options: object) -> Pair:

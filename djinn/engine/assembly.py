@@ -159,6 +159,8 @@ def start(
     streamer = Streamer(planned.streamed, planned.slots, copier, stats, decodings, scratch, present, second)
     undo.callback(streamer.detach)
     streamer.attach(model)
+    streamer.turns.beginnings.append(weights.ask_for_nothing)
+    streamer.turns.endings.append(weights.ask_again)
     streamer.attach_residents(model, [unit for unit in planned.at(Tier.RESIDENT) if unit.coded])
     host = host_experts = None
     if planned.host is not None and products is not None:

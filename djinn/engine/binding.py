@@ -35,23 +35,39 @@ class Weights:
     def __init__(self, parameters: Mapping[str, Sequence[torch.Tensor]], coder: Coder) -> None:
         self._parameters = parameters
         self.coder = coder
-        self._homes = [
-            (parameter, parameter.device, parameter.requires_grad)
-            for alike in parameters.values()
-            for parameter in alike
-        ]
+        self._homes = [(parameter, parameter.device) for alike in parameters.values() for parameter in alike]
         self.images: dict[str, torch.Tensor] = {}
         """Image of every unit that has been taken, on the device or in host memory, for as long as it streams."""
         self._freed_bytes = 0
         self._bound: dict[int, int] = {}
         """Where each parameter's bytes were when it was bound last, by its id."""
-        for parameter, _, _ in self._homes:
-            parameter.requires_grad_(False)
+        self._asking: list[torch.Tensor] = []
+        """The parameters that asked for gradients until a pass began that records them."""
 
     @property
     def devices(self) -> set[torch.device]:
         """Where the parameters were."""
-        return {device for _, device, _ in self._homes}
+        return {device for _, device in self._homes}
+
+    def ask_for_nothing(self) -> None:
+        """Let no parameter ask for gradients in a pass that records them: its bytes will be others' by then.
+
+        In all other passes parameters stay as they are: by whether they ask, torch chooses kernels even where nothing
+        is recorded (``should_fold`` in its ``LinearAlgebra.cpp``), and the resident model's are to be taken.
+        """
+        self.ask_again()  # an interrupt may have left that to be done
+        if torch.is_grad_enabled():
+            with torch._C.DisableTorchFunctionSubclass():
+                self._asking = [parameter for parameter, _ in self._homes if parameter.requires_grad]
+                for parameter in self._asking:
+                    parameter.requires_grad = False
+
+    def ask_again(self) -> None:
+        """Let parameters ask for gradients again as they did."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for parameter in self._asking:
+                parameter.requires_grad = True
+        self._asking = []
 
     def of(self, *tensors: PlacedTensor) -> list[torch.Tensor]:
         """Return every parameter that stands for ``tensors``."""
@@ -144,10 +160,9 @@ class Weights:
                     self._bind(tensor, tensor.entry.view(stored))
 
     def go_home(self) -> None:
-        """Move parameters to the device where each was, and let them ask for gradients again as they did."""
-        for parameter, device, requires_grad in self._homes:
+        """Move parameters to the device where each was."""
+        for parameter, device in self._homes:
             parameter.data = parameter.data.to(device)
-            parameter.requires_grad_(requires_grad)
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -178,7 +193,7 @@ def materialise(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Put empty parameters in host memory in the place of those on the meta device; return them by first name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made = {
-        name: nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
+        name: nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=parameter.dtype.is_floating_point)
         for name, parameter in model.named_parameters()
     }
     for _, module, local, parameter in list(owners(model)):

@@ -79,7 +79,7 @@ class Experts:
             enter, leave = opaque(partial(self._enter, number)), opaque(partial(self._leave, number))
             self._handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._turns.recoveries.append(self.recover)
+        self._turns.beginnings.append(self.recover)
         self._turns.endings.append(self._take_away)  # an interrupt runs no hook
 
     def detach(self) -> None:

@@ -33,7 +33,8 @@ class Turns:
         self.lock = threading.RLock()
         self.running = False
         """Whether a module is running; only the thread that holds the lock may read it."""
-        self.recoveries = [recover]
+        self.beginnings = [recover]
+        """Called when a turn begins."""
         self.endings: list[Callable[[], None]] = []
         """Called when a turn ends, however it does, to take away what is there for passes alone."""
         self._forked = False
@@ -54,7 +55,7 @@ class Turns:
             module.__class__ = type(module).__mro__[2]
             del vars(module)["_turns"]
         self._taking.clear()
-        self.recoveries.clear()
+        self.beginnings.clear()
         self.endings.clear()
 
     def begin(self) -> None:
@@ -64,8 +65,8 @@ class Turns:
             ConfigError: this process is a forked child of the one that loaded the model.
         """
         self._refuse_in_child()
-        for recover in self.recoveries:
-            recover()
+        for prepare in self.beginnings:
+            prepare()
 
     def end(self) -> None:
         """Leave nothing of the turn behind; what an interrupt of this leaves is mended when the next one begins."""

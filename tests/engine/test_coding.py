@@ -216,6 +216,6 @@ def test_scratch_knows_who_reads_it() -> None:
 def test_parameters_look_as_ever(checkpoint: Path) -> None:
     model = coded(checkpoint, "cpu", 0.3)
     parameters = dict(model.named_parameters())
-    assert all(isinstance(value, nn.Parameter) and not value.requires_grad for value in parameters.values())
+    assert all(isinstance(value, nn.Parameter) and value.requires_grad for value in parameters.values())
     shapes = {name: value.shape for name, value in resident(checkpoint, "cpu").named_parameters()}
     assert {name: value.shape for name, value in parameters.items()} == shapes

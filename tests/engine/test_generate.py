@@ -230,3 +230,43 @@ def test_an_offloaded_cache(tiny_checkpoint: Tiny, cache: str) -> None:
     for length in (5, 16):
         ids = prompt(length).cuda()
         assert equal(*(generated(model, ids, **options) for model in (streaming, whole)))
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_last_logits_of_several_prompts_are_the_resident_models_whether_weights_ask_for_gradients(
+    tiny_checkpoint: Tiny, asks: bool
+) -> None:
+    """Torch chooses how to multiply what does not lie in one piece by whether weights ask, recording or not."""
+    model, whole = pair(tiny_checkpoint("llama"))
+    for each in (model, whole):
+        each.requires_grad_(asks)
+    with torch.no_grad():
+        found, wanted = (each(prompt(7, 3), logits_to_keep=1).logits for each in (model, whole))
+    assert torch.equal(found, wanted)
+    assert all(parameter.requires_grad is asks for parameter in model.parameters())
+
+
+def test_no_weight_asks_for_gradients_in_a_pass_that_records_them(tiny_checkpoint: Tiny) -> None:
+    model = streamed(tiny_checkpoint("llama"))
+    head = model.get_submodule("lm_head")
+    head.weight.requires_grad_(False)
+    seen: list[bool] = []
+    handle = model.get_submodule("model.layers.1").register_forward_hook(
+        lambda *_: seen.append(any(parameter.requires_grad for parameter in model.parameters()))
+    )
+    for interrupt in (False, True):
+        if interrupt:
+            broken = head.register_forward_pre_hook(_interrupting)
+            with pytest.raises(KeyboardInterrupt):
+                model(prompt(5))
+            broken.remove()
+        else:
+            assert not model(prompt(5)).logits.requires_grad
+        silent = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        assert silent == {"lm_head.weight"}
+    handle.remove()
+    assert seen == [False, False]
+
+
+def _interrupting(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -48,7 +48,7 @@ def answer(model: PreTrainedModel, question: dict[str, torch.Tensor]) -> tuple[l
 @pytest.fixture(scope="module")
 def resident(folder: Path, question: dict[str, torch.Tensor]) -> tuple[list[int], torch.Tensor]:
     """What the same weights answer when all of them are in memory."""
-    return answer(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False), question)
+    return answer(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval(), question)
 
 
 @pytest.mark.parametrize(("coding", "budget"), [("none", "195 MB"), ("lossless", "250 MB")])

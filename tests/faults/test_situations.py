@@ -253,7 +253,7 @@ def attempt(act: str, seed: int, name: str, model: PreTrainedModel) -> Any:
 @cache
 def resident(name: str, folder: Path) -> PreTrainedModel:
     whole: PreTrainedModel = ARCHITECTURES[name].cls.from_pretrained(folder, dtype="auto")
-    return whole.eval().requires_grad_(False)
+    return whole.eval()
 
 
 @cache
