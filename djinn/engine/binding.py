@@ -160,7 +160,8 @@ class Weights:
                     self._bind(tensor, tensor.entry.view(stored))
 
     def go_home(self) -> None:
-        """Move parameters to the device where each was."""
+        """Move parameters to the device where each was, all asking for gradients as they do outside of passes."""
+        self.ask_again()  # an interrupt may have left that to be done
         for parameter, device in self._homes:
             parameter.data = parameter.data.to(device)
 

@@ -57,7 +57,8 @@ def offload(
     Its weights are moved unit by unit, each one's own memory freed before the next is moved. The module stays the same
     object with the same parameters; :func:`djinn.detach` gives it back as it was, and until then
 
-    - parameters ask for no gradients, and gradients through weights that stream are refused when they are computed;
+    - parameters ask for gradients as before, but not within a pass that records them; gradients through weights that
+      stream are refused when they are computed;
     - moving, converting, copying, pickling the module and loading a state dict into it are refused;
     - buffers are on the device and change as ever; ``state_dict()`` is complete;
     - a weight that is read while its module does not run is copied from where it waits: right, and slow.

@@ -143,15 +143,15 @@ class Ranks(Alone):
         return found
 
     def _numbers(self, mine: int) -> list[int]:
-        """Return the numbers of all ranks, in their order: what :meth:`gather` does, in one message and not in two.
+        """Return the numbers of all ranks, in their order: as :meth:`gather` does, in one message and not in two.
 
         Raises:
             UnavailableError: as for :meth:`gather`.
         """
-        found = torch.empty(self.count, dtype=torch.int64)
+        found = torch.empty(self.count, 1, dtype=torch.int64)
         with self._answering():
-            dist.all_gather_into_tensor(found, torch.tensor([mine]), group=self._group)
-        return found.tolist()
+            dist.all_gather(list(found), torch.tensor([mine]), self._group)
+        return found.flatten().tolist()
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -42,9 +42,11 @@ def shorten(model: nn.Module) -> Iterator[Shortened]:
         installed = {name: cell.cell_contents for name, cell in cells}
         style = installed.get("self")
         if _is_plain(style, "ColwiseParallel", Replicate(), Shard(-1)):
-            yield Shortened(module, _of_rows(module, forward))
+            yield Shortened(module, _direct(module, forward, None))
         elif _is_plain(style, "RowwiseParallel", Shard(-1), Replicate()):
-            yield Shortened(module, _of_columns(module, forward, installed["mesh"]))
+            mesh = installed["mesh"]
+            group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+            yield Shortened(module, _direct(module, forward, group))
 
 
 def _is_plain(style: Any, name: str, inputs: Any, outputs: Any) -> bool:
@@ -56,30 +58,19 @@ def _is_plain(style: Any, name: str, inputs: Any, outputs: Any) -> bool:
     )
 
 
-def _of_rows(module: nn.Module, long: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return a forward of a layer of whose weight each rank has rows, and so a part of the outputs."""
+def _direct(module: nn.Module, long: Callable[..., torch.Tensor], summed_by: Any) -> Callable[..., torch.Tensor]:
+    """Return a forward of a layer of whose weight each rank has rows, or columns: their products a group adds up."""
     held = module._parameters
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, bias = held["weight"], held["bias"]
         if torch.is_grad_enabled() or type(x) is not torch.Tensor or not isinstance(weight, DTensor):
             return long(x)
-        return nn.functional.linear(x, weight._local_tensor, None if bias is None else held_here(bias))
-
-    return forward
-
-
-def _of_columns(module: nn.Module, long: Callable[..., torch.Tensor], mesh: Any) -> Callable[..., torch.Tensor]:
-    """Return a forward of a layer of whose weight each rank has columns: ranks add up what they get."""
-    held = module._parameters
-    group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        weight, bias = held["weight"], held["bias"]
-        if torch.is_grad_enabled() or type(x) is not torch.Tensor or not isinstance(weight, DTensor):
-            return long(x)
+        own = None if bias is None else held_here(bias)
+        if summed_by is None:
+            return nn.functional.linear(x, weight._local_tensor, own)
         y = nn.functional.linear(x, weight._local_tensor)
-        dist.all_reduce(y, group=group)
-        return y if bias is None else y + held_here(bias)
+        dist.all_reduce(y, group=summed_by)
+        return y if own is None else y + own
 
     return forward

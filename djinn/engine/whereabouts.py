@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from djinn.engine.expert_tensors import ExpertTensor
+from djinn.transport.compute_stream import ComputeStream
 
 
 class Whereabouts:
@@ -26,8 +27,8 @@ class Whereabouts:
             self._host[name] = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
             self._there[name] = self._host[name].to(device)
         self._numbers = {name: host.numpy() for name, host in self._host.items()}
+        self._compute = ComputeStream(device) if device.type == "cuda" else None
         self._read = torch.cuda.Event() if device.type == "cuda" else None
-        self._device = device
 
     def note(self, places: Mapping[int, int]) -> None:
         """Enter the slots of some experts."""
@@ -38,8 +39,8 @@ class Whereabouts:
             for expert, slot in places.items():
                 numbers[expert] = tensor.addresses(expert, slot) if tensor.coded else slot
             self._there[name].copy_(self._host[name], non_blocking=True)
-        if self._read is not None:
-            self._read.record(torch.cuda.current_stream(self._device))
+        if self._read is not None and self._compute is not None:
+            self._read.record(self._compute.stream())
 
     def look_up(self, tensor: ExpertTensor, key: torch.Tensor) -> torch.Tensor:
         """Return for each number of an expert in ``key`` its slot, or where its coded parts are."""

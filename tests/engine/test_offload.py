@@ -112,6 +112,8 @@ def test_it_streams_bit_for_bit_and_detaching_gives_back_what_was_there() -> Non
     assert stats.reloads == stats.skips == 0
     assert stats.passes == 4, "three, and the example"
     assert stats.link_bytes == 4 * sum(unit.weight_bytes for unit in placement(module).streamed)
+    asking = [[parameter.requires_grad for parameter in each.parameters()] for each in (module, whole)]
+    assert asking[0] == asking[1]
     assert djinn.detach(module) is module
     after = list(module.named_parameters(remove_duplicate=False))
     assert [(name, id(parameter)) for name, parameter in after] == [(name, id(each)) for name, each in before]
